@@ -1,0 +1,32 @@
+# The two commands: `make repro` runs the pipeline, `make test` checks the project. Both set up .venv on first use.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: repro test lint bench clean
+
+repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
+	@python -m lib.schema
+	@dvc repro $(ARGS)
+	@python -m lib.reporting.summary
+
+test: lint  ## lint, types and tests
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint: $(INSTALLED)
+	@ruff check .
+	@mypy
+
+bench: $(INSTALLED)  ## ratios measured in one run; see bench/RESULTS.md
+	@for script in bench/*.py; do python -m bench.$$(basename $$script .py) || exit 1; done
+
+clean:  ## remove the environment and what the tools left; artifacts and the DVC cache stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=python3.11 to make, found " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@

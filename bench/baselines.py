@@ -1,0 +1,43 @@
+"""Bits per byte of general-purpose compressors on the validation text of the last run, beside the scores of its models.
+
+``python -m bench.baselines`` after ``make repro``. The compressors see the documents joined by blank lines and may use all text before
+a byte, as the model does; they know no English beforehand, and the model needs no file to be sent along.
+"""
+
+import bz2
+import lzma
+
+import numpy as np
+import zstandard
+from sentencepiece import SentencePieceProcessor
+
+from lib.artifacts.metrics import load_metrics
+from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
+from lib.artifacts.tokens import load_split
+from lib.params import read_params
+
+
+def read_text(path: str) -> bytes:
+    """UTF-8 text of the validation split: its tokens decoded, documents joined by blank lines."""
+    processor = SentencePieceProcessor(model_file=str(TOKENIZE_FOLDER / "tokenizer.model"))
+    tokens = load_split(TOKENIZE_FOLDER / path, processor.vocab_size()).tokens()
+    starts = np.flatnonzero(tokens == processor.bos_id())
+    return "\n\n".join(processor.decode(document[1:].tolist()) for document in np.split(tokens, starts[1:])).encode()
+
+
+def main() -> None:
+    """Print one line for each compressor and for each score of each seed."""
+    text = read_text("val")
+    compressed = {"bzip2 -9": bz2.compress(text, 9), "zstd -22": zstandard.compress(text, 22), "xz -9": lzma.compress(text, preset=9)}
+    print(f"validation text of {len(text):,} bytes, bits per byte")
+    for name, blob in compressed.items():
+        print(f"{name:24} {8 * len(blob) / len(text):.4f}")
+    for seed in read_params()["seeds"]:
+        metrics = load_metrics(stage_folder("evaluate", seed))
+        for name in ("plain_bpb", "sliding_bpb", "ttt_bpb"):
+            if name in metrics:
+                print(f"{f'seed {seed}, {name}':24} {metrics[name]:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The seam between tokenize and what reads tokens: splits, each a folder of checksummed shards in the challenge's ``.bin`` format.
+
+A shard is a header of 256 little-endian int32 ([0] magic, [1] version, [2] number of tokens) and the tokens as
+little-endian uint16. Shards are cut at token boundaries, so a document may go on in the next shard; a BOS token starts
+every document.
+"""
+
+import hashlib
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.artifacts.files import ArtifactError, read_json, sha256_of, write_json
+
+SPLITS = ("train", "heldout", "val")
+SPLIT_FILE = "split.json"
+SPLIT_KEYS = {"documents", "tokens", "raw_bytes", "accounted_bytes", "vocab_size", "shards"}
+REMEDY = "`dvc repro -f tokenize` makes it anew"
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INT32S = 256
+HEADER_BYTES = 4 * HEADER_INT32S
+VERIFY_CHUNK_TOKENS = 1 << 20  # small enough that the second look at a chunk finds it in the processor's cache
+
+Tokens = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tokens of one split, memory-mapped.
+
+    Attributes:
+        folder: where it was read from.
+        shards: (n,) uint16 each, in order.
+        num_documents: documents, which is also the number of BOS tokens.
+        raw_bytes: UTF-8 bytes of the documents.
+        accounted_bytes: bytes of all tokens by the tokenizer's accounting; `raw_bytes` where the tokenizer is lossless.
+        vocab_size: every token is below it.
+    """
+
+    folder: Path
+    shards: tuple[Tokens, ...]
+    num_documents: int
+    raw_bytes: int
+    accounted_bytes: int
+    vocab_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards, BOS tokens included."""
+        return sum(len(shard) for shard in self.shards)
+
+    def tokens(self) -> Tokens:
+        """(N,) uint16: all shards in order; a copy unless there is one shard only."""
+        return self.shards[0] if len(self.shards) == 1 else np.concatenate(self.shards)
+
+
+def load_split(folder: Path, vocab_size: int) -> Split:
+    """Map a split into memory after checking every shard's header, length, checksum and token range.
+
+    Args:
+        folder: a folder that `SplitWriter` wrote.
+        vocab_size: vocabulary of the model or tokenizer that the tokens are for.
+
+    Raises:
+        ArtifactError: a file that is missing, truncated, altered or of another format, or another vocabulary.
+    """
+    description = read_json(folder / SPLIT_FILE)
+    if not isinstance(description, dict) or description.keys() != SPLIT_KEYS:
+        raise ArtifactError(f"{folder / SPLIT_FILE}: expected the keys {', '.join(sorted(SPLIT_KEYS))}; {REMEDY}")
+    if description["vocab_size"] != vocab_size:
+        raise ArtifactError(f"{folder / SPLIT_FILE}: expected tokens of a vocabulary of {vocab_size}, found {description['vocab_size']}; "
+                            "set model.vocab_size to tokenize.vocab_size")
+    with ThreadPoolExecutor() as pool:
+        shards = tuple(pool.map(lambda shard: _load_shard(folder / shard["name"], shard["tokens"], shard["sha256"], vocab_size),
+                                description["shards"]))
+    return Split(folder, shards, description["documents"], description["raw_bytes"], description["accounted_bytes"], vocab_size)
+
+
+class SplitWriter:
+    """Writes one split, document after document, with memory for one document.
+
+    The folder becomes a split when `close` writes ``split.json``; before, `load_split` finds none.
+
+    Args:
+        folder: the split's folder, emptied first; its name names the shards.
+        vocab_size: every token must be below it.
+        shard_tokens: tokens in each shard but the last.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, shard_tokens: int) -> None:
+        if folder.exists():
+            shutil.rmtree(folder)  # shards of an earlier run must not stay among those of this one
+        folder.mkdir(parents=True)
+        self._folder, self._vocab_size, self._shard_tokens = folder, vocab_size, shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._file_tokens = 0
+        self._documents = self._tokens = self._raw_bytes = self._accounted_bytes = 0
+
+    def add(self, tokens: Tokens, raw_bytes: int, accounted_bytes: int) -> None:
+        """Append one document.
+
+        Args:
+            tokens: (n,) uint16, BOS first.
+            raw_bytes: UTF-8 bytes of its text.
+            accounted_bytes: bytes of its tokens by the tokenizer's accounting.
+        """
+        assert int(tokens.max()) < self._vocab_size
+        self._documents += 1
+        self._tokens += len(tokens)
+        self._raw_bytes += raw_bytes
+        self._accounted_bytes += accounted_bytes
+        while len(tokens):
+            file = self._open_shard() if self._file is None else self._file
+            part = tokens[: self._shard_tokens - self._file_tokens]
+            file.write(part.astype("<u2").tobytes())
+            self._file_tokens += len(part)
+            tokens = tokens[len(part):]
+            if self._file_tokens == self._shard_tokens:
+                self._finish_shard(file)
+
+    def close(self) -> dict[str, Any]:
+        """Complete the split and return what ``split.json`` says of it."""
+        if self._file is not None:
+            self._finish_shard(self._file)
+        description = {"documents": self._documents, "tokens": self._tokens, "raw_bytes": self._raw_bytes,
+                       "accounted_bytes": self._accounted_bytes, "vocab_size": self._vocab_size, "shards": self._shards}
+        write_json(self._folder / SPLIT_FILE, description)
+        return description
+
+    def _open_shard(self) -> BinaryIO:
+        self._file = (self._folder / f"{self._folder.name}_{len(self._shards):06d}.bin").open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+        self._file_tokens = 0
+        return self._file
+
+    def _finish_shard(self, file: BinaryIO) -> None:
+        header = np.zeros(HEADER_INT32S, "<i4")
+        header[:3] = MAGIC, VERSION, self._file_tokens
+        file.seek(0)
+        file.write(header.tobytes())
+        file.close()
+        path = Path(file.name)
+        self._shards.append({"name": path.name, "tokens": self._file_tokens, "sha256": sha256_of(path)})
+        self._file = None
+
+
+def _load_shard(path: Path, num_tokens: int, sha256: str, vocab_size: int) -> Tokens:
+    try:
+        found_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file, but {SPLIT_FILE} lists it; {REMEDY}") from None
+    expected_bytes = HEADER_BYTES + 2 * num_tokens
+    if found_bytes != expected_bytes:
+        raise ArtifactError(f"{path}: expected {expected_bytes} bytes ({num_tokens} tokens), found {found_bytes}; {REMEDY}")
+    content = np.memmap(path, np.uint8, mode="r")
+    header, tokens = content[:HEADER_BYTES].view("<i4"), content[HEADER_BYTES:].view("<u2")
+    if tuple(header[:3]) != (MAGIC, VERSION, num_tokens):
+        raise ArtifactError(f"{path}: expected a header of magic {MAGIC}, version {VERSION} and {num_tokens} tokens, "
+                            f"found {', '.join(map(str, header[:3]))}; {REMEDY}")
+    digest, largest = hashlib.sha256(header.data), 0
+    for start in range(0, num_tokens, VERIFY_CHUNK_TOKENS):
+        chunk = tokens[start:start + VERIFY_CHUNK_TOKENS]
+        digest.update(chunk.data)
+        largest = max(largest, int(chunk.max()))
+    if digest.hexdigest() != sha256:
+        raise ArtifactError(f"{path}: expected SHA-256 {sha256}, found {digest.hexdigest()}; the file was altered; {REMEDY}")
+    if largest >= vocab_size:
+        raise ArtifactError(f"{path}: expected tokens below the vocabulary size {vocab_size}, found {largest}; {REMEDY}")
+    return tokens

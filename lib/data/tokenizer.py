@@ -1,0 +1,143 @@
+"""SentencePiece tokenizers: loading, encoding, and how many bytes of text each token stands for."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from sentencepiece import SentencePieceProcessor
+
+from lib.artifacts.files import ArtifactError
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""U+2581, what SentencePiece writes for a space inside pieces."""
+
+MAX_VOCAB_SIZE = 65536  # tokens are stored as uint16
+
+# Field numbers of sentencepiece_model.proto: ModelProto.normalizer_spec and fields of NormalizerSpec.
+NORMALIZER_SPEC = 3
+PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 2, 3, 4, 5
+
+
+class Tokenizer:
+    """A SentencePiece model with byte fallback.
+
+    Attributes:
+        vocab_size: number of pieces.
+        bos_id: the token that starts every document.
+        sha256: checksum of the model, 64 hexadecimal digits.
+        lossless: whether the normalizer leaves text as it is, so that accounted bytes are its UTF-8 bytes. Only U+2581 and a space at
+            the start of a document escape the accounting; `lib.data.corpus` keeps them out.
+
+    Args:
+        model: the serialized model.
+        path: where it came from, for errors.
+
+    Raises:
+        ArtifactError: not a SentencePiece model, or one whose bytes cannot be accounted for or whose tokens cannot be stored.
+    """
+
+    def __init__(self, model: bytes, path: Path) -> None:
+        self._processor = SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise ArtifactError(f"{path}: not a SentencePiece model ({error})") from None
+        processor = self._processor
+        self.vocab_size: int = processor.vocab_size()
+        self.bos_id: int = processor.bos_id()
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        ids = range(self.vocab_size)
+        if not any(map(processor.is_byte, ids)):
+            raise ArtifactError(f"{path}: expected a tokenizer with byte fallback, found one without: it turns text into <unk>, whose "
+                                "bytes cannot be counted; train it with byte_fallback=true, or set tokenize.tokenizer: null")
+        if self.bos_id < 0:
+            raise ArtifactError(f"{path}: expected a BOS piece, which starts every document, found none; train it with bos_id=1")
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ArtifactError(f"{path}: expected at most {MAX_VOCAB_SIZE} pieces (tokens are uint16), found {self.vocab_size}")
+        self.lossless = _keeps_text(model)
+        pieces = [processor.id_to_piece(i) for i in ids]
+        self._is_boundary = np.array([processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids])
+        self._starts_with_space = np.array([piece.startswith(SPACE) for piece in pieces]) & ~self._is_boundary
+        texts = [piece.removeprefix(SPACE).replace(SPACE, " ") for piece in pieces]
+        num_bytes = np.array([1 if processor.is_byte(i) else len(text.encode()) for i, text in enumerate(texts)], np.int64)
+        self._num_bytes = np.where(self._is_boundary, 0, num_bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without BOS.
+
+        Raises:
+            UnicodeEncodeError: the text has lone surrogates.
+        """
+        tokens: list[int] = self._processor.encode(text)
+        return tokens
+
+    def encode_documents(self, texts: Sequence[str]) -> Iterator[npt.NDArray[np.uint16]]:
+        """Tokens of each document, (n,) uint16 with BOS first, encoded on all cores."""
+        for tokens in self._processor.encode(list(texts)):
+            yield np.array([self.bos_id, *tokens], np.uint16)
+
+    def target_bytes(self, tokens: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
+        """Bytes of text that each target stands for, by the challenge's accounting.
+
+        A byte piece is 1. Any other piece is its UTF-8 length, spaces counted as 1, except that a leading space does not
+        count after a control, unknown or unused piece. Those pieces are 0.
+
+        Args:
+            tokens: (N + 1,) uint16; the first is only the predecessor of the second.
+
+        Returns:
+            (N,) int64, for ``tokens[1:]``.
+        """
+        targets, predecessors = tokens[1:], tokens[:-1]
+        num_bytes: npt.NDArray[np.int64] = self._num_bytes[targets] + (self._starts_with_space[targets] & ~self._is_boundary[predecessors])
+        return num_bytes
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a SentencePiece model file.
+
+    Raises:
+        ArtifactError: missing, or refused by `Tokenizer`.
+    """
+    try:
+        model = path.read_bytes()
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file; expected a SentencePiece model") from None
+    return Tokenizer(model, path)
+
+
+def _keeps_text(model: bytes) -> bool:
+    """Whether the normalizer is the identity, adds no space in front and removes none."""
+    spec: dict[int, int | bytes] = {}
+    for number, value in _read_fields(model):
+        if number == NORMALIZER_SPEC and isinstance(value, bytes):
+            spec.update(_read_fields(value))
+    changes = spec.get(PRECOMPILED_CHARSMAP) or spec.get(ADD_DUMMY_PREFIX, 1) or spec.get(REMOVE_EXTRA_WHITESPACES, 1)  # 1: the defaults
+    return not changes and spec.get(ESCAPE_WHITESPACES, 1) == 1
+
+
+def _read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Field numbers and values of a serialized protocol buffer: varints as int, everything else as its bytes."""
+    position = 0
+
+    def read_varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+
+    while position < len(message):
+        key = read_varint()
+        if key & 7 == 0:
+            yield key >> 3, read_varint()
+        else:
+            size = {1: 8, 5: 4}.get(key & 7) or read_varint()  # fixed64, fixed32, else length-delimited
+            yield key >> 3, message[position:position + size]
+            position += size

@@ -1,0 +1,67 @@
+"""Processes of one run: rank, world size, device, collectives. The same code runs with one process or many.
+
+Stages are started by ``torchrun``, which sets RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process.
+Every process takes part in every collective; only the main process (rank 0) writes files and prints.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run: its `rank` in 0 .. `world_size` - 1 and the `device` that it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` added over all processes, in place; returned for convenience."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The main process's `tensor` in every process, in place; returned for convenience."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+SINGLE_CPU = Process(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@contextmanager
+def start_process() -> Iterator[Process]:
+    """Join the run that ``torchrun`` started (NCCL on GPUs, gloo on CPUs) and leave it at the end."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if world_size > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Process(rank, world_size, device)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,81 @@
+"""Every architecture option, and the entry or paper that it comes from."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from lib.params import NonNegative, Params, Positive, PositiveFloat
+
+
+class ModelParams(Params):
+    """Section ``model``. Sources: pr585 and pr410 are entries #585 and #410 of OpenAI's parameter-golf challenge."""
+
+    vocab_size: Annotated[int, Field(ge=2, le=65536)]
+    """Rows of the token embedding; must equal the tokenizer's vocabulary."""
+    num_layers: Positive
+    model_dim: Positive
+    """Width of the residual stream; a multiple of num_heads."""
+    num_heads: Positive
+    """Query heads."""
+    num_kv_heads: Positive
+    """Key and value heads; fewer than num_heads is grouped-query attention (arXiv:2305.13245)."""
+    mlp_hidden_dim: Positive
+    """Width between the two MLP matrices; activation relu(x)^2 (arXiv:2109.08668)."""
+    rope_dims: Positive
+    """Leading dimensions of each head that are rotated (arXiv:2104.09864); even, above 2, at most the head dimension."""
+    rope_base: Annotated[float, Field(gt=1)]
+    rope_trained_tokens: Positive
+    """Longer sequences raise the base by NTK scaling from this length."""
+    q_gain_init: float
+    """Initial value of the learned gain of each query head."""
+    num_xsa_layers: NonNegative
+    """Last layers whose attention output drops its component along the token's own value (exclusive self-attention)."""
+    smear_gate: bool
+    """Mix the previous token's embedding into each token through a learned gate per channel."""
+    bigram_rows: NonNegative
+    """Rows of the hashed bigram embedding; 0 leaves it out."""
+    bigram_dim: Positive
+    value_embedding_dim: NonNegative
+    """Width of the token table shared by value_embedding_layers; 0 leaves it out."""
+    value_embedding_layers: tuple[NonNegative, ...]
+    """Layers, counted from 0, whose values get the value embedding added."""
+    unet_skips: bool
+    """The second half of the layers adds the outputs of the first half, last first, each through a learned vector."""
+    residual_mix: bool
+    """Each block starts from a learned mix of the residual stream and the embedding."""
+    ln_scale: bool
+    """Scale the normalised input of layer n (from 0) by 1/sqrt(n+1)."""
+    tied_head: bool
+    """The output head is the token embedding."""
+    logit_softcap: PositiveFloat
+    """Logits are softcap * tanh(z / softcap) (Gemma 2, arXiv:2408.00118)."""
+    embedding_init_std: PositiveFloat
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.head_dim * self.num_kv_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model_dim % self.num_heads:
+            raise ValueError(f"num_heads: expected a divisor of model_dim {self.model_dim}, found {self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads {self.num_heads}, found {self.num_kv_heads}")
+        if self.rope_dims % 2 or not 2 < self.rope_dims <= self.head_dim:  # the NTK exponent divides by rope_dims - 2
+            raise ValueError(f"rope_dims: expected an even number from 4 to the head dimension {self.head_dim}, found {self.rope_dims}")
+        if self.num_xsa_layers > self.num_layers:
+            raise ValueError(f"num_xsa_layers: expected at most num_layers {self.num_layers}, found {self.num_xsa_layers}")
+        if self.bigram_rows == 1:
+            raise ValueError("bigram_rows: expected 0 or at least 2 (the last row is for the first position), found 1")
+        if bool(self.value_embedding_dim) != bool(self.value_embedding_layers):
+            raise ValueError("value_embedding_layers: expected at least one layer exactly when value_embedding_dim is not 0")
+        layers = self.value_embedding_layers
+        if list(layers) != sorted(set(layers)) or any(layer >= self.num_layers for layer in layers):
+            raise ValueError(f"value_embedding_layers: expected ascending layers below {self.num_layers}, found {list(layers)}")
+        return self

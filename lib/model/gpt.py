@@ -1,0 +1,205 @@
+"""The language model: one class with every architecture option of pr585 and pr410, and one forward pass.
+
+What it has that a plain transformer has not, each switched by a key of `ModelParams`: hashed bigram embedding, smear gate,
+U-Net skips, residual mix with the embedding, per-layer input scale, shared value embedding, partial RoPE with NTK scaling,
+query gains, exclusive self-attention, relu^2, tied head, soft-capped logits. RMSNorm has no parameters.
+
+Shapes: B batch, T tokens, P scored positions, D model, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib.model.attention import Attention, Rotation, make_rotation
+from lib.model.config import ModelParams
+from lib.model.embedding import BigramHash, SmearGate, ValueEmbedding
+from lib.params import parse_params
+
+ALL_POSITIONS = slice(None)
+VALUE_TABLE_STD = 0.01  # pr585, pr410
+
+
+class MLP(nn.Module):
+    """relu(x W_up)^2 W_down, without the residual connection around it."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.up = nn.Linear(params.model_dim, params.mlp_hidden_dim, bias=False)
+        self.down = nn.Linear(params.mlp_hidden_dim, params.model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, each scaled by a learned vector and added to the residual stream."""
+
+    residual_mix: nn.Parameter | None
+
+    def __init__(self, params: ModelParams, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(params, layer)
+        self.mlp = MLP(params)
+        self.attention_scale = nn.Parameter(torch.empty(params.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(params.model_dim))
+        self.register_parameter("residual_mix", nn.Parameter(torch.empty(2, params.model_dim)) if params.residual_mix else None)
+        self.input_scale = 1 / math.sqrt(layer + 1) if params.ln_scale else 1.0
+
+    def forward(self, x: Tensor, x0: Tensor, rotation: Rotation, added_value: Tensor | None) -> Tensor:
+        """One block: residual stream `x` and embedding `x0`, both (B, T, D) -> (B, T, D)."""
+        if self.residual_mix is not None:
+            x = self.residual_mix[0] * x + self.residual_mix[1] * x0
+        attended = self.attention(F.rms_norm(x, x.shape[-1:]) * self.input_scale, rotation, added_value)
+        x = x + self.attention_scale * attended
+        return x + self.mlp_scale * self.mlp(F.rms_norm(x, x.shape[-1:]) * self.input_scale)
+
+
+class GPT(nn.Module):
+    """The model; parameters are uninitialised until `initialize` or `load_state_dict`."""
+
+    skip_weights: nn.Parameter | None
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.params = params
+        self.token_embedding = nn.Embedding(params.vocab_size, params.model_dim)
+        self.bigram = BigramHash(params) if params.bigram_rows else None
+        self.smear_gate = SmearGate(params) if params.smear_gate else None
+        self.value_embedding = ValueEmbedding(params) if params.value_embedding_dim else None
+        self.blocks = nn.ModuleList(Block(params, layer) for layer in range(params.num_layers))
+        num_skips = params.num_layers // 2 if params.unet_skips else 0
+        self.register_parameter("skip_weights", nn.Parameter(torch.empty(num_skips, params.model_dim)) if num_skips else None)
+        self.head = None if params.tied_head else nn.Linear(params.model_dim, params.vocab_size, bias=False)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, tokens: Tensor, targets: Tensor, positions: slice = ALL_POSITIONS) -> Tensor:
+        """Cross-entropy of the targets at chosen positions.
+
+        Args:
+            tokens: (B, T) int64 inputs.
+            targets: (B, P) int64, the tokens that follow the chosen positions.
+            positions: the P of the T positions that are scored.
+
+        Returns:
+            (B, P) fp32 nats.
+        """
+        logits = self.logits(tokens, positions)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+    def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS) -> Tensor:
+        """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64."""
+        x = self._hidden(tokens)[:, positions]  # (B, P, D)
+        z = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+        cap = self.params.logit_softcap
+        return cap * torch.tanh(z.float() / cap)
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """The normalised residual stream after the last block, (B, T, D)."""
+        x = self.token_embedding(tokens)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens)
+        x = F.rms_norm(x, x.shape[-1:])
+        if self.smear_gate is not None:
+            x = self.smear_gate(x)
+        x0 = x
+        rotation = make_rotation(self.params, tokens.shape[1], tokens.device)
+        added_values = self.value_embedding(tokens) if self.value_embedding is not None else {}
+        skips: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            if self.skip_weights is not None and layer >= self.params.num_layers // 2 and skips:
+                x = x + self.skip_weights[len(self.skip_weights) - len(skips)] * skips.pop()
+            x = block(x, x0, rotation, added_values.get(layer))
+            if self.skip_weights is not None and layer < self.params.num_layers // 2:
+                skips.append(x)
+        return F.rms_norm(x, x.shape[-1:])
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Set all parameters as pr585 and pr410 do, on the CPU generator, so that a seed means the same on every device.
+
+        Matrices are orthogonal; the outputs of attention and MLP start at zero, so that each block starts as the identity.
+        The scripts meant the projections of the bigram and value embeddings to start at zero, but a later pass overwrote them
+        with scaled orthogonal ones. Zero is restored for the value embedding; the bigram projection must stay non-zero because
+        its table starts at zero, and a product of two zeros has no gradient.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                weight = torch.empty(module.weight.shape)
+                nn.init.orthogonal_(weight, generator=generator)
+                module.weight.copy_(weight)
+        embedding = self.token_embedding.weight
+        embedding.copy_(torch.randn(embedding.shape, generator=generator) * self.params.embedding_init_std)
+        if self.bigram is not None:
+            self.bigram.table.weight.zero_()
+            self.bigram.projection.weight.mul_(1 / math.sqrt(2 * self.params.num_layers))
+            self.bigram.scale.fill_(0.05)
+        if self.smear_gate is not None:
+            self.smear_gate.gate.zero_()
+        if self.value_embedding is not None:
+            table = self.value_embedding.table.weight
+            table.copy_(torch.randn(table.shape, generator=generator) * VALUE_TABLE_STD)
+            self.value_embedding.projection.weight.zero_()
+            self.value_embedding.scale.fill_(0.1)
+            self.value_embedding.layer_scales.fill_(1)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.attention.output.weight.zero_()
+                module.mlp.down.weight.zero_()
+                module.attention.q_gain.fill_(self.params.q_gain_init)
+                module.attention_scale.fill_(1)
+                module.mlp_scale.fill_(1)
+                if module.residual_mix is not None:
+                    module.residual_mix[0] = 1
+                    module.residual_mix[1] = 0
+        if self.skip_weights is not None:
+            self.skip_weights.fill_(1)
+        if self.head is not None:
+            self.head.weight.zero_()
+
+    def linear_inputs(self) -> dict[str, tuple[str, ...]]:
+        """Every distinct input of linear layers and the weights that read it; a weight ``x.weight`` belongs to the submodule ``x``."""
+        inputs: dict[str, tuple[str, ...]] = {}
+        if self.bigram is not None:
+            inputs["bigram.projection"] = ("bigram.projection.weight",)
+        if self.value_embedding is not None:
+            inputs["value_embedding.projection"] = ("value_embedding.projection.weight",)
+        for n in range(self.params.num_layers):
+            inputs[f"blocks.{n}.attention.input"] = tuple(f"blocks.{n}.attention.{part}.weight" for part in ("query", "key", "value"))
+            for part in ("attention.output", "mlp.up", "mlp.down"):
+                inputs[f"blocks.{n}.{part}"] = (f"blocks.{n}.{part}.weight",)
+        if self.head is not None:
+            inputs["head"] = ("head.weight",)
+        return inputs
+
+
+def build_model(model: dict[str, Any], weights: dict[str, Tensor]) -> GPT:
+    """A model for inference from its configuration and weights, as a checkpoint or an artifact holds them.
+
+    Args:
+        model: the fields of `ModelParams`.
+        weights: parameter name -> tensor; names and shapes must be exactly the model's.
+
+    Raises:
+        ParamsError: the configuration is not valid.
+        ValueError: weights are missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        gpt = GPT(parse_params(model, ModelParams, "model configuration: "))
+    expected = {name: tuple(parameter.shape) for name, parameter in gpt.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        differences = [f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
+                       for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+        raise ValueError("weights do not fit the model configuration: " + "; ".join(differences[:5]))
+    gpt.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return gpt.eval().requires_grad_(True)

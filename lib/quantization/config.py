@@ -1,0 +1,32 @@
+"""Parameters of the calibrate and quantize stages."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lib.params import Fraction, Params, Positive
+from lib.quantization.grid_config import BitsParams, ClipParams
+
+
+class CalibrateParams(Params):
+    """Section ``calibrate``."""
+
+    num_sequences: Positive
+    """Training sequences for the Hessians that GPTQ uses, and as many others for those that errors are reported with."""
+    batch_sequences: Positive
+    """Sequences per forward pass; more is faster and takes more memory."""
+
+
+class QuantizeParams(Params):
+    """Section ``quantize``."""
+
+    method: Literal["gptq", "rtn"]
+    """For weights of linear layers: GPTQ (arXiv:2210.17323) or round-to-nearest. Embedding tables are always rounded to nearest."""
+    bits: BitsParams
+    clip: ClipParams
+    damping: Annotated[Fraction, Field(gt=0)]
+    """GPTQ: fraction of the mean diagonal that is added to the Hessian's diagonal; raised tenfold where that is not enough."""
+    block_size: Positive
+    """GPTQ: columns between two updates of all later columns; changes speed, not results."""
+    act_order: bool
+    """GPTQ: columns in descending order of the Hessian's diagonal, instead of in their own order."""

@@ -1,0 +1,52 @@
+"""Parameters of the grid, which quantization-aware training and export share.
+
+Apart from `lib.quantization.config`, so that a new option of the quantize stage does not make a checkpoint stale.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from lib.params import Params, Positive, PositiveFloat
+
+FLOAT_BITS = 16
+MAX_INTEGER_BITS = 8
+
+
+def _check_bits(bits: int) -> int:
+    if bits != FLOAT_BITS and not 2 <= bits <= MAX_INTEGER_BITS:
+        raise ValueError(f"expected 2 to {MAX_INTEGER_BITS}, or {FLOAT_BITS} for fp16 without quantization, found {bits}")
+    return bits
+
+
+Bits = Annotated[int, AfterValidator(_check_bits)]
+
+
+class BitsParams(Params):
+    """Bits per weight by role of the matrix: 2 to 8 for integer codes, 16 for fp16 without quantization."""
+
+    attention: Bits
+    """Query, key, value and output projections."""
+    mlp: Bits
+    embedding: Bits
+    """Token embedding; also the head where the head is tied to it."""
+    bigram: Bits
+    """Hashed bigram table and its projection."""
+    value_embedding: Bits
+    """Value-embedding table and its projection."""
+    head: Bits
+    """Untied head; without effect on a tied one."""
+
+
+class ClipParams(Params):
+    """How far the grid of each row reaches: codes -clip_range .. clip_range cover -clip .. clip."""
+
+    rule: Literal["max", "percentile", "mse", "std"]
+    """max: largest magnitude of the row. percentile: the best of `percentiles`. mse: the best of `num_candidates` fractions
+    of the maximum. std: `num_std` standard deviations. Best is the least squared rounding error. An entry of CLIP_RULES."""
+    percentiles: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
+    """Rule percentile: candidate quantiles of the row's magnitudes, as fractions (entry #585: 0.999 .. 1)."""
+    num_candidates: Positive
+    """Rule mse: candidates k/num_candidates of the maximum, k = 1 .. num_candidates."""
+    num_std: PositiveFloat
+    """Rule std: standard deviations (about zero) of the row."""

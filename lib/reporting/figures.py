@@ -1,0 +1,84 @@
+"""Figures as SVG text, the same bytes for the same numbers; text in them stays text, in the reader's own font."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+Curve = Sequence[tuple[float, float]]
+
+SIZE_INCHES = (7.2, 3.2)
+COLORS = ("#1f5fa8", "#d9661f", "#3b8a4a", "#8a4f9e", "#6b6b6b")  # told apart in grey as well
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "albatross", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#333333", "xtick.color": "#555555", "ytick.color": "#555555", "axes.axisbelow": True, "legend.frameon": False,
+}
+
+
+def plot_curves(curves: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, *, unsettled: float = 0) -> str:
+    """Named groups of curves in one figure, one colour for each name and one line for each seed.
+
+    Args:
+        curves: name -> curves, each a sequence of points (x, y).
+        x_label: of the horizontal axis.
+        y_label: of the vertical axis.
+        unsettled: first fraction of the points, which may leave the figure at the top or bottom, so that the rest can be told apart.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _make_axes()
+        settled: list[float] = []
+        for color, (name, group) in zip(COLORS, curves.items(), strict=False):
+            for number, curve in enumerate(group):
+                x, y = zip(*curve, strict=True)
+                axes.plot(x, y, color=color, linewidth=1.3, alpha=1 if len(group) == 1 else 0.6, label=name if number == 0 else None)
+                settled += y[round(unsettled * len(y)):]
+        margin = 0.05 * (max(settled) - min(settled))
+        axes.set(ylim=(min(settled) - margin, max(settled) + margin) if margin else None, xlabel=x_label, ylabel=y_label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if len(curves) > 1:
+            axes.legend()
+        return _render(figure)
+
+
+def plot_steps(groups: Mapping[str, Mapping[str, float]], x_label: str) -> str:
+    """Values that follow from each other, top to bottom, with the change from each to the next.
+
+    Args:
+        groups: name of the group -> name of the value -> value; changes are drawn within a group.
+        x_label: of the axis of the values.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _make_axes()
+        row, labels = 0, []
+        for color, (group, values) in zip(COLORS, groups.items(), strict=False):
+            previous = None
+            for name, value in values.items():
+                text = f"{value:.4f}" if previous is None else f"{value:.4f}  ({value - previous:+.4f})"
+                if previous is not None:
+                    axes.plot((previous, previous, value), (row - 1, row, row), color=color, linewidth=1, alpha=0.6)
+                axes.plot(value, row, "o", color=color, markersize=6)
+                to_left = previous is not None and value < previous  # away from the line that leads here
+                axes.annotate(text, (value, row), xytext=(-8 if to_left else 8, 0), textcoords="offset points", va="center",
+                              ha="right" if to_left else "left", color="#222222")
+                labels.append(f"{group}: {name}")
+                previous, row = value, row + 1
+        axes.set(yticks=range(row), yticklabels=labels, xlabel=x_label, ylim=(row - 0.5, -0.5))
+        axes.margins(x=0.5)  # room for the numbers
+        axes.grid(visible=False, axis="y")
+        return _render(figure)
+
+
+def _make_axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _render(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()

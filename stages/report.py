@@ -1,0 +1,21 @@
+"""Report on all seeds: figures, curves and tables of every stage -> report.html, metrics.json."""
+
+from lib.artifacts.files import write_bytes, write_json
+from lib.artifacts.metrics import METRICS_FILE
+from lib.artifacts.paths import REPORT_FOLDER
+from lib.params import load_params, read_params
+from lib.reporting.config import ReportParams
+from lib.reporting.html import make_metrics, make_report
+from lib.reporting.summary import read_metrics
+
+
+def main() -> None:
+    """Run the stage."""
+    report, params = load_params("report", ReportParams), read_params()
+    metrics = read_metrics(params["seeds"])
+    write_bytes(REPORT_FOLDER / "report.html", make_report(report.title, params, metrics).encode())
+    write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(metrics))
+
+
+if __name__ == "__main__":
+    main()

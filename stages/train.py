@@ -1,0 +1,55 @@
+"""Train: tokenizer, train and held-out shards -> checkpoint of float weights, loss curve."""
+
+from functools import partial
+
+from lib.artifacts.checkpoint import Checkpoint, save_checkpoint
+from lib.artifacts.files import sha256_of, write_csv
+from lib.artifacts.metrics import save_metrics
+from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
+from lib.artifacts.tokens import SPLIT_FILE, load_split
+from lib.data.loader import Loader
+from lib.data.tokenizer import load_tokenizer
+from lib.distributed import start_process
+from lib.evaluation.heldout import score_heldout
+from lib.model.config import ModelParams
+from lib.model.gpt import GPT
+from lib.params import load_params, parse_seed
+from lib.training.config import TrainParams
+from lib.training.loop import train
+from lib.training.resume import resume_file
+from lib.training.selection import score_candidates, select
+
+
+def main(seed: int) -> None:
+    """Run the stage for one seed."""
+    params, model_params = load_params("train", TrainParams), load_params("model", ModelParams)
+    folder = stage_folder("train", seed)
+    with start_process() as process:
+        tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model")
+        train_split, heldout = (load_split(TOKENIZE_FOLDER / name, model_params.vocab_size) for name in ("train", "heldout"))
+        model = GPT(model_params).to(process.device)
+        model.initialize(seed)
+        resume_path = resume_file(folder, {"train": params.model_dump(), "model": model_params.model_dump(), "seed": seed,
+                                           "data": sha256_of(TOKENIZE_FOLDER / "train" / SPLIT_FILE)})
+        result = train(model, params, Loader(train_split, params.sequence_tokens, params.batch_sequences, seed), process, resume_path)
+        score = partial(score_heldout, split=heldout, tokenizer=tokenizer, window_tokens=params.sequence_tokens,
+                        batch_windows=params.micro_batch_sequences, precision=params.precision, process=process)
+        scores = score_candidates(model, result.candidates, score)
+        selected = select(scores, params.averaging.select)
+        if not process.is_main:
+            return
+        save_checkpoint(folder / "checkpoint.safetensors", Checkpoint(
+            result.candidates[selected], model_params.model_dump(mode="json"),
+            {"sequence_tokens": params.sequence_tokens, "num_steps": result.num_steps, "selected": selected,
+             "qat": params.qat.model_dump(mode="json") if params.qat.below_lr else None}))
+        write_csv(folder / "loss.csv", ("tokens", "loss"), result.loss_curve)
+        save_metrics(folder, {
+            "heldout_bpb": round(scores[selected].bpb, 8), "heldout_loss": round(scores[selected].loss, 8), "selected": selected,
+            **{f"heldout_bpb_{kind}": round(score.bpb, 8) for kind, score in scores.items()},
+            "num_parameters": model.num_parameters, "num_steps": result.num_steps, "num_tokens": result.num_tokens,
+        }, {"seconds": result.seconds, "tokens_per_second": result.tokens_per_second})
+        resume_path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main(parse_seed(__doc__))

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.compression.code_size import code_bytes, import_closure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(root: Path, **files: str) -> None:
+    for name, content in files.items():
+        path = root / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+
+
+def make_project(root: Path) -> None:
+    write(root, stages__run="import os\nimport numpy.linalg\nfrom lib.a import f\nimport lib.b.c\n",
+          lib__a="from lib import d\nfrom .b import e\n", lib__b__c="def g():\n    from ..late import *\n", lib__b__e="import stages.run\n",
+          lib__d="# é\n", lib__late="", lib__unused="")
+    for package in ("stages", "lib", "lib/b"):
+        (root / package / "__init__.py").write_text("")
+
+
+def test_closure_follows_every_kind_of_import(tmp_path: Path) -> None:
+    make_project(tmp_path)
+    found = [path.as_posix() for path in import_closure(Path("stages/run.py"), tmp_path)]
+    assert found == ["lib/__init__.py", "lib/a.py", "lib/b/__init__.py", "lib/b/c.py", "lib/b/e.py", "lib/d.py", "lib/late.py",
+                     "stages/__init__.py", "stages/run.py"]
+
+
+def test_imports_of_packages_count(tmp_path: Path) -> None:
+    make_project(tmp_path)
+    (tmp_path / "lib/b/__init__.py").write_text("from lib.unused import x\n")
+    assert Path("lib/unused.py") in import_closure(Path("stages/run.py"), tmp_path)
+
+
+def test_bytes_are_those_of_the_files(tmp_path: Path) -> None:
+    make_project(tmp_path)
+    closure = import_closure(Path("stages/run.py"), tmp_path)
+    assert code_bytes(Path("stages/run.py"), tmp_path) == sum(len((tmp_path / path).read_bytes()) for path in closure)
+    assert code_bytes(Path("lib/d.py"), tmp_path) == len("# é\n".encode())
+
+
+def test_missing_entry_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        import_closure(Path("stages/nothing.py"), tmp_path)
+
+
+def test_closure_is_what_python_loads() -> None:
+    """Nothing that importing this project's own evaluate stage loads is missing."""
+    script = ("import sys, stages.evaluate\n"
+              "print(*(module.__file__ for name, module in sys.modules.items() if name.split('.')[0] in ('lib', 'stages')), sep='\\n')")
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert sorted(Path(file).relative_to(ROOT) for file in loaded) == list(import_closure(Path("stages/evaluate.py"), ROOT))

@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.data import corpus
+from lib.data.config import SourceName
+from lib.data.corpus import SOURCES, Selection, normalized_hash, open_source, split_of
+from tests.data.texts import tiny_params
+
+WORDS = st.lists(st.text("abcßDEFÉ", min_size=1, max_size=6), min_size=1, max_size=8)
+WHITE_SPACE = st.text(" \t\n\r\u00a0\u3000", min_size=1, max_size=3)
+
+
+def select(texts: list[str], **changes: object) -> tuple[list[tuple[str, str]], Selection]:
+    selection = Selection(tiny_params(**changes))
+    return list(selection.select(iter(texts))), selection
+
+
+def test_every_source_name_is_registered() -> None:
+    assert set(SOURCES) == set(get_args(SourceName))
+
+
+@given(words=WORDS, gaps=st.lists(WHITE_SPACE, min_size=9, max_size=9), upper=st.booleans())
+def test_hash_ignores_white_space_and_case_alone(words: list[str], gaps: list[str], upper: bool) -> None:
+    text = "".join(gap + word for gap, word in zip(gaps, words, strict=False)) + gaps[-1]
+    assert normalized_hash(text.upper() if upper else text) == normalized_hash(" ".join(words))
+    assert normalized_hash(text) != normalized_hash(text + "z")
+    assert normalized_hash("a b") != normalized_hash("ab")
+
+
+@given(texts=st.lists(st.text(st.sampled_from("ab \nAB"), max_size=6), max_size=30), heldout=st.floats(0.01, 0.49),
+       val=st.floats(0.01, 0.49))
+def test_equal_documents_share_a_split_and_only_the_first_is_kept(texts: list[str], heldout: float, val: float) -> None:
+    documents, selection = select(texts, heldout_fraction=heldout, val_fraction=val)
+    keys = [" ".join(text.casefold().split()) for _, text in documents]
+    assert len(set(keys)) == len(keys)
+    assert set(keys) == {" ".join(text.casefold().split()) for text in texts if text.lstrip(" ")}
+    for split, text in documents:  # the split depends on nothing but the document
+        assert select([text.swapcase()], heldout_fraction=heldout, val_fraction=val)[0] == [(split, text.swapcase())]
+    assert sum(map(len, selection.keys.values())) + selection.skipped.total() == len(texts)
+
+
+def test_fractions_are_those_of_the_parameters() -> None:
+    documents, _ = select([f"document {i}" for i in range(20_000)], heldout_fraction=0.1, val_fraction=0.3)
+    counts = {split: sum(found == split for found, _ in documents) for split in ("train", "heldout", "val")}
+    assert counts["heldout"] == pytest.approx(2000, rel=0.1)
+    assert counts["val"] == pytest.approx(6000, rel=0.05)
+
+
+@pytest.mark.parametrize(("digest", "split"), [
+    (b"\x00", "val"), (b"\x3f", "val"), (b"\x40", "heldout"), (b"\x7f", "heldout"), (b"\x80", "train"), (b"\xff", "train"),
+])
+def test_split_is_decided_by_the_leading_bits(digest: bytes, split: str) -> None:
+    assert split_of(digest + bytes(31), heldout_fraction=0.25, val_fraction=0.25) == split
+
+
+def test_what_is_left_out_is_counted_by_reason() -> None:
+    texts = ["", "   ", "  leading spaces", "leading SPACES ", "1234", "12345", "Ωμ1", "block \u2581 character", "lone \ud800 surrogate",
+             "\tkept tab "]
+    documents, selection = select(texts, min_document_bytes=5)
+    assert [text for _, text in documents] == ["leading spaces", "12345", "Ωμ1", "\tkept tab "]
+    assert selection.skipped == {"empty": 2, "repeated": 1, "short": 1, "contains U+2581": 1, "contains a lone surrogate": 1}
+
+
+def test_jsonl_source_can_be_read_again(tmp_path: Path) -> None:
+    for name, text in (("b", "second"), ("a", "first")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
+    source = open_source(tiny_params(path=str(tmp_path)))
+    assert list(source.read("once")) == list(source.read("twice")) == ["first", "second"]
+    assert source.provenance == {"name": "jsonl", "file_bytes": {"a.jsonl": 17, "b.jsonl": 18}}
+    assert open_source(tiny_params(path=str(tmp_path / "b.jsonl"))).provenance["file_bytes"] == {"b.jsonl": 18}
+
+
+def test_embedded_source_drops_repeated_docstrings_and_sorts_by_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [["One.", "Two.", "one."], ["TWO. ", "Three."], [], ["Two.", "One."], ["Four."]]
+    monkeypatch.setattr(corpus, "harvest", lambda packages: iter(modules))
+    monkeypatch.setattr(corpus, "check_pins", lambda requirements, packages: {"ark": "3.0"})
+    source = open_source(tiny_params(source="embedded", path="requirements.txt"))
+    expected = ["One.\n\nTwo.", "Three.", "", "", "Four."]
+    assert list(source.read("once")) == list(source.read("twice")) == sorted(expected, key=normalized_hash)
+    assert source.provenance["packages"] == {"ark": "3.0"}

@@ -1,0 +1,113 @@
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lib.artifacts.files import ArtifactError
+from lib.artifacts.tokens import SPLITS, load_split
+from lib.data import encoding
+from lib.data.corpus import Source
+from lib.data.encoding import make_manifest, provide_tokenizer, summarize, write_splits
+from lib.data.tokenizer import load_tokenizer
+from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, tiny_params, tiny_tokenizer
+
+SENTENCES = [f"Document {i}: {text}" for i in range(4) for text in (ENGLISH, *SCRIPTS.values())]
+
+
+def make_source(texts: list[str]) -> Source:
+    return Source(lambda description: iter(texts), {"name": "test"})
+
+
+def write(tmp_path: Path, texts: list[str], **changes: Any) -> dict[str, Any]:
+    return write_splits(tiny_params(**changes), make_source(texts), tiny_tokenizer(), tmp_path)
+
+
+@pytest.mark.parametrize("batch_characters", [1, 500, 1 << 22])
+def test_splits_hold_every_document_once_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_characters: int) -> None:
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", batch_characters)
+    result = write(tmp_path, SENTENCES)
+    tokenizer = tiny_tokenizer()
+    found = []
+    for name in SPLITS:
+        split = load_split(tmp_path / name, TINY_VOCAB_SIZE)
+        tokens = split.tokens()
+        documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id)[1:])
+        texts = [next(text for text in SENTENCES if tokenizer.encode(text) == document[1:].tolist()) for document in documents]
+        assert texts == sorted(texts, key=SENTENCES.index)
+        assert split.raw_bytes == split.accounted_bytes == tokenizer.target_bytes(tokens).sum() == sum(len(text.encode()) for text in texts)
+        assert result["splits"][name]["documents"] == result["splits"][name]["distinct_documents"] == len(texts) == split.num_documents
+        found += texts
+    assert sorted(found) == sorted(SENTENCES)
+    assert set(result["shared_documents"].values()) == {0}
+    assert len(result["shared_documents"]) == 3
+
+
+def test_shared_documents_come_from_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a broken assignment to splits, the evidence in the manifest shows it."""
+    turns = itertools.cycle(SPLITS)
+    monkeypatch.setattr("lib.data.corpus.split_of", lambda *_, **__: next(turns))
+    result = write(tmp_path, ["same text", "same text", "same text", "other"])
+    assert result["shared_documents"] == {"train and heldout": 1, "train and val": 1, "heldout and val": 1}
+
+
+def test_lossless_tokenizer_with_other_bytes_fails(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer._num_bytes[tokenizer.encode("D")[0]] = 3
+    with pytest.raises(ValueError, match=r"document that starts 'Document .*: expected \d+ bytes, its UTF-8 length, found \d+"):
+        write_splits(tiny_params(), make_source(SENTENCES), tokenizer, tmp_path)
+
+
+def test_lossy_tokenizer_records_both_numbers(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.lossless = False
+    tokenizer._num_bytes[tokenizer.encode("D")[0]] = 3
+    splits = write_splits(tiny_params(), make_source(SENTENCES), tokenizer, tmp_path)["splits"]
+    assert sum(split["accounted_bytes"] for split in splits.values()) > sum(split["raw_bytes"] for split in splits.values())
+
+
+def test_empty_split_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected documents in every split, found none in .*min_document_bytes"):
+        write(tmp_path, ["one document alone", "short"], min_document_bytes=10)
+
+
+def test_trained_tokenizer_sees_training_documents_only(tmp_path: Path) -> None:
+    params = tiny_params()
+    source = make_source(SENTENCES)
+    tokenizer = provide_tokenizer(params, source, tmp_path / "tokenizer.model")
+    assert load_tokenizer(tmp_path / "tokenizer.model").sha256 == tokenizer.sha256
+    write_splits(params, source, tokenizer, tmp_path)
+    train = [text for text in SENTENCES if tokenizer.encode(text)[:40] in _documents(tmp_path / "train", tokenizer.bos_id)]
+    assert 0 < len(train) < len(SENTENCES)
+    assert provide_tokenizer(params, make_source(train), tmp_path / "again.model").sha256 == tokenizer.sha256
+
+
+def _documents(folder: Path, bos_id: int) -> list[list[int]]:
+    tokens = load_split(folder, TINY_VOCAB_SIZE).tokens()
+    return [document[1:41].tolist() for document in np.split(tokens, np.flatnonzero(tokens == bos_id)[1:])]
+
+
+def test_given_tokenizer_is_copied(tmp_path: Path) -> None:
+    given = tmp_path / "given.model"
+    provide_tokenizer(tiny_params(), make_source(SENTENCES), given)
+    params = tiny_params(tokenizer=str(given))
+    provide_tokenizer(params, make_source([]), tmp_path / "tokenizer.model")
+    assert (tmp_path / "tokenizer.model").read_bytes() == given.read_bytes()
+    with pytest.raises(ValueError, match=r"tokenize\.vocab_size: expected the 700 pieces of .*given\.model, found 701"):
+        provide_tokenizer(tiny_params(tokenizer=str(given), vocab_size=701), make_source([]), tmp_path / "tokenizer.model")
+    with pytest.raises(ArtifactError, match=r"none\.model: no such file"):
+        provide_tokenizer(tiny_params(tokenizer=str(tmp_path / "none.model")), make_source([]), tmp_path / "tokenizer.model")
+
+
+def test_manifest_and_metrics(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    manifest = make_manifest(tiny_params(), make_source([]), tokenizer, write(tmp_path, [*SENTENCES, "", SENTENCES[0].upper()]))
+    assert manifest["source"] == {"name": "test"}
+    assert manifest["tokenizer"] == {"trained": True, "lossless": True, "vocab_size": TINY_VOCAB_SIZE, "sha256": tokenizer.sha256}
+    assert manifest["skipped_documents"] == {"empty": 1, "repeated": 1}
+    val = json.loads((tmp_path / "val" / "split.json").read_text())
+    assert manifest["splits"]["val"] == val | {"distinct_documents": val["documents"]}
+    assert summarize(manifest)["val"] == {"documents": val["documents"], "tokens": val["tokens"], "raw_bytes": val["raw_bytes"],
+                                          "accounted_bytes": val["raw_bytes"], "bytes_per_token": val["raw_bytes"] / (val["tokens"] - 1)}

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+
+from lib.data.tokenizer import SPACE, Tokenizer
+from lib.data.tokenizer_training import train_tokenizer
+from tests.data.texts import ENGLISH, SCRIPTS
+
+DOCUMENTS = [ENGLISH, *SCRIPTS.values()]
+
+
+def test_reserved_pieces_and_size() -> None:
+    processor = SentencePieceProcessor(model_proto=train_tokenizer(DOCUMENTS, 700, 100_000))
+    assert [processor.id_to_piece(token) for token in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert [processor.id_to_piece(token) for token in range(4, 260)] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert processor.vocab_size() == 700
+    assert Tokenizer(train_tokenizer(DOCUMENTS, 700, 100_000), Path("trained.model")).lossless
+
+
+def test_training_is_deterministic() -> None:
+    assert train_tokenizer(DOCUMENTS, 700, 100_000) == train_tokenizer(DOCUMENTS, 700, 100_000)
+
+
+def test_only_the_first_documents_are_used() -> None:
+    documents = iter([ENGLISH, ENGLISH, "never read"])
+    assert train_tokenizer(documents, 300, len(ENGLISH) + 1) == train_tokenizer([ENGLISH, ENGLISH], 300, 100_000)
+    assert next(documents) == "never read"
+
+
+def test_indentation_becomes_pieces() -> None:
+    processor = SentencePieceProcessor(model_proto=train_tokenizer(["def f():\n        return 1\n" * 20], 280, 100_000))
+    assert processor.piece_to_id(SPACE * 4) != processor.unk_id()
+
+
+def test_long_documents_count_and_newlines_can_merge() -> None:
+    document = "abc def.\n\nDef abc!\n\n" * 1000  # above SentencePiece's default limit of 4192 bytes
+    processor = SentencePieceProcessor(model_proto=train_tokenizer([document], 275, 100_000))
+    assert processor.piece_to_id("\n\n") != processor.unk_id()
+
+
+@pytest.mark.parametrize(("documents", "vocab_size", "expected"), [
+    ([ENGLISH], 5000, r"at most \d+ pieces"),
+    (DOCUMENTS, 262, r"at least \d+ pieces"),
+    (["\u2585"], 300, "a vocabulary that SentencePiece can train"),
+])
+def test_vocabulary_that_cannot_be_reached_is_an_error(documents: list[str], vocab_size: int, expected: str) -> None:
+    with pytest.raises(ValueError, match=rf"tokenize\.vocab_size: expected {expected}.*, found {vocab_size} .*tokenizer_training_bytes"):
+        train_tokenizer(documents, vocab_size, 100_000)
+
+
+def test_the_size_that_the_error_names_can_be_reached() -> None:
+    with pytest.raises(ValueError, match="at most") as error:
+        train_tokenizer([ENGLISH], 5000, 100_000)
+    limit = int(str(error.value).split("at most ")[1].split()[0])
+    assert Tokenizer(train_tokenizer([ENGLISH], limit, 100_000), Path("trained.model")).vocab_size == limit
+
+
+def test_no_documents_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"expected training documents for the tokenizer, found none"):
+        train_tokenizer([], 300, 100_000)

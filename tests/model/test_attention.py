@@ -1,0 +1,36 @@
+"""Properties of the parts of attention that the comparison of whole models could miss."""
+
+import torch
+
+from lib.model.attention import make_rotation, remove_own_value, rotate
+from lib.model.config import ModelParams
+from lib.params import parse_params
+from tests.model.test_gpt import FULL
+
+CPU = torch.device("cpu")
+
+
+def test_ntk_base_of_the_published_runs() -> None:
+    params = parse_params({**FULL, "model_dim": 512, "num_heads": 8, "rope_dims": 16, "rope_trained_tokens": 1024}, ModelParams, "")
+    rotation = make_rotation(params, 2048, CPU)
+    base = float(torch.atan2(rotation.sin, rotation.cos)[1, 0, 1]) ** (-16 / 2)  # angle of the second frequency at position 1
+    assert abs(base - 22082) < 1  # both scripts train at 2048 with a trained length of 1024
+
+
+def test_scores_depend_on_distance_only_and_norms_are_kept() -> None:
+    params = parse_params({**FULL, "rope_trained_tokens": 64}, ModelParams, "")
+    rotation = make_rotation(params, 32, CPU)
+    q, k = torch.randn(2, 1, 1, 1, 6, generator=torch.Generator().manual_seed(0)).expand(2, 1, 32, 1, 6)
+    q_rotated, k_rotated = rotate(q, rotation), rotate(k, rotation)
+    scores = torch.einsum("bthe,bshe->ts", q_rotated, k_rotated)
+    torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5])
+    torch.testing.assert_close(q_rotated.norm(dim=-1), q.norm(dim=-1))
+
+
+def test_own_value_is_removed_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y, v = torch.randn(2, 3, 4, 6, generator=generator), torch.randn(2, 3, 2, 6, generator=generator)
+    own = v.repeat_interleave(2, dim=2)
+    left = remove_own_value(y, v)
+    torch.testing.assert_close((left * own).sum(-1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close((y - left).norm(dim=-1), ((y * own).sum(-1) / own.norm(dim=-1)).abs())

@@ -1,0 +1,214 @@
+"""The forward pass against a plain reimplementation of the published description, one token and one head at a time."""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from lib.model.config import ModelParams
+from lib.model.gpt import GPT, build_model
+from lib.params import ParamsError, parse_params
+
+Array = npt.NDArray[np.float64]
+
+FULL: dict[str, Any] = {
+    "vocab_size": 40, "num_layers": 5, "model_dim": 24, "num_heads": 4, "num_kv_heads": 2, "mlp_hidden_dim": 20, "rope_dims": 4,
+    "rope_base": 10000.0, "rope_trained_tokens": 6, "q_gain_init": 1.5, "num_xsa_layers": 2, "smear_gate": True, "bigram_rows": 17,
+    "bigram_dim": 8, "value_embedding_dim": 8, "value_embedding_layers": [3, 4], "unet_skips": True, "residual_mix": True,
+    "ln_scale": True, "tied_head": True, "logit_softcap": 30.0, "embedding_init_std": 0.5,
+}
+PLAIN = {**FULL, "num_kv_heads": 4, "rope_dims": 6, "num_xsa_layers": 0, "smear_gate": False, "bigram_rows": 0, "value_embedding_dim": 0,
+         "value_embedding_layers": [], "unet_skips": False, "residual_mix": False, "ln_scale": False, "tied_head": False}
+
+
+def make_model(options: dict[str, Any], seed: int = 0) -> GPT:
+    """A model whose every parameter is random, so that no option hides behind a zero or a one."""
+    model = GPT(parse_params(options, ModelParams, ""))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def rms(x: Array) -> Array:
+    normalised: Array = x / math.sqrt(float(np.mean(x * x)) + np.finfo(np.float32).eps)
+    return normalised
+
+
+def rotated(x: Array, position: int, options: dict[str, Any], num_tokens: int) -> Array:
+    dims, base, trained = options["rope_dims"], options["rope_base"], options["rope_trained_tokens"]
+    if num_tokens > trained:
+        base *= (num_tokens / trained) ** (dims / (dims - 2))
+    y = x.copy()
+    for i in range(dims // 2):
+        angle = position / base ** (2 * i / dims)
+        y[i] = x[i] * math.cos(angle) - x[i + dims // 2] * math.sin(angle)
+        y[i + dims // 2] = x[i] * math.sin(angle) + x[i + dims // 2] * math.cos(angle)
+    return y
+
+
+def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens: list[int]) -> Array:
+    """(T, V) logits of one sequence, written from the published description with loops and no shared code."""
+    w, num_tokens, layers = weights, len(tokens), options["num_layers"]
+    heads, kv_heads = options["num_heads"], options["num_kv_heads"]
+    width = options["model_dim"] // heads
+    x = []
+    for t, token in enumerate(tokens):
+        embedded = w["token_embedding.weight"][token].copy()
+        if options["bigram_rows"]:
+            row = options["bigram_rows"] - 1 if t == 0 else ((36313 * token) ^ (27191 * tokens[t - 1])) % (options["bigram_rows"] - 1)
+            embedded += w["bigram.projection.weight"] @ w["bigram.table.weight"][row] * w["bigram.scale"]
+        x.append(rms(embedded))
+    if options["smear_gate"]:
+        gate = 1 / (1 + np.exp(-w["smear_gate.gate"]))
+        x = [(1 - gate) * x[t] + gate * (x[t - 1] if t else 0) for t in range(num_tokens)]
+    x0 = list(x)
+    stack: list[list[Array]] = []
+    for layer in range(layers):
+        name = f"blocks.{layer}."
+        if options["unet_skips"] and layer >= layers // 2 and stack:
+            skip = w["skip_weights"][layer - layers // 2]
+            popped = stack.pop()
+            x = [x[t] + skip * popped[t] for t in range(num_tokens)]
+        if options["residual_mix"]:
+            mix = w[name + "residual_mix"]
+            x = [mix[0] * x[t] + mix[1] * x0[t] for t in range(num_tokens)]
+        scale = 1 / math.sqrt(layer + 1) if options["ln_scale"] else 1.0
+        queries, keys, values = [], [], []
+        for t in range(num_tokens):
+            h = rms(x[t]) * scale
+            q = (w[name + "attention.query.weight"] @ h).reshape(heads, width)
+            k = (w[name + "attention.key.weight"] @ h).reshape(kv_heads, width)
+            v = w[name + "attention.value.weight"] @ h
+            if layer in options["value_embedding_layers"]:
+                factor = w["value_embedding.layer_scales"][options["value_embedding_layers"].index(layer)] * w["value_embedding.scale"]
+                v = v + w["value_embedding.projection.weight"] @ w["value_embedding.table.weight"][tokens[t]] * factor
+            queries.append([rotated(rms(q[n]), t, options, num_tokens) * w[name + "attention.q_gain"][n] for n in range(heads)])
+            keys.append([rotated(rms(k[n]), t, options, num_tokens) for n in range(kv_heads)])
+            values.append(v.reshape(kv_heads, width))
+        for t in range(num_tokens):
+            outputs = []
+            for n in range(heads):
+                group = n // (heads // kv_heads)
+                scores = np.array([queries[t][n] @ keys[s][group] / math.sqrt(width) for s in range(t + 1)])
+                shares = np.exp(scores - scores.max())
+                y = sum(share / shares.sum() * values[s][group] for s, share in enumerate(shares))
+                if layer >= layers - options["num_xsa_layers"]:
+                    own = values[t][group] / np.linalg.norm(values[t][group])
+                    y = y - (y @ own) * own
+                outputs.append(y)
+            x[t] = x[t] + w[name + "attention_scale"] * (w[name + "attention.output.weight"] @ np.concatenate(outputs))
+            hidden = np.maximum(w[name + "mlp.up.weight"] @ (rms(x[t]) * scale), 0) ** 2
+            x[t] = x[t] + w[name + "mlp_scale"] * (w[name + "mlp.down.weight"] @ hidden)
+        if options["unet_skips"] and layer < layers // 2:
+            stack.append(list(x))
+    head, cap = w["token_embedding.weight" if options["tied_head"] else "head.weight"], options["logit_softcap"]
+    return np.stack([cap * np.tanh(head @ rms(x[t]) / cap) for t in range(num_tokens)])
+
+
+@pytest.mark.parametrize("options", [FULL, PLAIN, {**FULL, "num_layers": 4, "value_embedding_layers": [0]}], ids=["full", "plain", "even"])
+@pytest.mark.parametrize("num_tokens", [6, 9])  # within and beyond the trained length
+def test_logits_equal_the_published_description(options: dict[str, Any], num_tokens: int) -> None:
+    model = make_model(options)
+    tokens = torch.randint(0, 40, (2, num_tokens), generator=torch.Generator().manual_seed(1))
+    weights = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    expected = np.stack([reference_logits(options, weights, row) for row in tokens.tolist()])
+    np.testing.assert_allclose(model.logits(tokens).detach().numpy(), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_loss_is_the_negative_log_probability_of_the_target() -> None:
+    model, tokens = make_model(FULL), torch.arange(12).view(2, 6)
+    targets = torch.tensor([[5, 1], [0, 39]])
+    positions = slice(4, 6)
+    probabilities = model.logits(tokens)[:, positions].softmax(-1).gather(-1, targets[..., None])[..., 0]
+    torch.testing.assert_close(model(tokens, targets, positions), -probabilities.log())
+
+
+@pytest.mark.parametrize("options", [FULL, PLAIN], ids=["full", "plain"])
+def test_later_tokens_change_no_earlier_logit(options: dict[str, Any]) -> None:
+    model, tokens = make_model(options), torch.arange(16).view(2, 8)
+    changed = tokens.clone()
+    changed[:, 5:] = 39 - changed[:, 5:]
+    before, after = model.logits(tokens), model.logits(changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5], after[:, 5])
+
+
+def test_initialisation_is_published_and_trainable() -> None:
+    model = GPT(parse_params(FULL, ModelParams, ""))
+    model.initialize(seed=3)
+    for block in model.blocks:
+        assert not block.get_submodule("attention.output").get_parameter("weight").any()
+        assert not block.get_submodule("mlp.down").get_parameter("weight").any()
+        query = block.get_submodule("attention.query").get_parameter("weight")
+        torch.testing.assert_close(query @ query.T, torch.eye(24), atol=1e-5, rtol=0)
+    assert abs(model.token_embedding.weight.std().item() - 0.5) < 0.05
+    assert model.value_embedding is not None and not model.value_embedding.projection.weight.any()
+    # Each zero needs a non-zero partner, or it never moves.
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    tokens = torch.arange(40).view(2, 20)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(5):
+        model(tokens, tokens).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+
+
+def test_initialisation_depends_on_the_seed_only() -> None:
+    weights = []
+    for seed, noise in ((3, 0), (3, 1), (4, 1)):
+        torch.manual_seed(noise)
+        model = GPT(parse_params(FULL, ModelParams, ""))
+        model.initialize(seed)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_linear_inputs_name_every_linear_layer_once_and_are_what_it_reads() -> None:
+    model = make_model({**FULL, "tied_head": False})
+    inputs = model.linear_inputs()
+    named = [weight for weights in inputs.values() for weight in weights]
+    linears = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert sorted(named) == sorted(linears)
+    seen: dict[str, torch.Tensor] = {}
+    for name in named:
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda module, arguments, name=name: seen.__setitem__(name, arguments[0]))
+    model.logits(torch.arange(6)[None])
+    for weights in inputs.values():
+        assert all(seen[weight] is seen[weights[0]] for weight in weights)
+
+
+def test_build_model_restores_a_model_and_refuses_other_weights() -> None:
+    model, tokens = make_model(FULL), torch.arange(6)[None]
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert torch.equal(build_model(FULL, weights).logits(tokens), model.logits(tokens))
+    with pytest.raises(ValueError, match=r"skip_weights: expected \(2, 24\), found nothing"):
+        build_model(FULL, {name: weight for name, weight in weights.items() if name != "skip_weights"})
+    with pytest.raises(ValueError, match=r"head\.weight: expected nothing, found \(40, 24\)"):
+        build_model(FULL, {**weights, "head.weight": torch.zeros(40, 24)})
+    with pytest.raises(ParamsError, match="model configuration: num_layers"):
+        build_model({**FULL, "num_layers": 0}, weights)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"num_heads": 5}, "num_heads: expected a divisor of model_dim 24"),
+    ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads 4"),
+    ({"rope_dims": 2}, "rope_dims: expected an even number from 4 to the head dimension 6, found 2"),
+    ({"rope_dims": 5}, "rope_dims: expected an even number"),
+    ({"rope_dims": 8}, "rope_dims: expected an even number"),
+    ({"num_xsa_layers": 6}, "num_xsa_layers: expected at most num_layers 5"),
+    ({"bigram_rows": 1}, "bigram_rows: expected 0 or at least 2"),
+    ({"value_embedding_dim": 0}, "value_embedding_layers: expected at least one layer exactly when"),
+    ({"value_embedding_layers": [4, 3]}, "value_embedding_layers: expected ascending layers below 5"),
+    ({"value_embedding_layers": [5]}, "value_embedding_layers: expected ascending layers below 5"),
+])
+def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        parse_params({**FULL, **change}, ModelParams, "")

@@ -1,0 +1,57 @@
+"""A folder in which the stages from calibrate on can run: tokenizer, shards, a checkpoint of random weights, params.yaml."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ruamel.yaml import YAML
+
+from lib.artifacts.checkpoint import Checkpoint, save_checkpoint
+from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
+from lib.artifacts.tokens import SplitWriter
+from lib.data.tokenizer import load_tokenizer
+from lib.data.tokenizer_training import train_tokenizer
+from lib.params import SECTIONS
+from tests.evaluation.tiny import MODEL, make_model
+
+VOCAB_SIZE, SEED = 300, 7
+PARAMS: dict[str, Any] = dict.fromkeys(SECTIONS) | {
+    "calibrate": {"num_sequences": 24, "batch_sequences": 10},
+    "quantize": {"method": "gptq", "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8},
+                 "clip": {"rule": "mse", "percentiles": [0.99, 1.0], "num_candidates": 20, "num_std": 4.0}, "damping": 0.01,
+                 "block_size": 8, "act_order": True},
+    "compress": {"codec": "zstd", "level": 22, "limit_bytes": 100_000},
+}
+
+
+def write_params(folder: Path, section: str | None = None, **changes: Any) -> None:
+    params = copy.deepcopy(PARAMS)
+    if section is not None:
+        params[section] |= changes
+    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(params, file)
+
+
+def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
+    """What tokenize and train leave in their folders, and a file that stands for the code of evaluate."""
+    write_params(folder)
+    generator = np.random.default_rng(0)
+    words = ["".join(map(chr, generator.integers(97, 123, generator.integers(2, 8)))) for _ in range(60)]
+    documents = [" ".join(generator.choice(words, 100)) for _ in range(12)]
+    tokenizer_path = folder / TOKENIZE_FOLDER / "tokenizer.model"
+    tokenizer_path.parent.mkdir(parents=True)
+    tokenizer_path.write_bytes(train_tokenizer(documents, VOCAB_SIZE, 100_000))
+    tokenizer = load_tokenizer(tokenizer_path)
+    for name, part in (("train", documents[:9]), ("heldout", documents[9:])):
+        writer = SplitWriter(folder / TOKENIZE_FOLDER / name, VOCAB_SIZE, 1500)
+        for document in part:
+            tokens = np.array([tokenizer.bos_id, *tokenizer.encode(document)], np.uint16)
+            writer.add(tokens, len(document), len(document))
+        writer.close()
+    model = make_model(vocab_size=VOCAB_SIZE)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    save_checkpoint(folder / stage_folder("train", SEED) / "checkpoint.safetensors",
+                    Checkpoint(weights, MODEL | {"vocab_size": VOCAB_SIZE}, {"sequence_tokens": 16, "qat": qat}))
+    (folder / "stages").mkdir()
+    (folder / "stages" / "evaluate.py").write_text("import sys\n", encoding="utf-8")

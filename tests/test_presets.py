@@ -1,0 +1,63 @@
+"""Every parameter file of the repository is complete and valid, and the presets are the published systems."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lib.model.gpt import GPT
+from lib.params import parse_params, read_params
+from lib.schema import PipelineParams
+
+ROOT = Path(__file__).parents[1]
+FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+
+
+def load(path: Path) -> PipelineParams:
+    return parse_params(read_params(path), PipelineParams, f"{path.name}: ")
+
+
+def keys(values: Any, prefix: str = "") -> set[str]:
+    if not isinstance(values, dict):
+        return set()
+    return {key for name, value in values.items() for key in {prefix + name} | keys(value, f"{prefix}{name}.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_is_valid_and_has_the_key_tree_of_params_yaml(path: Path) -> None:
+    load(path)
+    assert keys(read_params(path)) == keys(read_params(ROOT / "params.yaml"))
+
+
+@pytest.mark.parametrize(("preset", "num_parameters"), [("pr585", 33_580_124), ("pr410", 26_993_756), ("pr410-qat", 25_779_281)])
+def test_presets_have_the_published_parameter_counts(preset: str, num_parameters: int) -> None:
+    with torch.device("meta"):
+        assert GPT(load(ROOT / f"presets/{preset}.yaml").model).num_parameters == num_parameters
+
+
+@pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat"])
+def test_presets_train_on_the_published_batch_and_quantize_what_they_trained_for(preset: str) -> None:
+    params = load(ROOT / f"presets/{preset}.yaml")
+    assert params.train.batch_sequences * params.train.sequence_tokens == 786_432
+    assert params.train.batch_sequences % 8 == 0
+    assert (params.train.qat.bits, params.train.qat.clip) == (params.quantize.bits, params.quantize.clip)
+    assert params.compress.limit_bytes == 16_000_000
+
+
+def test_a_wrong_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text().replace("stride_tokens: 64", "strid_tokens: 64"))
+    result = subprocess.run([sys.executable, "-m", "lib.schema", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"{path}: evaluate.strid_tokens: unknown key" in result.stderr
+    assert f"{path}: evaluate.stride_tokens: missing" in result.stderr
+
+
+def test_sections_must_agree(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text().replace("vocab_size: 1024", "vocab_size: 2048", 1))
+    with pytest.raises(ValueError, match=r"params\.yaml: model\.vocab_size: expected tokenize\.vocab_size 1024, found 2048"):
+        load(path)

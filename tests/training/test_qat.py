@@ -1,0 +1,70 @@
+"""The switch of quantization-aware training: on the export grid, off without a trace, also in a compiled model."""
+
+import pytest
+import torch
+
+from lib.artifacts.quantized import dequantize
+from lib.quantization.grid import round_to_grid, row_scales
+from lib.training.qat import FakeQuantization
+from tests.training.tiny import make_model, make_params
+
+TOKENS = torch.arange(16).view(2, 8)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_changes_when_it_switches_on_and_not_before(backend: str) -> None:
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    fake_quantization = FakeQuantization(model, make_params().qat)
+    before = compiled(TOKENS, TOKENS).detach()
+    with fake_quantization.applied(False):
+        assert torch.equal(compiled(TOKENS, TOKENS), before)
+    with fake_quantization.applied(True):
+        inside = compiled(TOKENS, TOKENS).detach()
+        torch.testing.assert_close(inside, model(TOKENS, TOKENS))
+    assert (inside - before).abs().max() > 1e-3
+    assert torch.equal(compiled(TOKENS, TOKENS), before)
+
+
+def test_weights_are_exactly_those_of_the_export_and_come_back_bit_for_bit() -> None:
+    model, params = make_model(tied_head=False), make_params().qat
+    originals = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with FakeQuantization(model, params).applied(True):
+        for name, bits in (("blocks.0.attention.query.weight", 5), ("blocks.1.mlp.up.weight", 5), ("token_embedding.weight", 8)):
+            weight = originals[name]
+            scales = row_scales(weight, bits, params.clip)
+            expected = dequantize(round_to_grid(weight, scales, bits), scales)
+            assert torch.equal(model.get_parameter(name), expected)
+            assert not torch.equal(expected, weight)
+        assert torch.equal(model.get_parameter("blocks.0.mlp_scale"), originals["blocks.0.mlp_scale"])
+    assert all(torch.equal(parameter, originals[name]) for name, parameter in model.named_parameters())
+
+
+def test_gradients_are_straight_through() -> None:
+    model, params = make_model(), make_params().qat
+    with FakeQuantization(model, params).applied(True):
+        model(TOKENS, TOKENS).mean().backward()
+        quantized = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    other = make_model()
+    other.load_state_dict(quantized)
+    other(TOKENS, TOKENS).mean().backward()
+    for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert parameter.grad is not None and twin.grad is not None
+        assert torch.equal(parameter.grad, twin.grad), name
+
+
+def test_an_error_inside_restores_the_weights() -> None:
+    model = make_model()
+    before = model.token_embedding.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="inside"), FakeQuantization(model, make_params().qat).applied(True):
+        raise RuntimeError("inside")
+    assert torch.equal(model.token_embedding.weight, before)
+
+
+@pytest.mark.parametrize(("below_lr", "on"), [(0.0, []), (0.4, [0.39, 0.001]), (2.0, [1.0, 0.4, 0.39, 0.001])])
+def test_the_threshold(below_lr: float, on: list[float]) -> None:
+    fake_quantization = FakeQuantization(make_model(), make_params(qat={"below_lr": below_lr}).qat)
+    assert [multiplier for multiplier in (1.0, 0.4, 0.39, 0.001) if fake_quantization.is_on(multiplier)] == on

@@ -1,0 +1,46 @@
+"""A model, tokens and parameters with which a whole training run takes a second."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.artifacts.tokens import Split, SplitWriter, load_split
+from lib.model.config import ModelParams
+from lib.model.gpt import GPT
+from lib.params import parse_params
+from lib.training.config import TrainParams
+from tests.evaluation.tiny import MODEL
+
+TRAIN: dict[str, Any] = {
+    "budget_steps": 30, "budget_seconds": None, "sequence_tokens": 8, "batch_sequences": 4, "micro_batch_sequences": 4,
+    "precision": "fp32", "compile": False,
+    "optimizer": {"matrix_lr": 0.02, "embedding_lr": 0.02, "vector_lr": 0.01, "head_lr": 0.01, "weight_decay": 0.04, "momentum": 0.95,
+                  "momentum_start": 0.85, "momentum_warmup": 0.3, "newton_schulz_steps": 5, "adam_betas": [0.9, 0.95], "adam_eps": 1e-8,
+                  "grad_clip": 0.3, "warmdown": 0.5},
+    "averaging": {"ema_decay": 0.9, "ema_every_steps": 1, "swa_below_lr": 0.5, "swa_every_steps": 2, "select": "heldout"},
+    "qat": {"below_lr": 0.4, "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8},
+            "clip": {"rule": "mse", "percentiles": [1.0], "num_candidates": 8, "num_std": 4.0}},
+}
+
+
+def make_params(**changes: Any) -> TrainParams:
+    """Parameters with some sections or values changed; sections are merged."""
+    merged = {key: {**TRAIN[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
+    return parse_params({**TRAIN, **merged}, TrainParams, "train.")
+
+
+def make_model(seed: int = 0, **changes: Any) -> GPT:
+    """An initialised model."""
+    model = GPT(parse_params({**MODEL, **changes}, ModelParams, "model."))
+    model.initialize(seed)
+    return model
+
+
+def make_split(folder: Path, num_tokens: int = 600) -> Split:
+    """Tokens that can be learned: each follows its predecessor by one of two steps."""
+    steps = np.random.default_rng(0).integers(1, 3, num_tokens)
+    writer = SplitWriter(folder, MODEL["vocab_size"], shard_tokens=400)
+    writer.add((np.cumsum(steps) % MODEL["vocab_size"]).astype(np.uint16), num_tokens, num_tokens)
+    writer.close()
+    return load_split(folder, MODEL["vocab_size"])
