@@ -49,7 +49,7 @@ def test_presets_train_on_the_published_batch_and_quantize_what_they_trained_for
 
 def test_a_wrong_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text((ROOT / "params.yaml").read_text().replace("stride_tokens: 64", "strid_tokens: 64"))
+    path.write_text((ROOT / "presets/pr585.yaml").read_text().replace("stride_tokens:", "strid_tokens:"))
     result = subprocess.run([sys.executable, "-m", "lib.schema", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert f"{path}: evaluate.strid_tokens: unknown key" in result.stderr
@@ -58,6 +58,6 @@ def test_a_wrong_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
 
 def test_sections_must_agree(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text((ROOT / "params.yaml").read_text().replace("vocab_size: 1024", "vocab_size: 2048", 1))
+    path.write_text((ROOT / "presets/pr585.yaml").read_text().replace("vocab_size: 1024", "vocab_size: 2048", 1))
     with pytest.raises(ValueError, match=r"params\.yaml: model\.vocab_size: expected tokenize\.vocab_size 1024, found 2048"):
         load(path)

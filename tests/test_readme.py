@@ -1,0 +1,39 @@
+"""The README says what is there: every file in its tree, and the numbers of the committed run."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from lib.reporting.summary import STAGES_WITH_FIGURES, format_table, headline_rows
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+LISTED_FOLDERS = ("lib", "stages", "bench", "presets")
+
+
+def test_the_tree_lists_every_file() -> None:
+    section = README.split("## Where everything is")[1].split("```")[1]
+    listed, folders = set(), [""]
+    for line in section.strip().splitlines():
+        entry = re.match(r"( *)(\S+)", line)
+        assert entry is not None
+        depth = len(entry[1]) // 2
+        folders = [*folders[:depth + 1], entry[2]]
+        if not entry[2].endswith("/"):
+            listed.add("".join(folders[1:]))
+    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", *LISTED_FOLDERS], cwd=ROOT, capture_output=True,
+                             text=True, check=True).stdout.split()
+    existing = {path for path in tracked if (ROOT / path).exists() and not path.endswith("__init__.py")}
+    assert {path for path in listed if path.startswith(LISTED_FOLDERS)} == existing
+    assert all((ROOT / path).exists() for path in listed)
+
+
+def committed(path: str) -> str:
+    return subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_results_are_those_of_the_committed_run() -> None:
+    metrics = {stage: json.loads(committed(f"artifacts/{stage}/seed1337/metrics.json")) for stage in STAGES_WITH_FIGURES}
+    for line in format_table(headline_rows([metrics]), [1337]).splitlines():
+        assert line in committed("README.md")
