@@ -32,17 +32,6 @@ class Process:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
-    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The main process's `tensor` in every process, in place; returned for convenience."""
-        if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
-
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world_size > 1:
-            dist.barrier()
-
 
 SINGLE_CPU = Process(rank=0, world_size=1, device=torch.device("cpu"))
 

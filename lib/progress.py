@@ -54,7 +54,7 @@ class Progress:
         self._last_line = time.monotonic()
         line = tqdm.format_meter(self._done, self._total, self._last_line - self._start, prefix=self._description, unit=self._unit,
                                  unit_scale=True, postfix=self._status, bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} "
-                                 "[{elapsed}<{remaining}, {rate_fmt}] {postfix}")
+                                 "[{elapsed}<{remaining}, {rate_fmt}{postfix}]")
         print(line, file=sys.stderr, flush=True)
 
 

@@ -22,8 +22,8 @@ def test_the_tree_lists_every_file() -> None:
         folders = [*folders[:depth + 1], entry[2]]
         if not entry[2].endswith("/"):
             listed.add("".join(folders[1:]))
-    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", *LISTED_FOLDERS], cwd=ROOT, capture_output=True,
-                             text=True, check=True).stdout.split()
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *LISTED_FOLDERS]
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     existing = {path for path in tracked if (ROOT / path).exists() and not path.endswith("__init__.py")}
     assert {path for path in listed if path.startswith(LISTED_FOLDERS)} == existing
     assert all((ROOT / path).exists() for path in listed)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lib.params import Fraction, Params, Positive
+from lib.params import Fraction, Params, Positive, PositiveFloat
 from lib.quantization.grid_config import BitsParams, ClipParams
 
 
@@ -28,5 +28,8 @@ class QuantizeParams(Params):
     """GPTQ: fraction of the mean diagonal that is added to the Hessian's diagonal; raised tenfold where that is not enough."""
     block_size: Positive
     """GPTQ: columns between two updates of all later columns; changes speed, not results."""
+    scale_factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    """GPTQ: each row is rounded with these multiples of the scale that the clip rule gives, and keeps the one with the least squared
+    error of its outputs on the calibration sequences; [1.0] keeps the clip rule's. Time grows with their number."""
     act_order: bool
     """GPTQ: columns in descending order of the Hessian's diagonal, instead of in their own order."""

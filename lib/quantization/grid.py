@@ -29,6 +29,11 @@ def row_scales(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
     return (clips / clip_range(bits)).clamp(min=SMALLEST_SCALE).to(torch.float16)
 
 
+def multiply_scales(scales: Tensor, factor: float) -> Tensor:
+    """A multiple of the scales, (R,) fp16, no smaller than `SMALLEST_SCALE`."""
+    return (scales.float() * factor).clamp(min=SMALLEST_SCALE).to(torch.float16)
+
+
 def round_to_grid(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Code of the nearest grid point of each weight: (R, C) and (R,) -> (R, C) int8."""
     return _round(weight, scales, bits).to(torch.int8)

@@ -17,9 +17,9 @@ from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, dequantize
 from lib.model.roles import VECTOR_ROLE, role_of
 from lib.progress import Progress
 from lib.quantization.config import QuantizeParams
-from lib.quantization.gptq import Factor, factorize, quadratic_error, round_gptq
+from lib.quantization.gptq import Factor, factorize, quadratic_error, round_with_best_scales
 from lib.quantization.grid import round_to_grid, row_scales
-from lib.quantization.grid_config import FLOAT_BITS
+from lib.quantization.grid_config import FLOAT_BITS, ClipParams
 
 SCALE_BITS = 16
 FP16_MAX = torch.finfo(torch.float16).max
@@ -39,7 +39,7 @@ class TensorRow:
         clip: clip rule; None for fp16.
         relative_error: squared error of the outputs over the squared outputs, tr(E H E^T) / tr(W H W^T), with the verification
             Hessian; for tables, without Hessian, the squared error of the weights over the squared weights; 0 where both are 0.
-        relative_error_rtn: the same after rounding to nearest with the same bits and scales.
+        relative_error_rtn: the same after rounding to nearest with the same bits and the scales of the clip rule.
         entropy_bits: order-0 entropy of the codes, bits per weight; None for fp16.
         damping: that GPTQ needed; None for other methods.
         dead_columns: inputs that were always 0 in calibration; None without Hessian.
@@ -97,22 +97,27 @@ def quantize_model(checkpoint: Checkpoint, hessians: Hessians, params: QuantizeP
                 else:
                     if factor is None and source is not None and params.method == "gptq":
                         factor = factorize(source, hessians.calibration[source].to(device), params.damping, params.act_order)
-                    quantized.matrices[name] = _quantize_matrix(weight, bits, factor, params)
+                    hessian = None if factor is None or source is None else hessians.calibration[source].to(device)
+                    quantized.matrices[name] = _quantize_matrix(weight, bits, factor, hessian, params)
                 if role != VECTOR_ROLE:
-                    rows.append(_make_row(name, role, weight, quantized.matrices.get(name), clip=params.clip.rule, factor=factor,
+                    rows.append(_make_row(name, role, weight, quantized.matrices.get(name), clip=params.clip, factor=factor,
                                           source=source, hessians=hessians))
                 progress.update(weight.numel())
     return quantized, sorted(rows, key=lambda row: row.name)
 
 
-def _quantize_matrix(weight: Tensor, bits: int, factor: Factor | None, params: QuantizeParams) -> QuantizedTensor:
-    """By GPTQ with the factor of the weight's input, by rounding to nearest without."""
+def _quantize_matrix(weight: Tensor, bits: int, factor: Factor | None, hessian: Tensor | None, params: QuantizeParams) -> QuantizedTensor:
+    """By GPTQ with the factor and the Hessian of the weight's input, by rounding to nearest without."""
     scales = row_scales(weight, bits, params.clip)
-    codes = round_to_grid(weight, scales, bits) if factor is None else round_gptq(weight, scales, bits, factor, params.block_size)
+    if factor is None or hessian is None:
+        codes = round_to_grid(weight, scales, bits)
+    else:
+        codes, scales = round_with_best_scales(weight, scales, params.scale_factors, bits=bits, factor=factor, hessian=hessian,
+                                               block_size=params.block_size)
     return QuantizedTensor(codes.cpu(), scales.cpu(), bits)
 
 
-def _make_row(name: str, role: str, weight: Tensor, matrix: QuantizedTensor | None, *, clip: str, factor: Factor | None,
+def _make_row(name: str, role: str, weight: Tensor, matrix: QuantizedTensor | None, *, clip: ClipParams, factor: Factor | None,
               source: str | None, hessians: Hessians) -> TensorRow:
     """The row of a matrix (R, C) that was quantized to `matrix`, or left at fp16 if that is None."""
     hessian, dead_columns = None, None
@@ -123,9 +128,9 @@ def _make_row(name: str, role: str, weight: Tensor, matrix: QuantizedTensor | No
     if matrix is None:
         error = _relative_error(weight, weight.to(torch.float16), hessian)
         return TensorRow(name, role, "fp16", num_rows, num_columns, FLOAT_BITS, None, error, error, None, None, dead_columns)
-    scales = matrix.scales.to(weight.device)
+    scales = row_scales(weight, matrix.bits, clip)
     nearest = dequantize(round_to_grid(weight, scales, matrix.bits), scales)
-    return TensorRow(name, role, "rtn" if factor is None else "gptq", num_rows, num_columns, matrix.bits, clip,
+    return TensorRow(name, role, "rtn" if factor is None else "gptq", num_rows, num_columns, matrix.bits, clip.rule,
                      _relative_error(weight, matrix.weight().to(weight.device), hessian), _relative_error(weight, nearest, hessian),
                      matrix.entropy_bits(), None if factor is None else factor.damping, dead_columns)
 

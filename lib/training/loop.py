@@ -201,7 +201,7 @@ def train(model: GPT, params: TrainParams, loader: Loader, process: Process, res
             at_curve_point = run.num_steps % CURVE_STEPS == 0 or run.is_finished
             if at_curve_point:
                 loss = run.record_losses()
-            progress.update(run.done - done, loss=loss, tokens_per_second=run.num_tokens / run.seconds)
+            progress.update(run.done - done, loss=loss, tokens_per_second=f"{run.num_tokens / run.seconds:,.0f}")
             if stop or (save and at_curve_point):
                 save_start, resume_state = time.monotonic(), run.state_dict()
                 if process.is_main:

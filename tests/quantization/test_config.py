@@ -12,7 +12,7 @@ from lib.quantization.grid_config import FLOAT_BITS, BitsParams, ClipParams
 BITS = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8}
 QUANTIZE: dict[str, Any] = {
     "method": "gptq", "bits": BITS, "clip": {"rule": "mse", "percentiles": [0.999, 1.0], "num_candidates": 50, "num_std": 4.0},
-    "damping": 0.01, "block_size": 128, "act_order": True,
+    "damping": 0.01, "block_size": 128, "act_order": True, "scale_factors": [1.0],
 }
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lib.artifacts.quantized import clip_range, dequantize
-from lib.quantization.gptq import factorize, quadratic_error, round_gptq
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.gptq import factorize, quadratic_error, round_gptq, round_with_best_scales
+from lib.quantization.grid import multiply_scales, round_to_grid, row_scales
 from tests.quantization.power_law import make_clip, make_hessian, make_weight
 
 Array = npt.NDArray[Any]
@@ -170,3 +170,27 @@ def test_quadratic_error() -> None:
     error, hessian = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     assert quadratic_error(error, hessian) == 2 + 2 * 2 + 12 + 3
     assert quadratic_error(error, None) == 6
+
+
+def test_each_row_keeps_the_scale_with_the_least_error() -> None:
+    weight, hessian = make_weight(20, 48), make_hessian(48)
+    scales, factor = row_scales(weight, 4, make_clip("max")), factorize("test", hessian, DAMPING, act_order=True)
+    multiples = (1.0, 0.7, 0.85, 1.2)
+    codes, chosen = round_with_best_scales(weight, scales, multiples, bits=4, factor=factor, hessian=hessian, block_size=16)
+    expected = []
+    for row in range(20):  # each row alone, with every multiple
+        tried = [multiply_scales(scales[row, None], multiple) for multiple in multiples]
+        results = [dequantize(round_gptq(weight[row, None], scale, 4, factor, 16), scale) for scale in tried]
+        expected.append(min(results, key=lambda result: quadratic_error(weight[row, None] - result, hessian)))
+    torch.testing.assert_close(dequantize(codes, chosen), torch.cat(expected))
+    assert 2 <= len((chosen / scales).unique()) <= 20
+    plain = dequantize(round_gptq(weight, scales, 4, factor, 16), scales)
+    assert quadratic_error(weight - dequantize(codes, chosen), hessian) < 0.95 * quadratic_error(weight - plain, hessian)
+
+
+def test_one_multiple_is_plain_gptq() -> None:
+    weight, hessian = make_weight(12, 32), make_hessian(32)
+    scales, factor = row_scales(weight, 5, make_clip("mse")), factorize("test", hessian, DAMPING, act_order=True)
+    codes, chosen = round_with_best_scales(weight, scales, (1.0,), bits=5, factor=factor, hessian=hessian, block_size=16)
+    assert torch.equal(chosen, scales)
+    assert torch.equal(codes, round_gptq(weight, scales, 5, factor, 16))

@@ -134,3 +134,11 @@ def test_grid_differences_name_the_keys() -> None:
     assert list_grid_differences(grid, same) == []
     changed = grid | {"bits": BITS | {"mlp": 6}, "clip": QUANTIZE["clip"] | {"rule": "max"}}
     assert list_grid_differences(changed, same) == ["bits.mlp 6 in training, 5 here", "clip.rule max in training, mse here"]
+
+
+def test_the_search_for_scales_changes_gptq_and_not_the_reference(checkpoint: Checkpoint, hessians: Hessians) -> None:
+    plain, searched = (quantize_model(checkpoint, hessians, make_quantize(scale_factors=factors), CPU)[1]
+                       for factors in ([1.0], [0.8, 1.0, 1.2]))
+    assert [row.relative_error_rtn for row in plain] == [row.relative_error_rtn for row in searched]
+    changed = {one.method for one, other in zip(plain, searched, strict=True) if one.relative_error != other.relative_error}
+    assert changed == {"gptq"}

@@ -20,7 +20,7 @@ PARAMS: dict[str, Any] = dict.fromkeys(SECTIONS) | {
     "calibrate": {"num_sequences": 24, "batch_sequences": 10},
     "quantize": {"method": "gptq", "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8},
                  "clip": {"rule": "mse", "percentiles": [0.99, 1.0], "num_candidates": 20, "num_std": 4.0}, "damping": 0.01,
-                 "block_size": 8, "act_order": True},
+                 "block_size": 8, "act_order": True, "scale_factors": [0.9, 1.0]},
     "compress": {"codec": "zstd", "level": 22, "limit_bytes": 100_000},
 }
 

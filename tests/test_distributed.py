@@ -1,0 +1,21 @@
+"""Collectives of several processes, and their absence with one."""
+
+import torch
+
+from lib.distributed import SINGLE_CPU, Process
+from tests.processes import run_processes
+
+
+def _collect(process: Process) -> None:
+    assert process.is_main == (process.rank == 0)
+    assert process.sum(torch.tensor([process.rank + 1.0])).item() == 3.0
+
+
+def test_two_processes_add() -> None:
+    run_processes(_collect, 2)
+
+
+def test_one_process_needs_no_group() -> None:
+    tensor = torch.tensor([2.0])
+    assert SINGLE_CPU.sum(tensor) is tensor
+    assert SINGLE_CPU.is_main
