@@ -1,6 +1,10 @@
-"""Order of the tests."""
+"""Order of the tests, and settings of hypothesis."""
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("project", deadline=None)  # a slow machine is no failure
+settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

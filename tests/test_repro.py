@@ -130,8 +130,8 @@ def test_a_killed_training_continues_and_a_forced_run_gives_the_same_lock(clone:
     run.wait()
     assert states and states[0].exists()
     assert not (folder / "checkpoint.safetensors").exists()
-    assert clone.repro() >= {"train", "evaluate"}
+    assert clone.repro("train") == {"train"}
     assert not list(folder.glob("resume-*"))
     lock = clone.lock()
-    assert clone.repro("--force") == {"tokenize", "train", "calibrate", "quantize", "compress", "evaluate", "report"}
+    assert clone.repro("--force", "train") == {"tokenize", "train"}
     assert clone.lock() == lock
