@@ -8,5 +8,5 @@ settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of whole pipelines first: they are the longest, and the other worker does the rest meanwhile."""
+    """Tests of whole pipelines first: they are the longest, and would otherwise leave a worker idle at the end."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
