@@ -1,79 +1,173 @@
-"""Quality and speed of GPTQ against its alternatives, as ratios measured in one run: ``python -m bench.quantize``.
+"""Quantization methods at equal bytes, on the checkpoint of a run: ``python -m bench.quantize [--root FOLDER] [--targets BYTES ...]``.
 
-The weights are normal; the Hessian has a power-law spectrum in a random basis and log-normal input scales; both are 512 x 512.
-"raw inverse" is the procedure of entry #585, which propagates with the inverse Hessian itself, columns in ascending order.
+FOLDER is a clone in which the pipeline has run up to calibrate; by default this one. The methods: round-to-nearest, GPTQ as entry #585
+published it (2 % pruning, scales of at least 1/15, the inverse Hessian itself instead of its Cholesky factor, columns in ascending
+order), correct GPTQ with the percentile clip rule, all int5 with int8 tables as in #585, and once with the token embedding as the only
+int8 table, with zstandard; and free steps with the range coder, at the same bytes and at fractions of them. With targets, free steps at
+those sizes instead. Bytes are those of the packed model, without code.
 """
 
+import argparse
+import os
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lib.artifacts.quantized import dequantize
-from lib.quantization.gptq import factorize, quadratic_error, round_gptq
+from lib.artifacts.checkpoint import Checkpoint, load_checkpoint
+from lib.artifacts.hessians import Hessians, load_hessians
+from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
+from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, exponents_of, scales_of
+from lib.artifacts.tokens import load_split
+from lib.compression.container import pack
+from lib.data.tokenizer import load_tokenizer
+from lib.distributed import SINGLE_CPU, Process
+from lib.evaluation.comparison import Comparison, compare_heldout
+from lib.model.gpt import build_model
+from lib.params import Params, parse_params, read_params
+from lib.quantization.config import QuantizeParams
 from lib.quantization.grid import round_to_grid, row_scales
-from lib.quantization.grid_config import ClipParams
+from lib.quantization.policy import quantize_model
+from lib.quantization.table import list_tensors, summarize
 
-SIZE, BITS, DAMPING, BLOCK_SIZE = 512, 5, 0.01, 128
-CLIP = ClipParams(rule="mse", percentiles=(1.0,), num_candidates=50, num_std=4.0)
-NUM_REPEATS = 3
-
-
-def make_problem() -> tuple[Tensor, Tensor]:
-    """Weight and Hessian, (512, 512) fp32 each."""
-    generator = torch.Generator().manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64))
-    gains = torch.randn(SIZE, generator=generator, dtype=torch.float64).mul(0.5).exp()
-    hessian = gains[:, None] * ((basis / torch.arange(1, SIZE + 1)) @ basis.T) * gains
-    return torch.randn(SIZE, SIZE, generator=generator) * 0.05, ((hessian + hessian.T) / 2).float()
+INT8_TABLES = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 8, "value_embedding": 8, "head": 8}  # #585
+INT5_TABLES = INT8_TABLES | {"bigram": 5, "value_embedding": 5}
+FREE = dict.fromkeys(INT8_TABLES, "free")
+SMALLEST_SCALE, PRUNED, DAMPING = 1 / 15, 0.02, 0.01  # #585
+LEVEL = 22
+FRACTIONS = (0.75, 0.6, 0.5)
 
 
-def round_columns(weight: Tensor, hessian: Tensor, scales: Tensor, *, raw_inverse: bool) -> Tensor:
-    """Column by column, every later column updated after each: with the Cholesky factor, or with the inverse itself."""
-    order = torch.argsort(hessian.diagonal(), descending=not raw_inverse)
-    damped = hessian.double() + DAMPING * hessian.diagonal().double().mean() * torch.eye(SIZE, dtype=torch.float64)
-    inverse = torch.linalg.inv(damped[order][:, order])
-    factor = (inverse if raw_inverse else torch.linalg.cholesky(inverse, upper=True)).float()
-    columns, codes = weight[:, order].clone(), torch.empty(weight.shape, dtype=torch.int8)
-    for j in range(SIZE):
-        codes[:, j, None] = round_to_grid(columns[:, j, None], scales, BITS)
-        error = (columns[:, j] - dequantize(codes[:, j, None], scales)[:, 0]) / factor[j, j]
-        columns[:, j + 1:] -= error[:, None] * factor[j, j + 1:]
-    return codes[:, torch.argsort(order)]
+class Result(NamedTuple):
+    """One method: its model, bytes and seconds of quantization and packing."""
+
+    quantized: QuantizedModel
+    num_bytes: int
+    seconds: float
 
 
-def measure(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """Result and the shortest of `NUM_REPEATS` times in seconds, after one run to warm up."""
-    result, seconds = function(), []
-    for _ in range(NUM_REPEATS):
+class Bench:
+    """The run that methods are compared on."""
+
+    def __init__(self, root: Path, seed: int, heldout_tokens: int, process: Process) -> None:
+        self.checkpoint: Checkpoint = load_checkpoint(root / stage_folder("train", seed) / "checkpoint.safetensors")
+        self.hessians: Hessians = load_hessians(root / stage_folder("calibrate", seed) / "hessians.safetensors")
+        self.model = build_model(self.checkpoint.model, self.checkpoint.weights).to(process.device)
+        self.heldout = load_split(root / TOKENIZE_FOLDER / "heldout", self.model.params.vocab_size)
+        self.tokenizer = load_tokenizer(root / TOKENIZE_FOLDER / "tokenizer.model")
+        self.heldout_tokens, self.process = heldout_tokens, process
+        moments = self.hessians.calibration.hessians
+        sizes = [(source, self.checkpoint.weights[name].numel()) for source, names in self.hessians.inputs.items() for name in names]
+        self.num_weights = sum(size for _, size in sizes)
+        self.num_live = sum(size * float((moments[source].diagonal() > 0).float().mean()) for source, size in sizes)
+
+    def params(self, **changes: Any) -> QuantizeParams:
+        """Section quantize of this project's params.yaml, changed."""
+        class Changed(Params):
+            quantize: QuantizeParams
+
+        return parse_params({"quantize": read_params()["quantize"] | changes}, Changed, "bench: ").quantize
+
+    def clipped(self, method: str, bits: dict[str, int]) -> Result:
+        """Grids that clip with the percentile rule."""
+        params = self.params(target_bytes=None, method=method, bits=bits, scale_factors=[1.0], rate_weight=0.0, damping=DAMPING)
+        return self._run(lambda: quantize_model(self.checkpoint, self.hessians, params, self.process, lambda _: 0)[0], "zstd")
+
+    def free(self, num_bytes: int) -> Result:
+        """Free steps that meet a size."""
+        params = self.params(target_bytes=num_bytes, bits=FREE)
+        return self._run(lambda: quantize_model(self.checkpoint, self.hessians, params, self.process,
+                                                lambda model: len(pack(model, "range", LEVEL).blob))[0], "range")
+
+    def published(self) -> Result:
+        """The procedure of #585."""
+        return self._run(self._quantize_as_published, "zstd")
+
+    def _quantize_as_published(self) -> QuantizedModel:
+        sources = {name: source for source, names in self.hessians.inputs.items() for name in names}
+        tables = {f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, torch.nn.Embedding)}
+        matrices = {}
+        for name, source in sources.items():
+            weight = self.checkpoint.weights[name].to(self.process.device)
+            if name in tables:
+                matrices[name] = make_matrix(weight, 8, row_scales(weight, 8, self.params().clip), None)
+            else:
+                weight = weight.where(weight.abs() > weight.abs().flatten().kthvalue(max(1, int(PRUNED * weight.numel()))).values, 0)
+                scales = row_scales(weight, 5, self.params().clip).clamp(min=SMALLEST_SCALE)
+                matrices[name] = make_matrix(weight, 5, scales, self.hessians.calibration.hessians[source].to(weight.device))
+        vectors = {name: weight.half() for name, weight in self.checkpoint.weights.items() if name not in sources}
+        return QuantizedModel(self.checkpoint.model, self.checkpoint.training, matrices, vectors)
+
+    def _run(self, quantize: Callable[[], QuantizedModel], codec: str) -> Result:
         start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return result, min(seconds)
+        quantized = quantize()
+        num_bytes = len(pack(quantized, codec, LEVEL).blob)
+        return Result(quantized, num_bytes, time.perf_counter() - start)
+
+    def report(self, name: str, result: Result) -> Comparison:
+        """Print one line of the table."""
+        rows = list_tensors(self.checkpoint.weights, self.hessians, result.quantized, self.params(), dampings={}, coded_bytes={},
+                            device=self.process.device)
+        figures = summarize(rows)
+        model = build_model(self.checkpoint.model, result.quantized.weights()).to(self.process.device)
+        compared = compare_heldout(model, self.model, self.heldout, self.tokenizer, process=self.process, batch_windows=16,
+                                   window_tokens=self.checkpoint.training["sequence_tokens"], max_tokens=self.heldout_tokens)
+        bits, error, predicted = 8 * result.num_bytes, figures["relative_error"], figures["predicted_loss"]
+        print(f"{name:44}{result.num_bytes:>12,}{bits / self.num_weights:>9.2f}{bits / self.num_live:>9.2f}{error:>10.5f}"
+              f"{predicted:>11.6f}{compared.kl:>11.6f}{compared.loss_increase:>+11.6f}{result.seconds:>9.1f}", flush=True)
+        return compared
+
+
+def make_matrix(weight: Tensor, bits: int, scales: Tensor, hessian: Tensor | None) -> QuantizedTensor:
+    """Round-to-nearest without a Hessian; with one the published loop, which propagates with rows of the inverse itself."""
+    rows = exponents_of(scales)
+    scales = scales_of(rows)
+    if hessian is None:
+        codes = round_to_grid(weight, scales[:, None], bits)
+    else:
+        order = torch.argsort(hessian.diagonal())
+        damped = hessian.double()[order][:, order]
+        damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+        inverse = torch.linalg.inv(damped).float()
+        columns, codes = weight.T[order].clone(), torch.empty_like(weight)
+        for j in range(len(columns)):
+            codes[:, order[j]] = round_to_grid(columns[j], scales, bits)
+            error = (columns[j] - codes[:, order[j]] * scales) / inverse[j, j]
+            columns[j + 1:].addr_(inverse[j, j + 1:], error, alpha=-1)
+    zeros = torch.zeros(weight.shape[1], dtype=torch.int16)
+    return QuantizedTensor(codes.to(torch.int16).cpu(), rows.cpu(), zeros, bits)
 
 
 def main() -> None:
     """Print the table."""
-    weight, hessian = make_problem()
-    scales = row_scales(weight, BITS, CLIP)
-    methods: dict[str, Callable[[], Tensor]] = {
-        "GPTQ": lambda: round_gptq(weight, scales, BITS, factorize("bench", hessian, DAMPING, True), BLOCK_SIZE),
-        "GPTQ, natural order": lambda: round_gptq(weight, scales, BITS, factorize("bench", hessian, DAMPING, False), BLOCK_SIZE),
-        "GPTQ, column by column": lambda: round_columns(weight, hessian, scales, raw_inverse=False),
-        "raw inverse, ascending (#585)": lambda: round_columns(weight, hessian, scales, raw_inverse=True),
-        "round-to-nearest": lambda: round_to_grid(weight, scales, BITS),
-    }
-    print(f"torch {torch.__version__}, cpu {platform.machine()}, {torch.get_num_threads()} threads; {SIZE} x {SIZE}, int{BITS}")
-    print(f"{'method':32}{'relative error':>16}{'error / GPTQ':>16}{'time / GPTQ':>16}")
-    reference = quadratic_error(weight, hessian)
-    first: tuple[float, float] | None = None
-    for name, function in methods.items():
-        codes, seconds = measure(function)
-        error = quadratic_error(weight - dequantize(codes, scales), hessian) / reference
-        first = first or (error, seconds)
-        print(f"{name:32}{error:16.5f}{error / first[0]:16.2f}{seconds / first[1]:16.2f}")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path(), help="clone whose artifacts are used")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--heldout-tokens", type=int, default=100_000)
+    parser.add_argument("--targets", type=int, nargs="+", default=[])
+    arguments = parser.parse_args()
+    process = Process(0, 1, torch.device("cuda")) if torch.cuda.is_available() else SINGLE_CPU
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    bench = Bench(arguments.root, arguments.seed, arguments.heldout_tokens, process)
+    print(f"torch {torch.__version__}, {device}; {bench.num_weights:,} weights in matrices, {bench.num_live:,.0f} of them with live inputs")
+    print(f"{'':44}{'bytes':>12}{'bits/w':>9}{'live':>9}{'error':>10}{'predicted':>11}{'KL':>11}{'loss':>11}{'seconds':>9}")
+    for target in arguments.targets:
+        result = bench.free(target)
+        bench.report(f"free steps, {result.num_bytes / target - 1:+.3%} from {target:,}", result)
+    if arguments.targets:
+        return
+    published, gptq = "GPTQ as published (#585), zstd", "GPTQ int5, int8 tables, zstd"
+    results = {"nearest int5, int8 tables, zstd": bench.clipped("rtn", INT8_TABLES), published: bench.published(),
+               gptq: bench.clipped("gptq", INT8_TABLES), "GPTQ int5, zstd": bench.clipped("gptq", INT5_TABLES)}
+    compared = {name: bench.report(name, result) for name, result in results.items()}
+    for name, fraction in [*((name, 1.0) for name in results), *((published, fraction) for fraction in FRACTIONS)]:
+        kl = bench.report(f"free steps, {fraction:.0%} of its bytes", bench.free(int(fraction * results[name].num_bytes))).kl
+        print(f"{'':8}KL {kl / compared[name].kl:.3f} x that of {name}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Process:
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
+
+    def merge(self, values: dict[str, T]) -> dict[str, T]:
+        """The entries of all processes, whose keys are distinct; tensors in them on the CPU."""
+        if self.world_size == 1:
+            return values
+        of_each: list[dict[str, T]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(of_each, values)
+        return {key: value for one in of_each for key, value in one.items()}
 
 
 SINGLE_CPU = Process(rank=0, world_size=1, device=torch.device("cpu"))

@@ -40,6 +40,9 @@ class PipelineParams(Params):
             raise ValueError(f"seeds: expected each seed once, found {list(self.seeds)}")
         if self.model.vocab_size != self.tokenize.vocab_size:
             raise ValueError(f"model.vocab_size: expected tokenize.vocab_size {self.tokenize.vocab_size}, found {self.model.vocab_size}")
+        target, limit = self.quantize.target_bytes, self.compress.limit_bytes
+        if target is not None and target > limit:
+            raise ValueError(f"quantize.target_bytes: expected at most compress.limit_bytes {limit}, found {target}")
         return self
 
 

@@ -1,4 +1,4 @@
-"""Calibrate: checkpoint, train shards -> input Hessians of all linear layers."""
+"""Calibrate: checkpoint, train shards -> second moments of the inputs and output gradients of all matrices."""
 
 import time
 
@@ -11,7 +11,7 @@ from lib.distributed import start_process
 from lib.model.gpt import build_model
 from lib.params import load_params, parse_seed
 from lib.quantization.config import CalibrateParams
-from lib.quantization.hessian import collect_hessians, draw_sequences
+from lib.quantization.hessian import collect_moments, draw_sequences, matrix_inputs
 
 
 def main(seed: int) -> None:
@@ -22,10 +22,13 @@ def main(seed: int) -> None:
         model = build_model(checkpoint.model, checkpoint.weights).to(process.device)
         split = load_split(TOKENIZE_FOLDER / "train", model.params.vocab_size)
         sequences = draw_sequences(split, params.num_sequences, checkpoint.training["sequence_tokens"], seed)
-        calibration, verification = (collect_hessians(model, tokens, params.batch_sequences, process.device, name)
-                                     for name, tokens in zip(("calibrate", "verify"), sequences, strict=True))
-    save_hessians(folder / "hessians.safetensors", Hessians(model.linear_inputs(), calibration, verification))
-    save_metrics(folder, {"num_tokens": sequences[0].numel(), "num_hessians": len(calibration)}, {"seconds": time.monotonic() - start})
+        moments = [collect_moments(model, tokens, num_gradient_sequences=params.num_gradient_sequences,
+                                   batch_sequences=params.batch_sequences, seed=seed, process=process, description=name)
+                   for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
+        if process.is_main:
+            save_hessians(folder / "hessians.safetensors", Hessians(matrix_inputs(model), *moments))
+            metrics = {"num_tokens": sequences[0].numel(), "num_hessians": len(moments[0].hessians)}
+            save_metrics(folder, metrics, {"seconds": time.monotonic() - start})
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import stage_folder
 from lib.artifacts.quantized import load_quantized
 from lib.compression.budget import Part, check_limit, list_parts, summarize
-from lib.compression.code_size import code_bytes
+from lib.compression.code_size import EVALUATE, code_bytes
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.model.roles import role_of
 from lib.params import load_params, parse_seed
-
-EVALUATE = Path("stages/evaluate.py")
 
 
 def main(seed: int) -> None:

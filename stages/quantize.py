@@ -1,7 +1,8 @@
-"""Quantize: checkpoint, Hessians, held-out shards, tokenizer -> integer codes and scales, errors of every tensor."""
+"""Quantize: checkpoint, Hessians, held-out shards, tokenizer -> integer codes and steps, errors of every matrix."""
 
 import time
 from dataclasses import astuple, fields
+from pathlib import Path
 
 from lib.artifacts.checkpoint import load_checkpoint
 from lib.artifacts.files import write_csv
@@ -10,14 +11,18 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.quantized import save_quantized
 from lib.artifacts.tokens import load_split
+from lib.compression.code_size import EVALUATE, code_bytes
+from lib.compression.config import CompressParams
+from lib.compression.container import pack
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
-from lib.evaluation.heldout import score_heldout
+from lib.evaluation.comparison import compare_heldout
 from lib.model.gpt import build_model
 from lib.params import load_params, parse_seed
 from lib.progress import say
 from lib.quantization.config import QuantizeParams
-from lib.quantization.policy import TensorRow, list_grid_differences, quantize_model, summarize
+from lib.quantization.policy import list_grid_differences, quantize_model
+from lib.quantization.table import TensorRow, list_tensors, summarize
 
 BATCH_WINDOWS = 16  # changes speed, not results
 
@@ -25,21 +30,28 @@ BATCH_WINDOWS = 16  # changes speed, not results
 def main(seed: int) -> None:
     """Run the stage for one seed."""
     params, folder, start = load_params("quantize", QuantizeParams), stage_folder("quantize", seed), time.monotonic()
+    coding, code = load_params("compress", CompressParams), code_bytes(EVALUATE, Path())
     with start_process() as process:
         checkpoint = load_checkpoint(stage_folder("train", seed) / "checkpoint.safetensors")
         hessians = load_hessians(stage_folder("calibrate", seed) / "hessians.safetensors")
-        trained_grid = checkpoint.training["qat"]
-        if trained_grid is not None and (differences := list_grid_differences(trained_grid, params)):
-            say(f"note: the checkpoint was trained for another grid than quantize exports: {'; '.join(differences)}")
-        quantized, rows = quantize_model(checkpoint, hessians, params, process.device)
-        model = build_model(quantized.model, quantized.weights()).to(process.device)
+        grid = checkpoint.training["qat"]
+        if grid is not None and (differences := list_grid_differences(grid, params)):
+            differing = "; ".join(differences)
+            say(f"note: the checkpoint was trained for another grid than quantize exports: {differing}", enabled=process.is_main)
+        quantized, dampings = quantize_model(checkpoint, hessians, params, process,
+                                             lambda model: code + len(pack(model, coding.codec, coding.level).blob))
+        model, reference = (build_model(checkpoint.model, weights).to(process.device)
+                            for weights in (quantized.weights(), checkpoint.weights))
         heldout = load_split(TOKENIZE_FOLDER / "heldout", model.params.vocab_size)
-        tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model")
-        score = score_heldout(model, heldout, tokenizer, window_tokens=checkpoint.training["sequence_tokens"],
-                              batch_windows=BATCH_WINDOWS, precision="fp32", process=process)
-    save_quantized(folder / "quantized.safetensors", quantized)
-    write_csv(folder / "tensors.csv", [field.name for field in fields(TensorRow)], map(astuple, rows))
-    save_metrics(folder, {"heldout_bpb": round(score.bpb, 8), **summarize(rows)}, {"seconds": time.monotonic() - start})
+        comparison = compare_heldout(model, reference, heldout, load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model"),
+                                     window_tokens=checkpoint.training["sequence_tokens"], max_tokens=params.heldout_tokens,
+                                     batch_windows=BATCH_WINDOWS, process=process)
+        if process.is_main:
+            rows = list_tensors(checkpoint.weights, hessians, quantized, params, dampings=dampings,
+                                coded_bytes=pack(quantized, coding.codec, coding.level).matrix_bytes, device=process.device)
+            save_quantized(folder / "quantized.safetensors", quantized)
+            write_csv(folder / "tensors.csv", [field.name for field in fields(TensorRow)], map(astuple, rows))
+            save_metrics(folder, comparison.metrics() | summarize(rows), {"seconds": time.monotonic() - start})
 
 
 if __name__ == "__main__":

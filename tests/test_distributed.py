@@ -9,13 +9,18 @@ from tests.processes import run_processes
 def _collect(process: Process) -> None:
     assert process.is_main == (process.rank == 0)
     assert process.sum(torch.tensor([process.rank + 1.0])).item() == 3.0
+    merged = process.merge({f"rank {process.rank}": torch.full((2,), process.rank)})
+    assert {key: value.tolist() for key, value in merged.items()} == {"rank 0": [0, 0], "rank 1": [1, 1]}
+    assert process.merge({"only": 5} if process.is_main else {}) == {"only": 5}
 
 
-def test_two_processes_add() -> None:
+def test_two_processes_add_and_merge() -> None:
     run_processes(_collect, 2)
 
 
 def test_one_process_needs_no_group() -> None:
     tensor = torch.tensor([2.0])
     assert SINGLE_CPU.sum(tensor) is tensor
+    values = {"a": 1}
+    assert SINGLE_CPU.merge(values) is values
     assert SINGLE_CPU.is_main

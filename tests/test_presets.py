@@ -43,7 +43,8 @@ def test_presets_train_on_the_published_batch_and_quantize_what_they_trained_for
     params = load(ROOT / f"presets/{preset}.yaml")
     assert params.train.batch_sequences * params.train.sequence_tokens == 786_432
     assert params.train.batch_sequences % 8 == 0
-    assert (params.train.qat.bits, params.train.qat.clip) == (params.quantize.bits, params.quantize.clip)
+    assert params.train.qat.model_dump(include={"bits", "clip"}) == params.quantize.model_dump(include={"bits", "clip"})
+    assert not params.quantize.bits_of and params.quantize.target_bytes is None
     assert params.compress.limit_bytes == 16_000_000
 
 
@@ -60,4 +61,15 @@ def test_sections_must_agree(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "presets/pr585.yaml").read_text().replace("vocab_size: 1024", "vocab_size: 2048", 1))
     with pytest.raises(ValueError, match=r"params\.yaml: model\.vocab_size: expected tokenize\.vocab_size 1024, found 2048"):
+        load(path)
+
+
+def test_the_target_is_below_the_limit(tmp_path: Path) -> None:
+    params = read_params(ROOT / "params.yaml")
+    limit, target = params["compress"]["limit_bytes"], params["quantize"]["target_bytes"]
+    path, text = tmp_path / "params.yaml", (ROOT / "params.yaml").read_text()
+    path.write_text(text.replace(f"target_bytes: {target}", f"target_bytes: {limit}"))
+    assert load(path).quantize.target_bytes == limit
+    path.write_text(text.replace(f"target_bytes: {target}", f"target_bytes: {limit + 1}"))
+    with pytest.raises(ValueError, match=rf"quantize\.target_bytes: expected at most compress\.limit_bytes {limit}, found {limit + 1}"):
         load(path)

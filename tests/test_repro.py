@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from lib.compression.code_size import code_bytes
+
 pytestmark = pytest.mark.xdist_group("repro")  # one clone for all tests of this file
 
 ROOT = Path(__file__).parents[1]
@@ -26,13 +28,15 @@ TINY: dict[str, Any] = {
     "tokenize": {"source": "jsonl", "path": "documents.jsonl", "vocab_size": 512, "heldout_fraction": 0.1, "val_fraction": 0.1,
                  "tokenizer_training_bytes": 100000, "shard_tokens": 20000, "min_document_bytes": 0},
     "train": {"budget_steps": 40, "sequence_tokens": 32, "batch_sequences": 4, "averaging": {"swa_every_steps": 5}},
-    "calibrate": {"num_sequences": 8},
+    "calibrate": {"num_sequences": 8, "num_gradient_sequences": 4},
+    "quantize": {"target_bytes": code_bytes(Path("stages/evaluate.py"), ROOT) + 20_000},
     "evaluate": {"window_tokens": 32, "stride_tokens": 16,
                  "score_first": {"chunk_tokens": 512, "epochs": 1, "trainable": ["last_1_blocks"]}},
 }
 METRIC_KEYS = {
     "train": {"heldout_bpb", "num_parameters", "num_steps"},
-    "quantize": {"heldout_bpb", "bits_per_weight", "relative_error", "relative_error_rtn"},
+    "quantize": {"heldout_bpb", "heldout_bpb_float", "heldout_kl", "heldout_loss_increase", "heldout_tokens", "entropy_bits", "coded_bits",
+                 "relative_error", "relative_error_rtn", "predicted_loss"},
     "compress": {"artifact_bytes", "code_bytes", "blob_bytes", "limit_bytes"},
     "evaluate": {"plain_bpb", "sliding_bpb", "ttt_bpb", "num_tokens", "num_bytes"},
 }
@@ -99,6 +103,8 @@ def test_every_stage_writes_its_figures(clone: Clone) -> None:
         assert keys <= metrics[stage].keys(), stage
         assert json.loads((clone.folder / f"artifacts/{stage}/seed{SEED}/timing.json").read_text())["seconds"] > 0
     assert metrics["compress"]["artifact_bytes"] == metrics["compress"]["code_bytes"] + metrics["compress"]["blob_bytes"]
+    target = clone.params["quantize"]["target_bytes"]
+    assert 0.99 * target <= metrics["compress"]["artifact_bytes"] <= target
     assert metrics["compress"]["blob_bytes"] == (clone.folder / f"artifacts/compress/seed{SEED}/model.ptz").stat().st_size
     assert (clone.folder / "artifacts/report/report.html").stat().st_size > 1000
 
@@ -112,7 +118,7 @@ def test_only_what_depends_on_a_change_runs_again_and_going_back_restores(clone:
     assert clone.repro() == {"quantize", "compress", "evaluate", "report"}
     assert clone.metrics()["quantize"]["heldout_bpb"] != original["quantize"]["heldout_bpb"]
     assert clone.metrics()["train"] == original["train"]
-    clone.change({"quantize": {"bits": {"mlp": 5}}})
+    clone.change({"quantize": {"bits": {"mlp": "free"}}})
     assert clone.repro() == set()
     assert (clone.metrics(), clone.lock()) == (original, lock)
 

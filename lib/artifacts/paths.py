@@ -4,6 +4,7 @@ from pathlib import Path
 
 TOKENIZE_FOLDER = Path("artifacts/tokenize")
 REPORT_FOLDER = Path("artifacts/report")
+SWEEP_FOLDER = Path("artifacts/sweep")
 
 
 def stage_folder(stage: str, seed: int) -> Path:

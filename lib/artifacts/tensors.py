@@ -16,8 +16,8 @@ METADATA_KEY = "albatross"  # one key only: the order of several is not determin
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors of any dtype and shape with JSON `metadata` as a safetensors file, deterministic in content and order."""
-    contiguous = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_bytes(path, save(contiguous, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
+    copies = {name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in sorted(tensors)}  # none shared
+    write_bytes(path, save(copies, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

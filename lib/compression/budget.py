@@ -3,20 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lib.artifacts.quantized import MAX_BITS, MIN_BITS, QuantizedModel
+from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, QuantizedModel
 from lib.compression.container import Packed
 
-FP16, CODE = "fp16", "code"
+SCALES, VECTORS, CONTAINER, CODE = "scales", "vectors", "container", "code"
 
 
 class Part(NamedTuple):
     """A part of the artifact; the fields are the columns of ``sizes.csv``, None is an empty cell.
 
     Attributes:
-        part: a role with integer codes; ``fp16`` for row scales, fp16 tensors and the container's own bytes; or ``code``.
-        num_tensors: matrices of the role.
-        num_weights: their weights.
-        bits: per weight, before coding.
+        part: a role with integer codes; ``scales``, the exponents of all matrices; ``vectors``, the fp16 tensors; ``container``, header,
+            configuration and checksum; or ``code``.
+        num_tensors: parameters of the role.
+        num_weights: of these parameters.
+        bits: the most of their grids; None where some have free steps.
+        coded_bits: per weight in the artifact; codes of low-rank corrections count as bytes, not as weights.
         num_bytes: in the artifact.
     """
 
@@ -24,11 +26,17 @@ class Part(NamedTuple):
     num_tensors: int | None
     num_weights: int | None
     bits: int | None
+    coded_bits: float | None
     num_bytes: int
 
 
 class BudgetError(ValueError):
     """An artifact above its limit; the message has the overshoot and what would fit."""
+
+
+def parameter_of(matrix: str) -> str:
+    """The parameter that a matrix of a quantized model belongs to: factors of corrections have suffixes."""
+    return matrix.removesuffix(LEFT).removesuffix(RIGHT)
 
 
 def list_parts(quantized: QuantizedModel, packed: Packed, roles: Mapping[str, str], code_bytes: int) -> list[Part]:
@@ -37,17 +45,20 @@ def list_parts(quantized: QuantizedModel, packed: Packed, roles: Mapping[str, st
     Args:
         quantized: the model.
         packed: the same, packed.
-        roles: parameter name -> role, whose matrices all have the same bits.
+        roles: parameter name -> role.
         code_bytes: of the code.
     """
     parts = []
-    for role in sorted({roles[name] for name in quantized.matrices}):
-        matrices = {name: matrix for name, matrix in quantized.matrices.items() if roles[name] == role}
+    for role in sorted({roles[parameter_of(name)] for name in quantized.matrices}):
+        matrices = {name: matrix for name, matrix in quantized.matrices.items() if roles.get(name) == role}
         num_weights = sum(matrix.codes.numel() for matrix in matrices.values())
-        bits = max(matrix.bits for matrix in matrices.values())
-        parts.append(Part(role, len(matrices), num_weights, bits, sum(packed.matrix_bytes[name] for name in matrices)))
-    rest = len(packed.blob) - sum(packed.matrix_bytes.values())
-    return [*parts, Part(FP16, None, None, None, rest), Part(CODE, None, None, None, code_bytes)]
+        num_bytes = sum(size for name, size in packed.matrix_bytes.items() if roles[parameter_of(name)] == role)
+        bits = [matrix.bits for matrix in matrices.values() if matrix.bits is not None]
+        parts.append(Part(role, len(matrices), num_weights, max(bits) if len(bits) == len(matrices) else None,
+                          round(8 * num_bytes / max(1, num_weights), 3), num_bytes))
+    rest = len(packed.blob) - sum(part.num_bytes for part in parts) - packed.exponents_bytes - packed.vectors_bytes
+    sizes = {SCALES: packed.exponents_bytes, VECTORS: packed.vectors_bytes, CONTAINER: rest, CODE: code_bytes}
+    return [*parts, *(Part(name, None, None, None, None, size) for name, size in sizes.items())]
 
 
 def summarize(parts: Sequence[Part]) -> dict[str, int]:
@@ -77,14 +88,15 @@ def check_limit(parts: Sequence[Part], limit_bytes: int) -> None:
 
 
 def _list_remedies(parts: Sequence[Part], artifact_bytes: int, limit_bytes: int) -> list[str]:
-    """For each role the most bits that would fit; where no single role is enough, the most bits of all roles together.
+    """A target for free steps; for each role with bits the most that would fit; if none would, the most bits of all these together.
 
     Coded bytes are taken to be proportional to the bits: within some percent for the clip rule mse, too much for max.
     """
+    has_free = any(part.bits is None and part.num_weights for part in parts)
     coded = [part for part in parts if part.bits is not None]
     one_role = [_lower_bits(f"quantize.bits.{part.part}", [part], artifact_bytes, limit_bytes) for part in coded]
     all_roles = _lower_bits("all quantize.bits at most", coded, artifact_bytes, limit_bytes)
-    return list(filter(None, one_role)) or list(filter(None, [all_roles]))
+    return [f"quantize.target_bytes {limit_bytes}"] * has_free + (list(filter(None, one_role)) or list(filter(None, [all_roles])))
 
 
 def _lower_bits(key: str, parts: Sequence[Part], artifact_bytes: int, limit_bytes: int) -> str | None:

@@ -6,6 +6,8 @@ The closure follows every import statement, also those inside functions, without
 import ast
 from pathlib import Path
 
+EVALUATE = Path("stages/evaluate.py")  # the stage whose code is submitted
+
 
 def import_closure(entry: Path, root: Path) -> tuple[Path, ...]:
     """The project's source files that running `entry` may import, `entry` and the packages on the way included.

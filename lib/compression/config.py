@@ -10,9 +10,10 @@ from lib.params import Params, Positive
 class CompressParams(Params):
     """Section ``compress``."""
 
-    codec: Literal["zstd"]
-    """How the integer codes are stored; an entry of CODECS."""
+    codec: Literal["zstd", "brotli", "range"]
+    """How the integer codes are stored; an entry of CODECS. range, an adaptive range coder, is smallest."""
     level: Annotated[int, Field(ge=1, le=22)]
-    """Of zstandard, for the codes and for everything else in the file; 22 is the slowest and smallest."""
+    """Of zstandard, for codes (zstd) and for header and vectors (all codecs); 22 is the slowest and smallest. brotli ends at 11; range has
+    no levels."""
     limit_bytes: Positive
     """Largest size of code and blob together; the stage fails above it. The challenge allows 16,000,000."""

@@ -3,41 +3,46 @@
 Layout, integers little-endian:
 
     magic           4 bytes
-    version         uint8, 1
+    version         uint8, 2
     header_bytes    uint32, of the next part
-    content_bytes   uint32, of its content
     header          zstandard frame of JSON: `Header`
     codes           `codes_bytes` bytes, written by the codec that the header names
-    floats          zstandard frame: scales of all matrices, then all vectors, fp16; the low bytes of all values, then the high bytes
+    exponents       `exponents_bytes` bytes: those of the scales of all matrices
+    vectors         zstandard frame: all vectors, fp16; the low bytes of all values, then the high bytes
     checksum        16 bytes, BLAKE2b of everything before
 
 Matrices and vectors are sorted by name, and the same model gives the same bytes.
 """
 
 import hashlib
+import json
 import math
 import struct
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import Field, JsonValue, ValidationError
 
 from lib.artifacts.files import ArtifactError
-from lib.artifacts.quantized import MAX_BITS, MIN_BITS, QuantizedModel, QuantizedTensor
+from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, QuantizedModel, QuantizedTensor
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
+from lib.compression.exponents import decode_exponents, encode_exponents
 from lib.params import NonNegative, Params
 
 MAGIC = b"\x93PTZ"
-VERSION = 1
-PREFIX = struct.Struct("<4sBII")
+VERSION = 2
+PREFIX = struct.Struct("<4sBI")
 CHECKSUM_BYTES = 16
-MAX_HEADER_BYTES = 2**24  # both limits are far above any real model, and keep a hostile file from asking for more memory than this
-MAX_VALUES = 2**30
+# Far beyond any real model; they keep a hostile file from asking for more memory than these, or than in proportion to its own size.
+MAX_HEADER_BYTES = 2**20
+MAX_VALUES = 2**26
+MAX_VALUES_PER_BYTE = 1024  # of the file; files with fewer values than the next constant may have more
+MIN_MAX_VALUES = 2**20
 
 Size = Annotated[int, Field(ge=0, le=MAX_VALUES)]
+Side = Annotated[int, Field(ge=0, le=2**20)]
 
 
 class ContainerError(ArtifactError):
@@ -48,9 +53,9 @@ class Matrix(Params):
     """Description of one quantized matrix."""
 
     name: str
-    rows: Size
-    columns: Size
-    bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+    rows: Side
+    columns: Side
+    bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | None
 
 
 class Vector(Params):
@@ -66,16 +71,20 @@ class Header(Params):
     model: dict[str, JsonValue]
     training: dict[str, JsonValue]
     codec: str
+    level: Annotated[int, Field(ge=1, le=22)]
     codes_bytes: NonNegative
+    exponents_bytes: NonNegative
     matrices: tuple[Matrix, ...]
     vectors: tuple[Vector, ...]
 
 
 class Packed(NamedTuple):
-    """A container, and the bytes of it that the codes of each matrix take."""
+    """A container, and the bytes of it that the codes of each matrix, the exponents of all scales and all vectors take."""
 
     blob: bytes
     matrix_bytes: dict[str, int]
+    exponents_bytes: int
+    vectors_bytes: int
 
 
 def pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
@@ -85,22 +94,14 @@ def pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
         quantized: tensors on the CPU; `model` and `training` hold what JSON can hold.
         codec: a name in `CODECS`.
         level: of the codec and of zstandard.
+
+    Raises:
+        ContainerError: a model that `unpack` would refuse, such as one of more than `MAX_VALUES_PER_BYTE` values in a byte of the file.
     """
-    matrices, vectors = sorted(quantized.matrices.items()), sorted(quantized.vectors.items())
-    codes, sizes = CODECS[codec].encode([matrix.codes.numpy() for _, matrix in matrices], level)
-    header = Header(
-        model=quantized.model, training=quantized.training, codec=codec, codes_bytes=len(codes),
-        matrices=tuple(Matrix(name=name, rows=matrix.codes.shape[0], columns=matrix.codes.shape[1], bits=matrix.bits)
-                       for name, matrix in matrices),
-        vectors=tuple(Vector(name=name, shape=tuple(vector.shape)) for name, vector in vectors))
-    header_content = header.model_dump_json().encode()
-    header_frame = compress_bytes(header_content, level)
-    halves = [matrix.scales for _, matrix in matrices] + [vector.flatten() for _, vector in vectors]
-    floats = np.concatenate([np.empty(0, "<f2"), *(half.numpy().astype("<f2") for half in halves)])
-    planes = floats.view(np.uint8).reshape(-1, 2).T.tobytes()
-    prefix = PREFIX.pack(MAGIC, VERSION, len(header_frame), len(header_content))
-    content = b"".join((prefix, header_frame, codes, compress_bytes(planes, level)))
-    return Packed(content + _checksum(content), {name: size for (name, _), size in zip(matrices, sizes, strict=True)})
+    try:
+        return _pack(quantized, codec, level)
+    except ValueError as error:
+        raise ContainerError(f"cannot be packed: {error}") from None
 
 
 def unpack(blob: bytes, where: str = "container") -> QuantizedModel:
@@ -111,7 +112,7 @@ def unpack(blob: bytes, where: str = "container") -> QuantizedModel:
         where: what errors call it, such as its path.
 
     Raises:
-        ContainerError: not a container, of a newer version, truncated, damaged, or with contents that contradict each other.
+        ContainerError: not a container, of another version, truncated, damaged, or with contents that contradict each other.
     """
     try:
         return _unpack(blob)
@@ -119,78 +120,132 @@ def unpack(blob: bytes, where: str = "container") -> QuantizedModel:
         raise ContainerError(f"{where}: {error}") from None
 
 
+def read_header(blob: bytes, where: str = "container") -> Header:
+    """The header of a container; arguments and errors as of `unpack`."""
+    try:
+        return _open(blob)[0]
+    except ValueError as error:
+        raise ContainerError(f"{where}: {error}") from None
+
+
+def seal(content: bytes) -> bytes:
+    """A container's content with its checksum."""
+    return content + hashlib.blake2b(content, digest_size=CHECKSUM_BYTES).digest()
+
+
+def read_artifact(path: Path) -> bytes:
+    """The bytes of a file, ``model.ptz``.
+
+    Raises:
+        ContainerError: missing, or no file.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ContainerError(f"{path}: no such file; `dvc repro` makes it") from None
+    except OSError as error:
+        raise ContainerError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def load_artifact(path: Path) -> QuantizedModel:
     """The quantized model in a file, ``model.ptz``.
 
     Raises:
-        ContainerError: missing, or as `unpack`.
+        ContainerError: as `read_artifact` and `unpack`.
     """
-    try:
-        blob = path.read_bytes()
-    except FileNotFoundError:
-        raise ContainerError(f"{path}: no such file; `dvc repro` makes it") from None
-    return unpack(blob, str(path))
+    return unpack(read_artifact(path), str(path))
 
 
-def _unpack(blob: bytes) -> QuantizedModel:
+def _pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
+    matrices, vectors = sorted(quantized.matrices.items()), sorted(quantized.vectors.items())
+    codes, sizes = CODECS[codec].encode([matrix.codes.numpy() for _, matrix in matrices], level)
+    exponents = encode_exponents((matrix.row_exponents.numpy(), matrix.column_exponents.numpy()) for _, matrix in matrices)
+    header = Header(
+        model=quantized.model, training=quantized.training, codec=codec, level=level, codes_bytes=len(codes),
+        exponents_bytes=len(exponents),
+        matrices=tuple(Matrix(name=name, rows=matrix.codes.shape[0], columns=matrix.codes.shape[1], bits=matrix.bits)
+                       for name, matrix in matrices),
+        vectors=tuple(Vector(name=name, shape=tuple(vector.shape)) for name, vector in vectors))
+    header_frame = compress_bytes(header.model_dump_json().encode(), level)
+    values = np.concatenate([np.empty(0, "<f2"), *(vector.flatten().numpy().astype("<f2") for _, vector in vectors)])
+    planes = values.view(np.uint8).reshape(-1, 2).T.tobytes()
+    vectors_frame = compress_bytes(planes, level)
+    content = b"".join((PREFIX.pack(MAGIC, VERSION, len(header_frame)), header_frame, codes, exponents, vectors_frame))
+    blob = seal(content)
+    if _open(blob)[0] != header:
+        raise ValueError("expected a model and training that JSON can hold, found something else")
+    matrix_bytes = {name: size for (name, _), size in zip(matrices, sizes, strict=True)}
+    return Packed(blob, matrix_bytes, len(exponents), len(vectors_frame))
+
+
+def _open(blob: bytes) -> tuple[Header, int]:
+    """The header, checked, and where it ends."""
     if blob[:len(MAGIC)] != MAGIC:
         raise ValueError(f"not a .ptz container: expected it to begin with {MAGIC!r}, found {blob[:len(MAGIC)]!r}")
     if len(blob) < PREFIX.size + CHECKSUM_BYTES:
         raise ValueError(f"truncated: {len(blob)} bytes; copy or make the file anew")
-    _, version, header_bytes, content_bytes = PREFIX.unpack_from(blob)
-    if version > VERSION:
-        raise ValueError(f"container version {version}, this program reads up to {VERSION}; use the program that wrote it, or a newer one")
-    if blob[-CHECKSUM_BYTES:] != _checksum(blob[:-CHECKSUM_BYTES]):
+    _, version, header_bytes = PREFIX.unpack_from(blob)
+    if version != VERSION:
+        raise ValueError(f"container version {version}, this program reads version {VERSION} only; use the program that wrote it, "
+                         "or make the file anew")
+    if seal(blob[:-CHECKSUM_BYTES]) != blob:
         raise ValueError("the checksum does not fit, so the file is truncated or damaged; copy or make it anew")
     header_end = PREFIX.size + header_bytes
-    header = _read_header(blob[PREFIX.size:header_end], content_bytes)
+    content = decompress_bytes(blob[PREFIX.size:header_end], MAX_HEADER_BYTES)
+    try:
+        header = Header.model_validate_json(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"header: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    _check(header, len(blob))
+    if header_end + header.codes_bytes + header.exponents_bytes > len(blob) - CHECKSUM_BYTES:
+        raise ValueError(f"expected {header_bytes} + {header.codes_bytes} + {header.exponents_bytes} bytes of header, codes and "
+                         f"exponents, found {len(blob)} in all")
+    return header, header_end
+
+
+def _unpack(blob: bytes) -> QuantizedModel:
+    header, header_end = _open(blob)
     codes_end = header_end + header.codes_bytes
-    if codes_end > len(blob) - CHECKSUM_BYTES:
-        raise ValueError(f"expected {header_bytes} + {header.codes_bytes} bytes of header and codes, found {len(blob)} in all")
-    codes = CODECS[header.codec].decode(blob[header_end:codes_end], [(matrix.rows, matrix.columns) for matrix in header.matrices])
-    num_floats = sum(matrix.rows for matrix in header.matrices) + sum(math.prod(vector.shape) for vector in header.vectors)
-    planes = np.frombuffer(decompress_bytes(blob[codes_end:-CHECKSUM_BYTES], 2 * num_floats), np.uint8)
-    floats = np.ascontiguousarray(planes.reshape(2, -1).T).view("<f2")[:, 0]
-    position = 0
+    exponents_end = codes_end + header.exponents_bytes
+    shapes = [(matrix.rows, matrix.columns) for matrix in header.matrices]
+    exponents = decode_exponents(blob[codes_end:exponents_end], shapes)
+    codes = CODECS[header.codec].decode(blob[header_end:codes_end], shapes)
     matrices: dict[str, QuantizedTensor] = {}
-    for matrix, matrix_codes in zip(header.matrices, codes, strict=True):
-        scales = _to_tensor(floats[position:position + matrix.rows], np.float16)
+    for matrix, matrix_codes, (rows, columns) in zip(header.matrices, codes, exponents, strict=True):
         try:
-            matrices[matrix.name] = QuantizedTensor(_to_tensor(matrix_codes, np.int8), scales, matrix.bits)
+            matrices[matrix.name] = QuantizedTensor(torch.from_numpy(matrix_codes), torch.from_numpy(rows), torch.from_numpy(columns),
+                                                    matrix.bits)
         except ArtifactError as error:
             raise ValueError(f"{matrix.name}: {error}") from None
-        position += matrix.rows
-    vectors: dict[str, torch.Tensor] = {}
-    for vector in header.vectors:
-        size = math.prod(vector.shape)
-        vectors[vector.name] = _to_tensor(floats[position:position + size], np.float16).reshape(vector.shape)
-        position += size
+    num_values = sum(math.prod(vector.shape) for vector in header.vectors)
+    planes = np.frombuffer(decompress_bytes(blob[exponents_end:-CHECKSUM_BYTES], 2 * num_values), np.uint8)
+    if len(planes) != 2 * num_values:
+        raise ValueError(f"expected vectors of {2 * num_values} bytes, found {len(planes)}")
+    values = torch.from_numpy(np.ascontiguousarray(planes.reshape(2, -1).T).view("<f2")[:, 0].astype(np.float16))
+    vectors = {}
+    for vector, part in zip(header.vectors, values.split([math.prod(vector.shape) for vector in header.vectors]), strict=True):
+        vectors[vector.name] = part.reshape(vector.shape).clone()
     return QuantizedModel(header.model, header.training, matrices, vectors)
 
 
-def _read_header(frame: bytes, content_bytes: int) -> Header:
-    """Decompress and parse a header, and check what memory is going to be taken at its word."""
-    if content_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"header: expected at most {MAX_HEADER_BYTES} bytes, found {content_bytes}")
-    try:
-        header = Header.model_validate_json(decompress_bytes(frame, content_bytes))
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise ValueError(f"header: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+def _check(header: Header, num_bytes: int) -> None:
+    """Raise ValueError for contradictions, and for values that a file of `num_bytes` bytes should not make anybody allocate."""
+    json.dumps([header.model, header.training], allow_nan=False)  # pydantic lets NaN and infinity pass in JSON
     if header.codec not in CODECS:
         raise ValueError(f"header: codec: expected one of {', '.join(CODECS)}, found {header.codec!r}")
     names = [matrix.name for matrix in header.matrices] + [vector.name for vector in header.vectors]
     if len(set(names)) < len(names):
         raise ValueError("header: expected every tensor once, found a name twice")
     shapes = [(matrix.rows, matrix.columns) for matrix in header.matrices] + [vector.shape for vector in header.vectors]
-    if (num_values := sum(math.prod(max(1, size) for size in shape) for shape in shapes)) > MAX_VALUES:
-        raise ValueError(f"header: expected at most {MAX_VALUES} values, found {num_values}")
-    return header
+    limit = min(MAX_VALUES, max(MIN_MAX_VALUES, MAX_VALUES_PER_BYTE * num_bytes))
+    if (num_values := sum(math.prod(max(1, size) for size in shape) for shape in shapes)) > limit:
+        raise ValueError(f"header: expected at most {limit} values in a file of {num_bytes} bytes, found {num_values}")
+    by_name = {matrix.name: matrix for matrix in header.matrices}
+    for name in {name.removesuffix(LEFT).removesuffix(RIGHT) for name in by_name if name.endswith((LEFT, RIGHT))}:
+        matrix, left, right = (by_name.get(name + suffix) for suffix in ("", LEFT, RIGHT))
+        if not (matrix and left and right and not name.endswith((LEFT, RIGHT))
+                and (left.rows, left.columns, right.columns) == (matrix.rows, right.rows, matrix.columns)):
+            raise ValueError(f"header: {name}: the matrix and the factors of its correction do not fit together")
 
 
-def _to_tensor(values: npt.NDArray[np.generic], dtype: type[np.generic]) -> torch.Tensor:
-    return torch.from_numpy(np.array(values, dtype, order="C"))
-
-
-def _checksum(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=CHECKSUM_BYTES).digest()

@@ -59,6 +59,14 @@ class Block(nn.Module):
         return x + self.mlp_scale * self.mlp(F.rms_norm(x, x.shape[-1:]) * self.input_scale)
 
 
+class TiedHead(nn.Module):
+    """The output head that is the token embedding; a module, so that calibration sees its input and output."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(B, P, D) and (V, D) -> (B, P, V)."""
+        return F.linear(x, weight)
+
+
 class GPT(nn.Module):
     """The model; parameters are uninitialised until `initialize` or `load_state_dict`."""
 
@@ -74,7 +82,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(params, layer) for layer in range(params.num_layers))
         num_skips = params.num_layers // 2 if params.unet_skips else 0
         self.register_parameter("skip_weights", nn.Parameter(torch.empty(num_skips, params.model_dim)) if num_skips else None)
-        self.head = None if params.tied_head else nn.Linear(params.model_dim, params.vocab_size, bias=False)
+        self.head = TiedHead() if params.tied_head else nn.Linear(params.model_dim, params.vocab_size, bias=False)
 
     @property
     def num_parameters(self) -> int:
@@ -98,7 +106,7 @@ class GPT(nn.Module):
     def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS) -> Tensor:
         """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64."""
         x = self._hidden(tokens)[:, positions]  # (B, P, D)
-        z = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+        z = self.head(x, self.token_embedding.weight) if self.params.tied_head else self.head(x)
         cap = self.params.logit_softcap
         return cap * torch.tanh(z.float() / cap)
 
@@ -163,11 +171,14 @@ class GPT(nn.Module):
                     module.residual_mix[1] = 0
         if self.skip_weights is not None:
             self.skip_weights.fill_(1)
-        if self.head is not None:
+        if isinstance(self.head, nn.Linear):
             self.head.weight.zero_()
 
     def linear_inputs(self) -> dict[str, tuple[str, ...]]:
-        """Every distinct input of linear layers and the weights that read it; a weight ``x.weight`` belongs to the submodule ``x``."""
+        """Every distinct input of linear layers and the weights that read it; a weight ``x.weight`` belongs to the submodule ``x``.
+
+        A tied head is not among them: its weight is that of an embedding table.
+        """
         inputs: dict[str, tuple[str, ...]] = {}
         if self.bigram is not None:
             inputs["bigram.projection"] = ("bigram.projection.weight",)
@@ -177,7 +188,7 @@ class GPT(nn.Module):
             inputs[f"blocks.{n}.attention.input"] = tuple(f"blocks.{n}.attention.{part}.weight" for part in ("query", "key", "value"))
             for part in ("attention.output", "mlp.up", "mlp.down"):
                 inputs[f"blocks.{n}.{part}"] = (f"blocks.{n}.{part}.weight",)
-        if self.head is not None:
+        if isinstance(self.head, nn.Linear):
             inputs["head"] = ("head.weight",)
         return inputs
 

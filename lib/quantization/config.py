@@ -1,35 +1,86 @@
 """Parameters of the calibrate and quantize stages."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lib.params import Fraction, Params, Positive, PositiveFloat
-from lib.quantization.grid_config import BitsParams, ClipParams
+from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat
+from lib.quantization.grid_config import Bits, ByRole, ClipParams
+
+FREE: Literal["free"] = "free"
+Precision = Bits | Literal["free"]
+"""2 to 8: bits of a grid that clips; 16: fp16; free: steps for rows, columns and matrices that `target_bytes` decides, without clipping."""
 
 
 class CalibrateParams(Params):
     """Section ``calibrate``."""
 
     num_sequences: Positive
-    """Training sequences for the Hessians that GPTQ uses, and as many others for those that errors are reported with."""
+    """Training sequences that quantization minimises errors on, and as many others that errors are reported on."""
+    num_gradient_sequences: Positive
+    """So many of each set also get a backward pass, for what needs gradients."""
     batch_sequences: Positive
     """Sequences per forward pass; more is faster and takes more memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_gradient_sequences > self.num_sequences:
+            raise ValueError(f"num_gradient_sequences: expected at most num_sequences {self.num_sequences}, "
+                             f"found {self.num_gradient_sequences}")
+        return self
+
+
+class LowRankParams(Params):
+    """Low-rank correction of the quantization error (LQER, arXiv:2402.02446)."""
+
+    max_bytes: NonNegative
+    """Of all factors together, before entropy coding; 0 = none. Spent one direction at a time, where that lowers the predicted loss
+    most per byte."""
+    bits: Annotated[int, Field(ge=2, le=8)]
+    """Of the factors."""
 
 
 class QuantizeParams(Params):
     """Section ``quantize``."""
 
+    target_bytes: Positive | None
+    """Size of code and artifact together that the steps of free matrices are chosen for; null when none is free."""
     method: Literal["gptq", "rtn"]
-    """For weights of linear layers: GPTQ (arXiv:2210.17323) or round-to-nearest. Embedding tables are always rounded to nearest."""
-    bits: BitsParams
+    """GPTQ (arXiv:2210.17323) or round-to-nearest."""
+    bits: ByRole[Precision]
+    bits_of: dict[str, Precision]
+    """Exceptions: name of a matrix -> the same."""
+    free_rows: bool
+    """Free steps: one for each row, by the gradients at the outputs."""
+    free_columns: bool
+    """Free steps: one for each column, by the Cholesky factor that GPTQ works with."""
     clip: ClipParams
     damping: Annotated[Fraction, Field(gt=0)]
-    """GPTQ: fraction of the mean diagonal that is added to the Hessian's diagonal; raised tenfold where that is not enough."""
+    """Fraction of the mean diagonal that is added to the Hessian's diagonal; raised tenfold where that is not enough."""
     block_size: Positive
     """GPTQ: columns between two updates of all later columns; changes speed, not results."""
-    scale_factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
-    """GPTQ: each row is rounded with these multiples of the scale that the clip rule gives, and keeps the one with the least squared
-    error of its outputs on the calibration sequences; [1.0] keeps the clip rule's. Time grows with their number."""
     act_order: bool
     """GPTQ: columns in descending order of the Hessian's diagonal, instead of in their own order."""
+    scale_factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    """Grids that clip: each row is rounded with these multiples of the scale that the clip rule gives, and keeps the one with the least
+    squared error of its outputs on the calibration sequences; [1.0] keeps the clip rule's. Time grows with their number."""
+    refits: NonNegative
+    """Grids that clip: this many times, the best scales for the codes found are computed, and rows rounded with them where that helps."""
+    rate_weight: NonNegativeFloat
+    """Rounding minimises squared error + rate_weight x code length in bits, the error in squared steps, weighed as GPTQ weighs the
+    column; 0 = nearest. At 0.1155 a bit costs what it would cost to buy it with finer steps (uniform quantizer at high rate)."""
+    prune_fraction: Annotated[float, Field(ge=0, lt=1)]
+    """Of each matrix, the smallest magnitudes are fixed at zero, and the others compensate."""
+    low_rank: LowRankParams
+    vector_mantissa_bits: Annotated[int, Field(ge=0, le=10)]
+    """Of gains, scales and mixes, which are stored as fp16; fewer than fp16's 10 are smaller after compression."""
+    heldout_tokens: Positive
+    """At most so many held-out tokens, in evenly spread windows, to measure the quantized model against the float one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        is_free = FREE in (*self.bits.model_dump().values(), *self.bits_of.values())
+        if is_free != (self.target_bytes is not None):
+            raise ValueError("target_bytes: expected a number exactly when the bits of some matrices are free, "
+                             f"found {self.target_bytes} and {'some' if is_free else 'no'} free matrices")
+        return self

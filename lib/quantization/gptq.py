@@ -1,6 +1,8 @@
 """GPTQ (Frantar et al., arXiv:2210.17323): rounding a matrix column by column, each error compensated by the columns not yet rounded.
 
-Shapes: R rows, C columns, b columns of a block. The weights are kept transposed, (C, R), so that a column is contiguous.
+Shapes: B matrices of one shape, R rows, C columns, b columns of a block. Weights are kept transposed, (C, R), so that a column is
+contiguous, and divided by their steps: with steps r_i c_j the factor U becomes U_jk c_j / (U_jj c_k), rows drop out, and every
+grid is the integers.
 """
 
 from collections.abc import Sequence
@@ -9,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.artifacts.quantized import dequantize
-from lib.quantization.grid import multiply_scales, round_to_grid
+from lib.artifacts.quantized import clip_range
 
 DAMPING_FACTOR = 10.0
 NUM_DAMPINGS = 6
+SMALLEST_MAGNITUDE = 2.0**-20
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,10 @@ class Factor:
     order: Tensor
     dead: Tensor
     damping: float
+
+    def error_scales(self) -> Tensor:
+        """U_jj, (C,) fp32 in the columns' own order: rounding column j adds ((w - q) / U_jj)^2 to the error tr(E H E^T)."""
+        return self.upper.diagonal().float()[torch.argsort(self.order)]
 
 
 def factorize(name: str, hessian: Tensor, damping: float, act_order: bool) -> Factor:
@@ -66,76 +72,98 @@ def factorize(name: str, hessian: Tensor, damping: float, act_order: bool) -> Fa
                      "raise calibrate.num_sequences or quantize.damping")
 
 
-def round_gptq(weight: Tensor, scales: Tensor, bits: int, factor: Factor, block_size: int) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Matrices that read the same input, one below the other.
+
+    Attributes:
+        weight: (R, C), fp32 or fp64; the arithmetic is in its type.
+        factor: of the Hessian of the input.
+        pruned: (R, C) bool, weights that have to be 0; None if there are none.
+    """
+
+    weight: Tensor
+    factor: Factor
+    pruned: Tensor | None = None
+
+
+def round_gptq(problems: Sequence[Problem], row_scales: Sequence[Tensor], column_scales: Sequence[Tensor], *, bits: int | None,
+               block_size: int, rate_weight: float = 0.0) -> tuple[Tensor, Tensor]:
     """Codes that make the squared error of the outputs small, for given scales.
 
-    The error of a column over U_jj, times row j of U, is taken from all columns after j: at once from those of the same block
-    of `block_size` columns, with one matrix product from all later ones when the block is done.
+    The error of a column is made up for by all columns after it: at once by those of the same block of `block_size` columns, with
+    one matrix product by all later ones when the block is done.
+
+    With `rate_weight` a code is not the nearest integer but that with the least (x - q)^2 + rate_weight * length(q) / k_j, k_j the
+    relative weight of the column's error. Lengths are those of a two-sided geometric distribution with the row's mean magnitude:
+    b bits for every step away from 0, so that the best code is the nearest of |x| - rate_weight * b / (2 k_j).
 
     Args:
-        weight: (R, C), fp32 or fp64; the arithmetic is in its type.
-        scales: (R,) fp16.
-        bits: 2 to 8.
-        factor: of the Hessian of the weight's input.
+        problems: B of the same shape.
+        row_scales: of each, (R,).
+        column_scales: of each, (C,).
+        bits: 2 to 8, or None for codes of 16 bits.
         block_size: changes speed, not results.
+        rate_weight: squared steps per bit; 0 rounds to nearest.
 
     Returns:
-        (R, C) int8; 0 in dead columns.
+        Codes (B, R, C) int16, 0 in dead columns and where pruned; and tr(e H e^T) of each row's error with the damped Hessian, (B, R).
     """
-    upper = factor.upper.to(weight.dtype)
-    columns = weight.T[factor.order].clone()  # (C, R)
-    columns[factor.dead[factor.order]] = 0
-    codes = torch.empty(columns.shape, dtype=torch.int8, device=weight.device)
-    for start in range(0, len(columns), block_size):
-        stop = min(start + block_size, len(columns))
-        errors = torch.empty_like(columns[start:stop])  # (b, R)
+    dtype, limit = problems[0].weight.dtype, clip_range(bits)
+    order = torch.stack([problem.factor.order for problem in problems])  # (B, C)
+    columns_of = torch.stack(list(column_scales)).to(dtype)  # (B, C)
+    rows_of = torch.stack(list(row_scales)).to(dtype)  # (B, R)
+    weight = torch.stack([problem.weight.masked_fill(problem.factor.dead, 0) for problem in problems])
+    columns = _reorder((weight / columns_of[:, None] / rows_of[:, :, None]).transpose(1, 2), order)  # (B, C, R)
+    upper = torch.stack([problem.factor.upper for problem in problems]).to(dtype)
+    error_scales = columns_of.gather(1, order) / upper.diagonal(dim1=1, dim2=2)  # (B, C): what an error of one step costs, square root
+    upper = upper * error_scales[:, :, None] / columns_of.gather(1, order)[:, None]
+    pruned = None
+    if any(problem.pruned is not None for problem in problems):
+        masks = [torch.zeros_like(problem.weight, dtype=torch.bool) if problem.pruned is None else problem.pruned for problem in problems]
+        pruned = _reorder(torch.stack(masks).transpose(1, 2), order)
+    shrinkage = _shrinkage(columns, error_scales, rate_weight) if rate_weight else None
+    losses = torch.zeros_like(rows_of)
+    for start in range(0, columns.shape[1], block_size):
+        stop = min(start + block_size, columns.shape[1])
+        errors = torch.empty_like(columns[:, start:stop])  # (B, b, R)
         for j in range(start, stop):
-            rounded = round_to_grid(columns[j, :, None], scales, bits)  # (R, 1)
-            codes[j] = rounded[:, 0]
-            error = (columns[j] - dequantize(rounded, scales)[:, 0]) / upper[j, j]
-            columns[j + 1:stop].addr_(upper[j, j + 1:stop], error, alpha=-1)
-            errors[j - start] = error
-        columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return codes[torch.argsort(factor.order)].T.contiguous()
+            x = columns[:, j]  # (B, R)
+            if shrinkage is None:
+                codes = x.round()
+            else:
+                codes = x.sign() * (x.abs() - shrinkage[0] * shrinkage[1][:, j, None]).clamp_(min=0).round_()
+            codes.clamp_(-limit, limit)
+            if pruned is not None:
+                codes.masked_fill_(pruned[:, j], 0)
+            error = torch.sub(x, codes, out=errors[:, j - start])
+            x.copy_(codes)
+            columns[:, j + 1:stop].baddbmm_(upper[:, j, j + 1:stop, None], error[:, None], alpha=-1)
+        columns[:, stop:].baddbmm_(upper[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
+        losses += (errors * error_scales[:, start:stop, None]).square_().sum(1)
+    codes = _reorder(columns.to(torch.int16), torch.argsort(order, dim=1)).transpose(1, 2).contiguous()
+    return codes, losses * rows_of.square()
 
 
-def round_with_best_scales(weight: Tensor, scales: Tensor, scale_factors: Sequence[float], *, bits: int, factor: Factor,
-                           hessian: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """`round_gptq` with several multiples of the scales; each row keeps the multiple with the least squared error of its outputs.
-
-    A clip rule looks at a weight alone. GPTQ moves weights away from their values, and errors that its later columns make up for
-    count less, so that the best grid for it is often another one.
-
-    Args:
-        weight: (R, C) fp32.
-        scales: (R,) fp16.
-        scale_factors: multiples to try; of equals the first is kept.
-        bits: 2 to 8.
-        factor: of `hessian`.
-        hessian: (C, C) fp32, without damping.
-        block_size: changes speed, not results.
-
-    Returns:
-        Codes (R, C) int8 and scales (R,) fp16.
-    """
-    best_codes, best_scales = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device), scales
-    best_errors = torch.full(scales.shape, torch.inf, dtype=torch.float64, device=weight.device)
-    for scale_factor in scale_factors:
-        tried = multiply_scales(scales, scale_factor)
-        codes = round_gptq(weight, tried, bits, factor, block_size)
-        errors = row_errors(weight - dequantize(codes, tried), hessian)
-        better = errors < best_errors
-        best_codes = torch.where(better[:, None], codes, best_codes)
-        best_scales, best_errors = torch.where(better, tried, best_scales), torch.where(better, errors, best_errors)
-    return best_codes, best_scales
+def _reorder(columns: Tensor, order: Tensor) -> Tensor:
+    """Column ``order[n]`` at place n: (B, C, R) and (B, C) -> (B, C, R), contiguous."""
+    return torch.stack([matrix[indices] for matrix, indices in zip(columns, order, strict=True)])
 
 
-def row_errors(error: Tensor, hessian: Tensor | None) -> Tensor:
-    """Diagonal of E H E^T in fp64, (R,), for an error or weight E (R, C) and a Hessian H (C, C); None is the identity."""
+def _shrinkage(columns: Tensor, error_scales: Tensor, rate_weight: float) -> tuple[Tensor, Tensor]:
+    """How far rounding moves towards 0, as a factor for each row (B, R) and one for each column (B, C)."""
+    mean = columns.abs().mean(1).clamp(min=SMALLEST_MAGNITUDE)  # (B, R), of a two-sided geometric distribution 2 theta / (1 - theta^2)
+    bits = torch.log2(mean / ((1 + mean * mean).sqrt() - 1))  # 1 / theta
+    relative = error_scales.square()
+    return rate_weight / 2 * bits, relative.mean(1, keepdim=True) / relative
+
+
+def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
+    """Diagonal of E H E^T in fp64, (R,), for an error or weight E (R, C) and a Hessian H (C, C)."""
     error = error.double()
-    return ((error if hessian is None else error @ hessian.double()) * error).sum(1)
+    return ((error @ hessian.double()) * error).sum(1)
 
 
-def quadratic_error(error: Tensor, hessian: Tensor | None) -> float:
+def quadratic_error(error: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T), summed in fp64; arguments as of `row_errors`."""
     return float(row_errors(error, hessian).sum())

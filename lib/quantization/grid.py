@@ -1,21 +1,22 @@
-"""The one quantizer, for quantization-aware training and for export: a symmetric grid for each row of a matrix.
+"""The one quantizer, for quantization-aware training and for export: a symmetric grid, with a scale for each row and each column.
 
-Shapes: R rows, C columns. With b bits the codes are the integers -c .. c, c = 2^(b-1) - 1 (15 for int5), and stand for
-code * scale; every row has its scale, kept in fp16.
+Shapes: R rows, C columns. With b bits the codes are the integers -c .. c, c = 2^(b-1) - 1 (15 for int5). A code stands for
+code * row scale * column scale.
 """
 
-import torch
 from torch import Tensor
 
-from lib.artifacts.quantized import clip_range, dequantize
+from lib.artifacts.quantized import OCTAVE, clip_range, exponents_of, scales_of
 from lib.quantization.clipping import CLIP_RULES
 from lib.quantization.grid_config import ClipParams
 
-SMALLEST_SCALE = 2.0**-24  # smallest positive fp16; only a row of zeros, or nearly so, is below it
+CLIPPED_RESOLUTION = OCTAVE // 64
+"""Of row exponents of grids that clip: a scale is at most 0.54 % from the one that was asked for."""
+SMALLEST_SCALE = 2.0**-24  # only a row of zeros, or nearly so, is below it
 
 
 def row_scales(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
-    """Scale of each row: its clip value by `clip` over the clip range.
+    """Scale of each row: its clip value by `clip` over the clip range, to the resolution at which scales are stored.
 
     Args:
         weight: (R, C) fp32; not checked for NaN and infinity, which would wait for the device at every training step.
@@ -23,28 +24,24 @@ def row_scales(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
         clip: the clip rule and its parameters.
 
     Returns:
-        (R,) fp16, positive.
+        (R,) fp32, positive.
     """
     clips = CLIP_RULES[clip.rule](weight, clip_range(bits), clip)
-    return (clips / clip_range(bits)).clamp(min=SMALLEST_SCALE).to(torch.float16)
+    return round_scales(clips / clip_range(bits))
 
 
-def multiply_scales(scales: Tensor, factor: float) -> Tensor:
-    """A multiple of the scales, (R,) fp16, no smaller than `SMALLEST_SCALE`."""
-    return (scales.float() * factor).clamp(min=SMALLEST_SCALE).to(torch.float16)
+def round_scales(scales: Tensor) -> Tensor:
+    """Scales of rows, (R,) fp32, to the resolution at which those of grids that clip are stored."""
+    return scales_of(exponents_of(scales.clamp(min=SMALLEST_SCALE), CLIPPED_RESOLUTION))
 
 
-def round_to_grid(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Code of the nearest grid point of each weight: (R, C) and (R,) -> (R, C) int8."""
-    return _round(weight, scales, bits).to(torch.int8)
+def round_to_grid(weight: Tensor, scales: Tensor, bits: int | None) -> Tensor:
+    """Nearest codes of weights (R, C), with scales that broadcast to them -> (R, C) in the type of the weights."""
+    limit = clip_range(bits)
+    return (weight / scales).round_().clamp_(-limit, limit)
 
 
 def fake_quantize(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
     """The weights after rounding to the grid and back, as the export gives them: (R, C) fp32 -> (R, C) fp32."""
-    scales = row_scales(weight, bits, clip)
-    return dequantize(_round(weight, scales, bits), scales)
-
-
-def _round(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    limit = clip_range(bits)
-    return (weight / scales.to(weight.dtype)[:, None]).round_().clamp_(-limit, limit)
+    scales = row_scales(weight, bits, clip)[:, None]
+    return round_to_grid(weight, scales, bits).mul_(scales)

@@ -3,7 +3,7 @@
 Apart from `lib.quantization.config`, so that a new option of the quantize stage does not make a checkpoint stale.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -22,19 +22,22 @@ def _check_bits(bits: int) -> int:
 Bits = Annotated[int, AfterValidator(_check_bits)]
 
 
-class BitsParams(Params):
-    """Bits per weight by role of the matrix: 2 to 8 for integer codes, 16 for fp16 without quantization."""
+T = TypeVar("T")
 
-    attention: Bits
+
+class ByRole(Params, Generic[T]):
+    """One value for each role of a matrix."""
+
+    attention: T
     """Query, key, value and output projections."""
-    mlp: Bits
-    embedding: Bits
+    mlp: T
+    embedding: T
     """Token embedding; also the head where the head is tied to it."""
-    bigram: Bits
+    bigram: T
     """Hashed bigram table and its projection."""
-    value_embedding: Bits
+    value_embedding: T
     """Value-embedding table and its projection."""
-    head: Bits
+    head: T
     """Untied head; without effect on a tied one."""
 
 

@@ -45,6 +45,26 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], x_label: str, y_label: st
         return _render(figure)
 
 
+def plot_panels(panels: Mapping[str, Mapping[str, Curve]], x_label: str, *, log: Sequence[str] = ()) -> str:
+    """Figures with a common horizontal axis, one below the other, points joined by lines.
+
+    Args:
+        panels: label of the vertical axis -> name -> points (x, y).
+        x_label: of the horizontal axis.
+        log: labels of the vertical axes that are logarithmic.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(SIZE_INCHES[0], SIZE_INCHES[1] * len(panels)), layout="constrained")
+        for axes, (y_label, curves) in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels.items(), strict=True):
+            for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
+                axes.plot(*zip(*curve, strict=True), "o-", color=color, linewidth=1.3, markersize=4, label=name)
+            axes.set(ylabel=y_label, yscale="log" if y_label in log else "linear")
+            axes.legend()
+        axes.set(xlabel=x_label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        return _render(figure)
+
+
 def plot_steps(groups: Mapping[str, Mapping[str, float]], x_label: str) -> str:
     """Values that follow from each other, top to bottom, with the change from each to the next.
 

@@ -17,8 +17,9 @@ from lib.reporting.summary import Row, column_names, headline_rows
 
 TEMPLATE = "report.html.j2"
 RUNNING_CURVES = {"plain": "plain", "sliding": "sliding windows", "ttt": "score-first TTT"}
-TENSOR_COLUMNS = ("name", "role", "method", "rows", "columns", "bits", "clip", "relative_error", "relative_error_rtn", "entropy_bits")
-SIZE_COLUMNS = ("part", "num_tensors", "num_weights", "bits", "num_bytes")
+TENSOR_COLUMNS = ("name", "role", "method", "rows", "columns", "bits", "step", "entropy_bits", "coded_bytes", "relative_error",
+                  "relative_error_rtn", "sensitivity", "predicted_loss", "rank")
+SIZE_COLUMNS = ("part", "num_tensors", "num_weights", "bits", "coded_bits", "num_bytes")
 
 
 def make_report(title: str, params: Mapping[str, Any], metrics: Sequence[dict[str, dict[str, Any]]]) -> str:
@@ -51,6 +52,7 @@ def make_report(title: str, params: Mapping[str, Any], metrics: Sequence[dict[st
         running=_image(plot_curves(running, "validation tokens scored", "bits per byte of all so far", unsettled=0.1)),
         train=metrics[0]["train"],
         evaluate=metrics[0]["evaluate"],
+        quantize=metrics[0]["quantize"],
         compress=metrics[0]["compress"],
         tensors=tensors,
         sizes=sizes,

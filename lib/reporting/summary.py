@@ -72,24 +72,24 @@ def headline_rows(metrics: Sequence[dict[str, dict[str, Any]]]) -> list[Row]:
     def row(label: str, stage: str, key: str, digits: int, note: str = "") -> Row:
         return Row(label, tuple(figures[stage].get(key) for figures in metrics), digits, note)
 
-    float_model = row("held-out bpb, float model", "train", "heldout_bpb", 4)
+    float_model = row("held-out bpb, float model", "quantize", "heldout_bpb_float", 4)
     quantized = row("held-out bpb, quantized model", "quantize", "heldout_bpb", 4)
     plain = row("validation bpb, plain", "evaluate", "plain_bpb", 4)
     sliding = row("validation bpb, sliding windows", "evaluate", "sliding_bpb", 4)
     ttt = row("validation bpb, score-first TTT", "evaluate", "ttt_bpb", 4)
     artifact = row("artifact, bytes", "compress", "artifact_bytes", 0)
     limit = row("limit", "compress", "limit_bytes", 0)
-    error = row("relative error of quantization", "quantize", "relative_error", 5)
-    nearest = row("same with round-to-nearest", "quantize", "relative_error_rtn", 5)
+    divergence = row("KL of the quantized model", "quantize", "heldout_kl", 5, "nats per token, held-out")
+    bits = row("bits per weight, coded", "quantize", "coded_bits", 2)
     return [
         float_model,
         quantized._replace(note=_difference(quantized, float_model)),
+        divergence,
         plain,
         sliding._replace(note=_difference(sliding, plain)),
         ttt._replace(note=_difference(ttt, sliding)),
         artifact._replace(note=_ratio(artifact, limit, "{:.1%} of the limit of " + limit.cells()[0])),
-        error._replace(note=_ratio(error, nearest, "{:.2f} of round-to-nearest's")),
-        nearest,
+        bits,
     ]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lib.params import Fraction, NonNegativeFloat, Params, Positive, PositiveFloat, Precision
-from lib.quantization.grid_config import BitsParams, ClipParams
+from lib.quantization.grid_config import Bits, ByRole, ClipParams
 
 
 class OptimizerParams(Params):
@@ -53,7 +53,7 @@ class QatParams(Params):
 
     below_lr: NonNegativeFloat
     """On while the learning-rate multiplier is below this: 0 never, more than 1 from the first step."""
-    bits: BitsParams
+    bits: ByRole[Bits]
     clip: ClipParams
 
 

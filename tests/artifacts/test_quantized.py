@@ -1,23 +1,40 @@
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from lib.artifacts.checkpoint import Checkpoint, save_checkpoint
 from lib.artifacts.files import ArtifactError
-from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, clip_range, dequantize, load_quantized, save_quantized
-from tests.artifacts.quantized_models import assert_same, make_quantized_tensor
+from lib.artifacts.quantized import (
+    LEFT,
+    OCTAVE,
+    RIGHT,
+    QuantizedModel,
+    QuantizedTensor,
+    clip_range,
+    exponents_of,
+    load_quantized,
+    save_quantized,
+    scales_of,
+)
+from tests.artifacts.quantized_models import assert_same, make_quantized_model, make_quantized_tensor
 
 
-def make_model() -> QuantizedModel:
-    return QuantizedModel({"num_layers": 2}, {"qat": None, "sequence_tokens": 8},
-                          {"b.weight": make_quantized_tensor(3, 7, 5), "a.weight": make_quantized_tensor(2, 4, 8)},
-                          {"scale": torch.tensor(0.5).half(), "mix": torch.ones(2, 3).half()})
+def int16(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.int16)
+
+
+def make_tensor(codes: object, bits: int | None = 8) -> QuantizedTensor:
+    matrix = int16(codes)
+    return QuantizedTensor(matrix, torch.zeros(matrix.shape[0]).short(), torch.zeros(matrix.shape[1]).short(), bits)
 
 
 def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
-    quantized = make_model()
+    quantized = make_quantized_model()
     save_quantized(tmp_path / "one", quantized)
     assert_same(load_quantized(tmp_path / "one"), quantized)
     save_quantized(tmp_path / "two", QuantizedModel(quantized.model, quantized.training, dict(reversed(quantized.matrices.items())),
@@ -25,40 +42,66 @@ def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_scales_are_powers_of_two_to_the_last_bit() -> None:
+    exponents = torch.arange(-2**15, 2**15, dtype=torch.int16)
+    assert torch.equal(scales_of(int16([0, OCTAVE, -OCTAVE, 10 * OCTAVE])), torch.tensor([1, 2, 0.5, 1024]))
+    expected = torch.exp2(exponents.double() / OCTAVE)
+    assert ((scales_of(exponents).double() - expected).abs() / expected).max() <= 2**-24
+    assert torch.equal(exponents_of(scales_of(exponents[1:])), exponents[1:])
+
+
+def test_exponents_are_the_nearest_multiples() -> None:
+    assert exponents_of(torch.tensor([1.0, 2**0.3, 2**-0.3]), 128).tolist() == [0, 256, -256]
+    assert exponents_of(torch.tensor([[1e-30, 1e30]]), 16).tolist() == [[-32752, 32752]]
+
+
 def test_weights_are_codes_times_scales_in_fp32() -> None:
-    codes, scales = torch.tensor([[-15, 0, 7], [1, 2, 3]], dtype=torch.int8), torch.tensor([0.5, 2.0]).half()
-    expected = torch.tensor([[-7.5, 0.0, 3.5], [2.0, 4.0, 6.0]])
-    assert torch.equal(dequantize(codes, scales), expected)
-    weights = QuantizedModel({}, {}, {"a": QuantizedTensor(codes, scales, 5)}, {"b": torch.tensor([1.5]).half()}).weights()
+    matrix = QuantizedTensor(int16([[-15, 0, 7], [1, 2, 3]]), int16([-OCTAVE, OCTAVE]), int16([0, 0, 2 * OCTAVE]), None)
+    expected = torch.tensor([[-7.5, 0.0, 14.0], [2.0, 4.0, 24.0]])
+    weights = QuantizedModel({}, {}, {"a": matrix}, {"b": torch.tensor([1.5]).half()}).weights()
     assert weights.keys() == {"a", "b"} and torch.equal(weights["a"], expected)
     assert all(weight.dtype == torch.float32 for weight in weights.values())
 
 
+def test_corrections_are_added_to_their_matrix() -> None:
+    matrices = {"a": make_tensor([[1, 2, 3], [4, 5, 6]]), "a" + LEFT: make_tensor([[1], [2]]), "a" + RIGHT: make_tensor([[1, 0, -1]])}
+    weights = QuantizedModel({}, {}, matrices, {}).weights()
+    assert weights.keys() == {"a"} and weights["a"].tolist() == [[2, 2, 2], [6, 5, 4]]
+    for name in matrices:
+        with pytest.raises(ArtifactError, match="a: the matrix and the factors"):
+            QuantizedModel({}, {}, {key: matrix for key, matrix in matrices.items() if key != name} | {"b": matrices["a"]}, {}).weights()
+    with pytest.raises(ArtifactError, match="a: the matrix and the factors"):
+        QuantizedModel({}, {}, matrices | {"a" + LEFT: make_tensor([[1], [2], [3]])}, {}).weights()
+
+
 def test_entropy() -> None:
-    def entropy(codes: list[list[int]]) -> float:
-        return QuantizedTensor(torch.tensor(codes, dtype=torch.int8), torch.ones(len(codes)).half(), 8).entropy_bits()
-    assert entropy([[5, 5], [5, 5]]) == 0
-    assert entropy([[-127, 127], [0, 1]]) == 2
-    assert entropy([[0, 0], [0, 1]]) == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
-    assert QuantizedTensor(torch.zeros(0, 4, dtype=torch.int8), torch.zeros(0).half(), 5).entropy_bits() == 0
+    assert make_tensor([[5, 5], [5, 5]]).entropy_bits() == 0
+    assert make_tensor([[-127, 127], [0, 1]]).entropy_bits() == 2
+    assert make_tensor([[-2**15 + 1, 2**15 - 1]], None).entropy_bits() == 1
+    assert make_tensor([[0, 0], [0, 1]]).entropy_bits() == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
+    assert QuantizedTensor(torch.zeros(0, 4).short(), torch.zeros(0).short(), torch.zeros(4).short(), 5).entropy_bits() == 0
 
 
-@pytest.mark.parametrize(("codes", "scales", "bits", "message"), [
-    (torch.full((1, 2), -16, dtype=torch.int8), torch.ones(1).half(), 5, "expected -15 to 15 with 5 bits, found -16"),
-    (torch.full((1, 2), 16, dtype=torch.int8), torch.ones(1).half(), 5, "found 16 to 16"),
-    (torch.zeros(1, 2), torch.ones(1).half(), 5, "expected a matrix of int8"),
-    (torch.zeros(2, 2, dtype=torch.int8), torch.ones(1).half(), 5, r"expected float16 of shape \(2,\)"),
-    (torch.zeros(1, 2, dtype=torch.int8), torch.ones(1), 5, "expected float16"),
-    (torch.zeros(1, 2, dtype=torch.int8), torch.full((1,), torch.inf).half(), 5, "finite"),
-    (torch.zeros(1, 2, dtype=torch.int8), torch.ones(1).half(), 9, "bits: expected 2 to 8, found 9"),
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda good: {"codes": torch.full_like(good.codes, -16)}, "codes: expected -15 to 15, found -16 to -16"),
+    (lambda good: {"codes": torch.full_like(good.codes, 16)}, "found 16 to 16"),
+    (lambda good: {"codes": torch.full_like(good.codes, -2**15), "bits": None}, "codes: expected -32767 to 32767"),
+    (lambda good: {"codes": good.codes.int()}, "codes: expected a matrix of int16"),
+    (lambda good: {"codes": good.codes.flatten()}, "codes: expected a matrix of int16"),
+    (lambda good: {"row_exponents": good.column_exponents}, r"row exponents: expected int16 of shape \(3,\)"),
+    (lambda good: {"column_exponents": good.row_exponents}, r"column exponents: expected int16 of shape \(4,\)"),
+    (lambda good: {"row_exponents": good.row_exponents.half()}, "row exponents: expected int16"),
+    (lambda good: {"bits": 9}, "bits: expected 2 to 8, found 9"),
+    (lambda good: {"bits": 1}, "bits: expected 2 to 8, found 1"),
 ])
-def test_contradictions_are_errors(codes: torch.Tensor, scales: torch.Tensor, bits: int, message: str) -> None:
+def test_contradictions_are_errors(change: Callable[[QuantizedTensor], dict[str, object]], message: str) -> None:
+    good = make_quantized_tensor(3, 4, 5)
     with pytest.raises(ArtifactError, match=message):
-        QuantizedTensor(codes, scales, bits)
+        replace(good, **change(good))  # type: ignore[arg-type]
 
 
 def test_clip_range() -> None:
-    assert [clip_range(bits) for bits in range(2, 9)] == [1, 3, 7, 15, 31, 63, 127]
+    assert [clip_range(bits) for bits in (*range(2, 9), None)] == [1, 3, 7, 15, 31, 63, 127, 32767]
 
 
 def test_other_files_are_errors(tmp_path: Path) -> None:

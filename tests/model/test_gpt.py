@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.model.config import ModelParams
-from lib.model.gpt import GPT, build_model
+from lib.model.gpt import GPT, TiedHead, build_model
 from lib.params import ParamsError, parse_params
 
 Array = npt.NDArray[np.float64]
@@ -183,6 +183,22 @@ def test_linear_inputs_name_every_linear_layer_once_and_are_what_it_reads() -> N
     model.logits(torch.arange(6)[None])
     for weights in inputs.values():
         assert all(seen[weight] is seen[weights[0]] for weight in weights)
+
+
+def test_a_tied_head_is_the_embedding_and_has_no_weight_of_its_own() -> None:
+    """As a module it has an input and an output to look at, and changes neither logits nor the parameters' names."""
+    tied, tokens = make_model(FULL), torch.arange(12).view(2, 6)
+    apart = make_model({**FULL, "tied_head": False})
+    assert isinstance(tied.head, TiedHead)
+    assert tied.state_dict().keys() == apart.state_dict().keys() - {"head.weight"}
+    apart.load_state_dict({**tied.state_dict(), "head.weight": tied.token_embedding.weight})
+    assert torch.equal(tied.logits(tokens), apart.logits(tokens))
+    seen: list[tuple[torch.Tensor, ...]] = []
+    tied.head.register_forward_hook(lambda module, arguments, output: seen.append((*arguments, output)))
+    logits, (x, weight, z) = tied.logits(tokens, slice(2, 4)), seen[0]
+    assert weight is tied.token_embedding.weight and x.shape == (2, 2, 24)
+    torch.testing.assert_close(z, x @ weight.T)
+    torch.testing.assert_close(logits, 30 * torch.tanh(z / 30))
 
 
 def test_build_model_restores_a_model_and_refuses_other_weights() -> None:

@@ -6,34 +6,65 @@ import pytest
 from lib.artifacts.quantized import MAX_BITS, MIN_BITS
 from lib.params import ParamsError, parse_params
 from lib.quantization.clipping import CLIP_RULES
-from lib.quantization.config import QuantizeParams
-from lib.quantization.grid_config import FLOAT_BITS, BitsParams, ClipParams
+from lib.quantization.config import CalibrateParams, QuantizeParams
+from lib.quantization.grid_config import FLOAT_BITS, Bits, ByRole, ClipParams
 
-BITS = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8}
+BITS: dict[str, Any] = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8}
 QUANTIZE: dict[str, Any] = {
-    "method": "gptq", "bits": BITS, "clip": {"rule": "mse", "percentiles": [0.999, 1.0], "num_candidates": 50, "num_std": 4.0},
-    "damping": 0.01, "block_size": 128, "act_order": True, "scale_factors": [1.0],
+    "target_bytes": None, "method": "gptq", "bits": BITS, "bits_of": {}, "free_rows": True, "free_columns": True,
+    "clip": {"rule": "mse", "percentiles": [0.999, 1.0], "num_candidates": 50, "num_std": 4.0},
+    "damping": 0.01, "block_size": 128, "act_order": True, "scale_factors": [1.0], "refits": 0, "rate_weight": 0.0,
+    "prune_fraction": 0.0, "low_rank": {"max_bytes": 0, "bits": 8}, "vector_mantissa_bits": 10, "heldout_tokens": 1000,
 }
+FREE_BITS = dict.fromkeys(BITS, "free")
+
+
+def make_quantize(**changes: Any) -> QuantizeParams:
+    """Parameters with some values changed."""
+    return parse_params(QUANTIZE | changes, QuantizeParams, "quantize.")
 
 
 def test_accepts_exactly_the_integer_bits_and_fp16() -> None:
     accepted = set()
     for bits in range(-1, 40):
         with contextlib.suppress(ParamsError):
-            accepted.add(parse_params(BITS | {"mlp": bits}, BitsParams, "bits.").mlp)
+            accepted.add(parse_params(BITS | {"mlp": bits}, ByRole[Bits], "bits.").mlp)
     assert accepted == {*range(MIN_BITS, MAX_BITS + 1), FLOAT_BITS}
 
 
 def test_bits_error_names_key_and_value() -> None:
-    with pytest.raises(ParamsError, match=r"quantize\.bits\.mlp: expected 2 to 8, or 16 .*, found 9"):
-        parse_params(QUANTIZE | {"bits": BITS | {"mlp": 9}}, QuantizeParams, "quantize.")
+    with pytest.raises(ParamsError, match=r"quantize\.bits\.mlp.*: expected 2 to 8, or 16 .*, found 9"):
+        make_quantize(bits=BITS | {"mlp": 9})
+    with pytest.raises(ParamsError, match=r"quantize\.bits_of\.a\.weight.*: expected 2 to 8, or 16 .*, found 1"):
+        make_quantize(bits_of={"a.weight": 1})
 
 
 def test_rule_names_are_the_registry() -> None:
     assert set(get_args(ClipParams.model_fields["rule"].annotation)) == CLIP_RULES.keys()
 
 
-@pytest.mark.parametrize("change", [{"damping": 0.0}, {"damping": 2.0}, {"block_size": 0}, {"method": "obq"}])
+@pytest.mark.parametrize("change", [
+    {"damping": 0.0}, {"damping": 2.0}, {"block_size": 0}, {"method": "obq"}, {"target_bytes": 0}, {"scale_factors": []},
+    {"scale_factors": [0.0]}, {"refits": -1}, {"rate_weight": -0.1}, {"prune_fraction": 1.0}, {"vector_mantissa_bits": 11},
+    {"low_rank": {"max_bytes": -1, "bits": 8}}, {"low_rank": {"max_bytes": 0, "bits": 9}}, {"heldout_tokens": 0},
+    {"bits": BITS | {"mlp": "fre"}}])
 def test_rejects_values_out_of_range(change: dict[str, Any]) -> None:
     with pytest.raises(ParamsError, match=rf"quantize\.{next(iter(change))}"):
-        parse_params(QUANTIZE | change, QuantizeParams, "quantize.")
+        make_quantize(**change)
+
+
+@pytest.mark.parametrize(("change", "free"), [
+    ({}, False), ({"bits": FREE_BITS}, True), ({"bits": BITS | {"head": "free"}}, True), ({"bits_of": {"a": "free"}}, True),
+    ({"bits_of": {"a": 16}}, False)])
+def test_there_is_a_target_exactly_when_something_is_free(change: dict[str, Any], free: bool) -> None:
+    assert make_quantize(**change, target_bytes=1000 if free else None).target_bytes == (1000 if free else None)
+    with pytest.raises(ParamsError, match=r"quantize\.target_bytes: expected a number exactly when .* free, found "
+                                          + ("None and some" if free else "1000 and no")):
+        make_quantize(**change, target_bytes=None if free else 1000)
+
+
+def test_gradients_come_from_the_same_sequences() -> None:
+    calibrate = {"num_sequences": 8, "batch_sequences": 4}
+    assert parse_params(calibrate | {"num_gradient_sequences": 8}, CalibrateParams, "calibrate.").num_gradient_sequences == 8
+    with pytest.raises(ParamsError, match=r"calibrate\.num_gradient_sequences: expected at most num_sequences 8, found 9"):
+        parse_params(calibrate | {"num_gradient_sequences": 9}, CalibrateParams, "calibrate.")

@@ -28,7 +28,8 @@ def make_metrics(number: int) -> dict[str, dict[str, Any]]:
     return {
         "train": {"heldout_bpb": 1.7 + shift, "selected": "ema", "num_parameters": 10000, "num_steps": 1500},
         "calibrate": {"num_sequences": 8},
-        "quantize": {"heldout_bpb": 1.7086 + shift, "relative_error": 0.0034, "relative_error_rtn": 0.0102},
+        "quantize": {"heldout_bpb": 1.7086 + shift, "heldout_bpb_float": 1.7 + shift, "heldout_kl": 0.0034, "predicted_loss": 0.0031,
+                     "coded_bits": 3.25},
         "compress": {"artifact_bytes": 812345 + number, "code_bytes": 61000, "blob_bytes": 751345 + number, "limit_bytes": 16000000},
         "evaluate": {"plain_bpb": 1.72 + shift, "sliding_bpb": 1.68 + shift, "ttt_bpb": 1.65 + shift, "num_tokens": 400000,
                      "num_bytes": 1000000},
@@ -49,9 +50,11 @@ def write_results(seeds: list[int], num_tensors: int = 3) -> None:
         save_scores(folders["evaluate"], metrics["evaluate"], {"seconds": SECONDS["evaluate"]}, curves, {})
         loss = [(20000 * n, 3 + 4 / math.sqrt(n) + number / 50) for n in range(1, 151)]
         write_csv(folders["train"] / "loss.csv", ("tokens", "loss"), loss)
-        sizes = [("mlp", num_tensors, 200 * num_tensors, 5, 500000), ("fp16", None, None, None, 251345 + number),
-                 ("code", None, None, None, 61000)]
+        sizes = [("mlp", num_tensors, 200 * num_tensors, None, 4.5, 500000), ("vectors", None, None, None, None, 251345 + number),
+                 ("code", None, None, None, None, 61000)]
         write_csv(folders["compress"] / "sizes.csv", SIZE_COLUMNS, sizes)
-        rows = [(f"blocks.{n}.mlp.up.weight", "mlp", "gptq", 10, 20, 5, "mse", 0.003, 0.01, 3.9) for n in range(num_tensors)]
-        table, head = ("embedding", "rtn", 16, 10, 8, "mse", 0.0001, 0.0001, 6.5), ("head", "fp16", 4, 10, 16, None, 0.0, 0.0, None)
+        rows = [(f"blocks.{n}.mlp.up.weight", "mlp", "gptq", 10, 20, "free", 0.012, 3.8, 95, 0.003, 0.01, 0.5, 0.0015, 2)
+                for n in range(num_tensors)]
+        table = ("embedding", "gptq", 16, 10, 8, 0.5, 6.5, 130, 0.0001, 0.0001, 0.5, 0.0001, 0)
+        head = ("head", "fp16", 4, 10, 16, None, None, None, 0.0, 0.0, 0.5, 0.0, 0)
         write_csv(folders["quantize"] / "tensors.csv", TENSOR_COLUMNS, [*rows, ("token_embedding.weight", *table), ("head.weight", *head)])

@@ -1,6 +1,6 @@
 import xml.etree.ElementTree as ET
 
-from lib.reporting.figures import plot_curves, plot_steps
+from lib.reporting.figures import plot_curves, plot_panels, plot_steps
 
 GROUPS = {"sliding": [[(0.0, 3.0), (1e6, 2.0)], [(0.0, 3.1), (1e6, 2.1)]], "ttt": [[(0.0, 3.0), (1e6, 1.9)]]}
 
@@ -18,6 +18,13 @@ def test_each_name_is_in_the_legend_once_and_axes_are_labelled() -> None:
 def test_steps_show_values_and_changes_within_their_group() -> None:
     found = texts(plot_steps({"held-out": {"float": 1.7, "quantized": 1.71}, "validation": {"plain": 1.72, "sliding": 1.68}}, "bpb"))
     assert {"1.7000", "1.7100  (+0.0100)", "1.7200", "1.6800  (-0.0400)", "held-out: quantized", "validation: plain"} <= set(found)
+
+
+def test_panels_have_their_own_curves_and_a_common_axis() -> None:
+    panels = {"nats": {"KL": [(1e5, 0.01), (2e5, 0.001)]}, "bpb": {"plain": [(1e5, 2.0), (2e5, 1.9)]}}
+    found = ["".join(text.split()) for text in texts(plot_panels(panels, "bytes", log=("nats",)))]
+    assert [found.count(text) for text in ("KL", "plain", "nats", "bpb", "bytes")] == [1, 1, 1, 1, 1]
+    assert {"200k", "10−2", "10−3", "1.90"} <= set(found)
 
 
 def test_the_unsettled_part_does_not_set_the_vertical_range() -> None:

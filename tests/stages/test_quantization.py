@@ -14,9 +14,16 @@ from lib.artifacts.paths import stage_folder
 from lib.artifacts.quantized import load_quantized
 from lib.compression.budget import BudgetError
 from lib.compression.container import load_artifact
+from lib.quantization.allocation import TargetError
 from stages import calibrate, compress, quantize
 from tests.artifacts.quantized_models import assert_same
 from tests.stages.project import PARAMS, SEED, write_inputs, write_params
+
+METRIC_KEYS = {"heldout_bpb", "heldout_bpb_float", "heldout_kl", "heldout_loss_increase", "heldout_tokens", "entropy_bits", "coded_bits",
+               "relative_error", "relative_error_rtn", "predicted_loss"}
+FREE: dict[str, Any] = {
+    "target_bytes": 9000, "bits": dict.fromkeys(PARAMS["quantize"]["bits"], "free"), "rate_weight": 0.06,
+    "bits_of": {"blocks.0.attention.key.weight": 5, "blocks.0.attention.value.weight": 16}, "low_rank": {"max_bytes": 300, "bits": 8}}
 
 
 @pytest.fixture
@@ -40,19 +47,21 @@ def test_the_three_stages(project: Path) -> None:
         stage.main(SEED)
     folder = stage_folder("calibrate", SEED)
     hessians = load_hessians(folder / "hessians.safetensors")
-    assert hessians.inputs.keys() == hessians.calibration.keys() == hessians.verification.keys()
-    assert not torch.equal(hessians.calibration["blocks.0.mlp.up"], hessians.verification["blocks.0.mlp.up"])
+    assert hessians.inputs.keys() == hessians.calibration.hessians.keys() == hessians.verification.hessians.keys()
+    assert not torch.equal(hessians.calibration.hessians["blocks.0.mlp.up"], hessians.verification.hessians["blocks.0.mlp.up"])
     assert load_metrics(folder) == {"num_tokens": 24 * 16, "num_hessians": len(hessians.inputs)}
 
     folder = stage_folder("quantize", SEED)
     metrics = load_metrics(folder)
-    assert metrics.keys() == {"heldout_bpb", "bits_per_weight", "entropy_bits", "relative_error", "relative_error_rtn"}
+    assert metrics.keys() == METRIC_KEYS
     assert 0 < metrics["relative_error"] < metrics["relative_error_rtn"] and metrics["heldout_bpb"] > 0
+    assert metrics["heldout_tokens"] == 31 * 16  # 500 of them at most, in windows of 16
+    assert 0 < metrics["heldout_kl"] < 1 and 0 < metrics["predicted_loss"] < 1
     quantized = load_quantized(folder / "quantized.safetensors")
     assert quantized.weights().keys() == load_checkpoint(stage_folder("train", SEED) / "checkpoint.safetensors").weights.keys()
     rows = read_csv(folder / "tensors.csv")
     assert [row["name"] for row in rows] == sorted(quantized.matrices)
-    assert {row["method"] for row in rows} == {"gptq", "rtn"} and rows[0]["clip"] == "mse"
+    assert {row["method"] for row in rows} == {"gptq"} and all(int(row["coded_bytes"]) > 0 for row in rows)
 
     folder = stage_folder("compress", SEED)
     assert_same(load_artifact(folder / "model.ptz"), quantized)
@@ -67,7 +76,33 @@ def test_the_three_stages(project: Path) -> None:
         assert timing is not None and timing["seconds"] > 0
 
 
-def test_a_second_run_gives_the_same_bytes(project: Path) -> None:
+def test_free_steps_meet_the_target_in_bytes_of_the_artifact(project: Path) -> None:
+    """Of code and container, as compress counts them, with corrections and all."""
+    write_params(project, "quantize", **FREE)
+    for stage in (calibrate, quantize, compress):
+        stage.main(SEED)
+    target, sizes = FREE["target_bytes"], load_metrics(stage_folder("compress", SEED))
+    assert 0.99 * target <= sizes["artifact_bytes"] <= target
+    quantized = load_quantized(stage_folder("quantize", SEED) / "quantized.safetensors")
+    assert_same(load_artifact(stage_folder("compress", SEED) / "model.ptz"), quantized)
+    rows = {row["name"]: row for row in read_csv(stage_folder("quantize", SEED) / "tensors.csv")}
+    for name, bits in {"blocks.0.attention.key.weight": "5", "blocks.0.attention.value.weight": "16"}.items():
+        assert rows.pop(name)["bits"] == bits
+    assert {row["bits"] for row in rows.values()} == {"free"} and any(int(row["rank"]) for row in rows.values())
+    assert load_metrics(stage_folder("quantize", SEED)).keys() == METRIC_KEYS
+
+
+def test_a_target_that_cannot_be_reached_fails_and_writes_nothing(project: Path) -> None:
+    calibrate.main(SEED)
+    write_params(project, "quantize", **FREE | {"target_bytes": 1000})
+    with pytest.raises(TargetError, match=r"quantize\.target_bytes: expected at least [23],\d{3}, found 1,000"):
+        quantize.main(SEED)
+    assert not stage_folder("quantize", SEED).exists()
+
+
+@pytest.mark.parametrize("changes", [{}, FREE], ids=["clipped", "free"])
+def test_a_second_run_gives_the_same_bytes(project: Path, changes: dict[str, Any]) -> None:
+    write_params(project, "quantize", **changes)
     stages = {"calibrate": calibrate, "quantize": quantize, "compress": compress}
     first = {}
     for name, stage in stages.items():

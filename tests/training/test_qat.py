@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.artifacts.quantized import dequantize
+from lib.artifacts.quantized import QuantizedTensor, exponents_of
 from lib.quantization.grid import round_to_grid, row_scales
 from lib.training.qat import FakeQuantization
 from tests.training.tiny import make_model, make_params
@@ -36,7 +36,8 @@ def test_weights_are_exactly_those_of_the_export_and_come_back_bit_for_bit() -> 
         for name, bits in (("blocks.0.attention.query.weight", 5), ("blocks.1.mlp.up.weight", 5), ("token_embedding.weight", 8)):
             weight = originals[name]
             scales = row_scales(weight, bits, params.clip)
-            expected = dequantize(round_to_grid(weight, scales, bits), scales)
+            codes = round_to_grid(weight, scales[:, None], bits).to(torch.int16)
+            expected = QuantizedTensor(codes, exponents_of(scales), torch.zeros(weight.shape[1], dtype=torch.int16), bits).weight()
             assert torch.equal(model.get_parameter(name), expected)
             assert not torch.equal(expected, weight)
         assert torch.equal(model.get_parameter("blocks.0.mlp_scale"), originals["blocks.0.mlp_scale"])

@@ -1,0 +1,182 @@
+"""Steps that meet a byte budget: which rows, columns and matrices get fine steps, and how fine all of them are.
+
+Shapes: R rows, C columns. With entropy coding the step, not the number of levels, decides the size of a matrix. Rounding weight w_ij
+with the step s r_i c_j raises the loss by about 1/2 g_i ((w_ij - q_ij) / U_jj)^2 (`lib.quantization.gptq`), of mean
+1/24 g_i (s r_i c_j / U_jj)^2 where the step is small. Equal for all weights, that loss buys the most bits: r_i = 1 / sqrt(g_i) and
+c_j = U_jj. How much larger each matrix's own factor s should be where steps are not small against the weights is found by Lagrange:
+for a price of a bit, each matrix takes the step with the least loss + price * bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib.artifacts.quantized import MAX_CODE, OCTAVE, exponents_of, scales_of
+from lib.quantization.gptq import Problem
+
+RESOLUTION = OCTAVE // 8  # of the exponents of rows and columns: finer ones cost more bytes than they save
+MATRIX_RESOLUTION = OCTAVE // 16
+COLUMN_LIMIT, ROW_LIMIT = 16.0, 6.0  # largest ratio to the geometric mean, either way
+SMALLEST_GRADIENT = 1e-4  # relative to the largest of the matrix
+SAMPLE_ROWS = 64
+OCTAVES_UP, OCTAVES_DOWN = 4, 5  # of candidate steps around a matrix's root mean square; smaller steps follow the high-rate law
+LARGEST_CODE = MAX_CODE // 2  # with the finest steps; GPTQ moves weights, so that some room is needed
+TOLERANCE = 0.001
+MAX_PROBES = 12
+LARGEST_MISJUDGEMENT = 8.0
+
+
+class TargetError(ValueError):
+    """A byte budget that cannot be met; the message says what can."""
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What a matrix costs and how much loss it causes at different steps.
+
+    Attributes:
+        exponents: (K,) int64, ascending: of the matrix's own factor, to be added to all row exponents.
+        num_bits: (K,) fp64, of all codes.
+        losses: (K,) fp64, nats per token.
+    """
+
+    exponents: Tensor
+    num_bits: Tensor
+    losses: Tensor
+
+
+def column_exponents(problem: Problem) -> Tensor:
+    """Relative steps of columns, proportional to U_jj: (C,) int16, of geometric mean 1 over the live columns."""
+    scales, live = problem.factor.error_scales(), ~problem.factor.dead
+    return _limited(scales / scales[live].log().mean().exp(), COLUMN_LIMIT).where(live, 0) if live.any() else live.to(torch.int16)
+
+
+def row_exponents(gradients: Tensor) -> Tensor:
+    """Relative steps of rows, proportional to 1 / sqrt(g_i): (R,) fp32 -> (R,) int16, of geometric mean 1."""
+    scales = floor_gradients(gradients).rsqrt()
+    return _limited(scales / scales.log().mean().exp(), ROW_LIMIT)
+
+
+def floor_gradients(gradients: Tensor) -> Tensor:
+    """Mean squared gradients (R,) of which none is so small against the largest that its row would be given up."""
+    return gradients.clamp(min=max(SMALLEST_GRADIENT * float(gradients.max()), torch.finfo(torch.float32).tiny))
+
+
+def _limited(scales: Tensor, limit: float) -> Tensor:
+    return exponents_of(scales.clamp(1 / limit, limit), RESOLUTION)
+
+
+def measure_curve(problem: Problem, gradients: Tensor, rows: Tensor, columns: Tensor) -> Curve:
+    """Rounding to nearest at many steps of the matrix, on a sample of its rows.
+
+    Args:
+        problem: one matrix (R, C).
+        gradients: (R,).
+        rows: (R,) int16, relative exponents of the rows.
+        columns: (C,) int16, relative exponents of the columns.
+    """
+    num_rows = len(problem.weight)
+    sample = torch.arange(min(SAMPLE_ROWS, num_rows), device=rows.device) * num_rows // min(SAMPLE_ROWS, num_rows)
+    scaled = problem.weight.masked_fill(problem.factor.dead, 0) / scales_of(rows)[:, None] / scales_of(columns)
+    x, live = scaled[sample], ~problem.factor.dead
+    weights = (gradients * scales_of(rows).square())[sample, None] * (scales_of(columns) / problem.factor.error_scales() * live).square()
+    center = int(exponents_of(x.square().mean().sqrt().clamp(min=2.0**-24), MATRIX_RESOLUTION))
+    exponents = torch.arange(center - OCTAVES_DOWN * OCTAVE, center + OCTAVES_UP * OCTAVE + 1, MATRIX_RESOLUTION)
+    bits, losses = [], []
+    for scale in scales_of(exponents).tolist():
+        codes = (x / scale).round_()
+        losses.append(float((weights * (x - codes * scale).square()).sum(dtype=torch.float64)) / 2)
+        bits.append(_entropy(codes))
+    num_bits, all_losses = torch.tensor(bits).double() * scaled.numel(), torch.tensor(losses).double() * (num_rows / len(sample))
+    finest = int(exponents_of(scaled.abs().amax().clamp(min=2.0**-24) / LARGEST_CODE)) + 1
+    finer = torch.arange(min(0, (finest - int(exponents[0])) // MATRIX_RESOLUTION + 1) * MATRIX_RESOLUTION, 0, MATRIX_RESOLUTION)
+    num_live = num_rows * int(live.sum())  # half the step takes a bit more for each of them and leaves a quarter of the loss
+    return Curve(torch.cat((finer + exponents[0], exponents)), torch.cat((num_bits[0] - num_live * finer / OCTAVE, num_bits)),
+                 torch.cat((all_losses[0] * torch.exp2(2 * finer / OCTAVE), all_losses)))
+
+
+def _entropy(codes: Tensor) -> float:
+    """Order-0 entropy in bits per element of integral floats."""
+    shifted = (codes - codes.min()).flatten().to(torch.int64)
+    counts = torch.bincount(shifted)
+    probabilities = counts[counts > 0].double() / codes.numel()
+    return float(-(probabilities * probabilities.log2()).sum())
+
+
+def allocate(curves: Sequence[Curve], num_bits: float) -> list[int]:
+    """The step of each matrix that together make the loss smallest within a number of bits, by bisection of the price of a bit.
+
+    Args:
+        curves: of the matrices.
+        num_bits: of all codes together.
+
+    Returns:
+        Index into each curve. Where even the coarsest steps take more bits, those; where the finest take fewer, those.
+    """
+    low, high = -200.0, 200.0  # of the price's log2; a higher price buys fewer bits
+    for _ in range(60):
+        middle = (low + high) / 2
+        chosen = [_cheapest(curve, 2.0**middle) for curve in curves]
+        if sum(float(curve.num_bits[index]) for curve, index in zip(curves, chosen, strict=True)) > num_bits:
+            low = middle
+        else:
+            high = middle
+    return [_cheapest(curve, 2.0**high) for curve in curves]
+
+
+def bits_per_octave(curve: Curve, index: int) -> float:
+    """How many bits fewer a matrix takes when its steps are doubled."""
+    doubled = min(index + OCTAVE // MATRIX_RESOLUTION, len(curve.num_bits) - 1)
+    return float(curve.num_bits[index] - curve.num_bits[doubled])
+
+
+def _cheapest(curve: Curve, price: float) -> int:
+    return int((curve.losses + price * curve.num_bits).argmin())
+
+
+def meet_target(measure: Callable[[int], int], target_bytes: int, bytes_per_unit: float, report: Callable[[int, int], None]) -> int:
+    """How many units to coarsen the steps by, so that the size comes just below the target.
+
+    Secant steps until the target lies between two sizes, then false position.
+
+    Args:
+        measure: units -> size in bytes with the real coder; falls with the units, though not strictly.
+        target_bytes: never exceeded by the result; missed by less than `TOLERANCE` of it where `MAX_PROBES` sizes are enough to find that.
+        bytes_per_unit: estimate of how much a unit saves, within a factor of `LARGEST_MISJUDGEMENT`.
+        report: called with the number of the probe and its size.
+
+    Raises:
+        TargetError: no size at or below the target was found.
+    """
+    found: dict[int, int] = {}
+    shift, aim = 0, target_bytes * (1 - TOLERANCE / 2)
+    for number in range(MAX_PROBES):
+        found[shift] = measure(shift)
+        report(number, found[shift])
+        if target_bytes * (1 - TOLERANCE) <= found[shift] <= target_bytes:
+            return shift
+        if list(found.values())[-2:] == [found[shift]] * 2 and found[shift] < target_bytes:
+            break  # no finer steps are left
+        above, below = (max((s for s in found if found[s] > target_bytes), default=None),
+                        min((s for s in found if found[s] <= target_bytes), default=None))
+        if above is not None and below is not None:
+            if below - above <= 1:
+                break
+            middle = above + (found[above] - aim) / (found[above] - found[below]) * (below - above)
+            shift = min(max(round(middle), above + 1), below - 1)
+        else:
+            shift += round((found[shift] - aim) / _slope(found, bytes_per_unit)) or (1 if found[shift] > aim else -1)
+    fitting = [s for s in found if found[s] <= target_bytes]
+    if not fitting:
+        raise TargetError(f"quantize.target_bytes: expected to reach {target_bytes:,}, the smallest size found is {min(found.values()):,}")
+    return max(fitting, key=lambda s: found[s])
+
+
+def _slope(found: dict[int, int], estimate: float) -> float:
+    """Bytes per unit from the last two sizes, no further from the estimate than it may be."""
+    if len(found) < 2:
+        return estimate
+    before, last = list(found)[-2:]
+    return min(max((found[before] - found[last]) / (last - before), estimate / LARGEST_MISJUDGEMENT), estimate * LARGEST_MISJUDGEMENT)

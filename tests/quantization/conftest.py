@@ -1,0 +1,30 @@
+"""A checkpoint of random weights and its second moments."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from lib.artifacts.checkpoint import Checkpoint
+from lib.artifacts.hessians import Hessians
+from lib.distributed import SINGLE_CPU
+from lib.model.gpt import build_model
+from lib.quantization.hessian import collect_moments, matrix_inputs
+from tests.evaluation.tiny import MODEL, make_model
+
+MODEL_CHANGES: dict[str, Any] = {"tied_head": False}
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Checkpoint:
+    weights = {name: parameter.detach() for name, parameter in make_model(**MODEL_CHANGES).named_parameters()}
+    return Checkpoint(weights, MODEL | MODEL_CHANGES, {"sequence_tokens": 16, "qat": None})
+
+
+@pytest.fixture(scope="session")
+def hessians(checkpoint: Checkpoint) -> Hessians:
+    model = build_model(checkpoint.model, checkpoint.weights)
+    sequences = torch.randint(0, MODEL["vocab_size"], (64, 16), generator=torch.Generator().manual_seed(0))
+    calibration, verification = (collect_moments(model, part, num_gradient_sequences=32, batch_sequences=32, seed=0, process=SINGLE_CPU,
+                                                 description="test") for part in (sequences[:32], sequences[32:]))
+    return Hessians(matrix_inputs(model), calibration, verification)
