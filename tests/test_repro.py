@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from lib.artifacts.files import read_csv
 from lib.compression.code_size import code_bytes
 
 pytestmark = pytest.mark.xdist_group("repro")  # one clone for all tests of this file
@@ -48,7 +49,7 @@ class Clone:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        listing = self._output("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", ".", ":!artifacts")
+        listing = self.run("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", ".", ":!artifacts")
         for name in listing.split():
             if (ROOT / name).exists():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -59,9 +60,9 @@ class Clone:
         (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
         self.params: dict[str, Any] = YAML(typ="safe", pure=True).load(folder / "params.yaml")
         self.change(TINY)
-        self._output("git", "init", "--quiet")
-        self._output("git", "add", "--all")
-        self._output("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "--message", "tiny")
+        self.run("git", "init", "--quiet")
+        self.run("git", "add", "--all")
+        self.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "--quiet", "--message", "tiny")
 
     def change(self, changes: dict[str, Any]) -> None:
         """Merge `changes` into params.yaml."""
@@ -73,7 +74,7 @@ class Clone:
 
     def repro(self, *arguments: str) -> set[str]:
         """Run `dvc repro` and return the stages that really ran (not those restored from the cache)."""
-        output = self._output("dvc", "repro", *arguments)
+        output = self.run("dvc", "repro", *arguments)
         return {name.split("@")[0] for name in re.findall(r"Running stage '(.+?)'", output)}
 
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -84,7 +85,8 @@ class Clone:
         """What dvc.lock says."""
         return YAML(typ="safe", pure=True).load(self.folder / "dvc.lock")
 
-    def _output(self, *command: str) -> str:
+    def run(self, *command: str) -> str:
+        """What a command prints; it must succeed."""
         result = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
@@ -121,6 +123,19 @@ def test_only_what_depends_on_a_change_runs_again_and_going_back_restores(clone:
     clone.change({"quantize": {"bits": {"mlp": "free"}}})
     assert clone.repro() == set()
     assert (clone.metrics(), clone.lock()) == (original, lock)
+
+
+def test_a_sweep_is_one_experiment_per_size_and_leaves_the_workspace_alone(clone: Clone) -> None:
+    before, params = clone.metrics(), (clone.folder / "params.yaml").read_text()
+    targets = [clone.params["quantize"]["target_bytes"] + more for more in (-4000, 2000)]
+    clone.run(sys.executable, "-m", "lib.reporting.sweep", *map(str, targets))
+    rows = read_csv(clone.folder / "artifacts/sweep/sweep.csv", ["target_bytes", "artifact_bytes", "heldout_kl", "ttt_bpb"])
+    assert [int(row["target_bytes"]) for row in rows] == targets
+    for row, target in zip(rows, targets, strict=True):
+        assert 0.99 * target <= float(row["artifact_bytes"]) <= target
+    assert float(rows[0]["heldout_kl"]) > before["quantize"]["heldout_kl"] > float(rows[1]["heldout_kl"])
+    assert (clone.metrics(), (clone.folder / "params.yaml").read_text()) == (before, params)
+    assert set(clone.run("dvc", "exp", "list", "--name-only").split()) >= {f"target-{target}" for target in targets}
 
 
 def test_a_killed_training_continues_and_a_forced_run_gives_the_same_lock(clone: Clone) -> None:
