@@ -23,7 +23,7 @@ from lib.artifacts.hessians import Hessians, load_hessians
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, exponents_of, scales_of
 from lib.artifacts.tokens import load_split
-from lib.compression.container import pack
+from lib.compression.container import pack, unpack
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.comparison import Comparison, compare_heldout
@@ -43,11 +43,12 @@ FRACTIONS = (0.75, 0.6, 0.5)
 
 
 class Result(NamedTuple):
-    """One method: its model, bytes and seconds of quantization and packing."""
+    """One method: its model and bytes, seconds of quantization and packing, and seconds of unpacking."""
 
     quantized: QuantizedModel
     num_bytes: int
     seconds: float
+    unpack_seconds: float
 
 
 class Bench:
@@ -105,8 +106,10 @@ class Bench:
     def _run(self, quantize: Callable[[], QuantizedModel], codec: str) -> Result:
         start = time.perf_counter()
         quantized = quantize()
-        num_bytes = len(pack(quantized, codec, LEVEL).blob)
-        return Result(quantized, num_bytes, time.perf_counter() - start)
+        blob = pack(quantized, codec, LEVEL).blob
+        middle = time.perf_counter()
+        unpack(blob)
+        return Result(quantized, len(blob), middle - start, time.perf_counter() - middle)
 
     def report(self, name: str, result: Result) -> Comparison:
         """Print one line of the table."""
@@ -118,7 +121,8 @@ class Bench:
                                    window_tokens=self.checkpoint.training["sequence_tokens"], max_tokens=self.heldout_tokens)
         bits, error, predicted = 8 * result.num_bytes, figures["relative_error"], figures["predicted_loss"]
         print(f"{name:44}{result.num_bytes:>12,}{bits / self.num_weights:>9.2f}{bits / self.num_live:>9.2f}{error:>10.5f}"
-              f"{predicted:>11.6f}{compared.kl:>11.6f}{compared.loss_increase:>+11.6f}{result.seconds:>9.1f}", flush=True)
+              f"{predicted:>11.6f}{compared.kl:>11.6f}{compared.loss_increase:>+11.6f}{result.seconds:>9.1f}{result.unpack_seconds:>8.2f}",
+              flush=True)
         return compared
 
 
@@ -155,7 +159,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     bench = Bench(arguments.root, arguments.seed, arguments.heldout_tokens, process)
     print(f"torch {torch.__version__}, {device}; {bench.num_weights:,} weights in matrices, {bench.num_live:,.0f} of them with live inputs")
-    print(f"{'':44}{'bytes':>12}{'bits/w':>9}{'live':>9}{'error':>10}{'predicted':>11}{'KL':>11}{'loss':>11}{'seconds':>9}")
+    print(f"{'':44}{'bytes':>12}{'bits/w':>9}{'live':>9}{'error':>10}{'predicted':>11}{'KL':>11}{'loss':>11}{'seconds':>9}{'unpack':>8}")
     for target in arguments.targets:
         result = bench.free(target)
         bench.report(f"free steps, {result.num_bytes / target - 1:+.3%} from {target:,}", result)
