@@ -162,8 +162,3 @@ def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
     """Diagonal of E H E^T in fp64, (R,), for an error or weight E (R, C) and a Hessian H (C, C)."""
     error = error.double()
     return ((error @ hessian.double()) * error).sum(1)
-
-
-def quadratic_error(error: Tensor, hessian: Tensor) -> float:
-    """tr(E H E^T), summed in fp64; arguments as of `row_errors`."""
-    return float(row_errors(error, hessian).sum())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lib.artifacts.hessians import Hessians, Moments
 from lib.artifacts.quantized import QuantizedTensor, exponents_of, scales_of
-from lib.quantization.gptq import Problem, factorize
+from lib.quantization.gptq import Problem, factorize, row_errors
 from lib.quantization.grid_config import ClipParams
 
 DAMPING = 0.01
@@ -79,3 +79,8 @@ def make_layers() -> tuple[dict[str, Tensor], Hessians]:
             for moments in sets:
                 moments.gradients[name] = gradients * (torch.randn(num_rows, 500, generator=generator) ** 2).mean(1)
     return weights, Hessians(inputs, *sets)
+
+
+def quadratic_error(error: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T)."""
+    return float(row_errors(error, hessian).sum())

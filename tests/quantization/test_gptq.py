@@ -10,9 +10,19 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from lib.artifacts.quantized import clip_range
-from lib.quantization.gptq import Problem, factorize, quadratic_error, round_gptq, row_errors
+from lib.quantization.gptq import Problem, factorize, round_gptq, row_errors
 from lib.quantization.grid import round_to_grid, row_scales
-from tests.quantization.power_law import DAMPING, damped, entropy_bits, make_clip, make_hessian, make_problem, make_steps, make_weight
+from tests.quantization.power_law import (
+    DAMPING,
+    damped,
+    entropy_bits,
+    make_clip,
+    make_hessian,
+    make_problem,
+    make_steps,
+    make_weight,
+    quadratic_error,
+)
 
 Array = npt.NDArray[Any]
 

@@ -18,10 +18,11 @@ from lib.artifacts.hessians import Moments
 from lib.artifacts.tokens import Split
 from lib.distributed import SINGLE_CPU, Process
 from lib.model.gpt import GPT
-from lib.quantization.gptq import quadratic_error, row_errors
+from lib.quantization.gptq import row_errors
 from lib.quantization.hessian import PRIOR_OCCURRENCES, collect_moments, draw_sequences, matrix_inputs
 from tests.evaluation.tiny import MODEL, make_model
 from tests.processes import run_processes
+from tests.quantization.power_law import quadratic_error
 
 TABLES = ("token_embedding", "bigram.table", "value_embedding.table")
 

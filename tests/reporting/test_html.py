@@ -28,9 +28,9 @@ def test_the_report_holds_every_result(seeds: list[int]) -> None:
     text = " ".join(re.sub(r"(?s)<style>.*?</style>|<[^>]*>", " ", html).split())
     for part in (f"Seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))} ·", "1.7086", "5.1% of the limit",
                  "812,345 of 16,000,000 bytes",
-                 "blocks.2.mlp.up.weight", "10 × 20 gptq free + rank 2 0.012 95 3.80 1500.00 0.00300 0.01000 0.30",
-                 "token_embedding.weight 16 × 10 gptq 8 0.5 130 6.50 100.00 0.00010 0.00010 1.00",
-                 "head.weight 4 × 10 fp16 16 0.00 0.00000 0.00000", "its sum is 0.00310 nats per token", "on held-out text 0.00340",
+                 "blocks.2.mlp.up.weight", "10 × 20 gptq free + rank 2 0.012 95 3.80 1500.00 0.00300 0.30",
+                 "token_embedding.weight 16 × 10 gptq 8 0.5 130 6.50 100.00 0.00010 1.00",
+                 "head.weight 4 × 10 fp16 16 0.00 0.00000", "its sum is 0.00310 nats per token", "on held-out text 0.00340",
                  "num_layers 2", "bits.mlp 5", "packages numpy, scipy", "tied_head true", "budget_steps null",
                  f"seeds {', '.join(map(str, seeds))}", "mlp 3 600 free 500,000 4.50 61.6%"):
         assert part in text
