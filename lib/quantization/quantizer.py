@@ -18,6 +18,7 @@ from lib.artifacts.quantized import MAX_CODE, OCTAVE, QuantizedTensor, exponents
 from lib.distributed import Process
 from lib.progress import Progress, say
 from lib.quantization.allocation import (
+    TOLERANCE,
     Curve,
     TargetError,
     allocate,
@@ -156,6 +157,7 @@ class Quantizer:
         chosen = dict(zip(names, allocate([curves[name] for name in names], 8 * (target_bytes - smallest)), strict=True))
         saved = max(1.0, sum(bits_per_octave(curves[name], chosen[name]) for name in names) / 8)
         found: dict[int, Matrices] = {}
+        sizes: dict[int, int] = {}
 
         def size_at(units: int) -> int:
             """Size with steps that are coarser by units/`OCTAVE` of an octave, divided among the matrices."""
@@ -166,7 +168,8 @@ class Quantizer:
                 moved[name] = Steps(_shift(steps[name].rows, shift), steps[name].columns)
             found.clear()
             found[units] = self._corrected(self._clipped | self._round(moved))
-            return measure(found[units])
+            sizes[units] = measure(found[units])
+            return sizes[units]
 
         def report(number: int, size: int) -> None:
             difference = size / target_bytes - 1
@@ -175,6 +178,9 @@ class Quantizer:
         units = meet_target(size_at, target_bytes, saved / OCTAVE / len(names), report)
         if units not in found:
             size_at(units)
+        if sizes[units] < target_bytes * (1 - TOLERANCE):
+            say(f"note: quantize.target_bytes is {target_bytes:,}, the closest size below it that was found is {sizes[units]:,}: no finer "
+                "steps are left, or the smallest change of steps changes more bytes than that", enabled=self._process.is_main)
         return found[units]
 
     def _relative_steps(self) -> tuple[dict[str, Steps], dict[str, Curve]]:

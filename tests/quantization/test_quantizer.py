@@ -168,8 +168,10 @@ def test_targets_below_the_smallest_size_are_errors_that_name_it() -> None:
 
 
 @pytest.mark.parametrize("target", [13_500, 10**6])
-def test_targets_beyond_what_codes_hold_give_the_finest_steps(target: int) -> None:
+def test_targets_beyond_what_codes_hold_give_the_finest_steps_and_say_so(target: int, capsys: pytest.CaptureFixture[str]) -> None:
     found = quantize("free", target_bytes=target)
+    said = capsys.readouterr().err
+    assert f"note: quantize.target_bytes is {target:,}, the closest size below it that was found is {measure(found):,}" in said
     assert measure(found) <= target and loss_of(found) < 1e-9
     assert all(clip_range(12) < int(matrix.codes.abs().max()) < clip_range(None) for matrix in found.values())
 
