@@ -234,7 +234,7 @@ def test_the_target_is_met_from_below(sizes: Sizes, ratio: float, misjudged: flo
         return
     units = meet_target(sizes.measure, target, sizes.slope() * misjudged, ignore)
     assert target * (1 - TOLERANCE) <= sizes.size(units) <= target
-    assert units in sizes.calls and len(sizes.calls) <= 8  # bisection needs more
+    assert units in sizes.calls and len(sizes.calls) <= MAX_PROBES
 
 
 @settings(max_examples=100)
