@@ -5,7 +5,7 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint bench sweep clean
+.PHONY: repro test lint audit bench sweep clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
 	@python -m lib.schema
@@ -21,6 +21,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)  ## ratios measured in one run; see bench/RESULTS.md
 	@for script in bench/*.py; do python -m bench.$$(basename $$script .py) || exit 1; done
+
+audit: $(INSTALLED)  ## every check of a legal score, thoroughly, on the finished run
+	@python -m stages.audit
 
 sweep: $(INSTALLED)  ## rate-distortion curve: make sweep TARGETS="400000 600000"
 	@python -m lib.reporting.sweep $(TARGETS)

@@ -16,6 +16,8 @@ from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import load_split
 from lib.params import read_params
 
+WIDTH = 40  # of the names
+
 
 def read_text(path: str) -> bytes:
     """UTF-8 text of the validation split: its tokens decoded, documents joined by blank lines."""
@@ -31,12 +33,11 @@ def main() -> None:
     compressed = {"bzip2 -9": bz2.compress(text, 9), "zstd -22": zstandard.compress(text, 22), "xz -9": lzma.compress(text, preset=9)}
     print(f"validation text of {len(text):,} bytes, bits per byte")
     for name, blob in compressed.items():
-        print(f"{name:24} {8 * len(blob) / len(text):.4f}")
+        print(f"{name:{WIDTH}} {8 * len(blob) / len(text):.4f}")
     for seed in read_params()["seeds"]:
         metrics = load_metrics(stage_folder("evaluate", seed))
-        for name in ("plain_bpb", "sliding_bpb", "ttt_bpb"):
-            if name in metrics:
-                print(f"{f'seed {seed}, {name}':24} {metrics[name]:.4f}")
+        for name in (name for name in metrics if name.endswith("_bpb")):
+            print(f"{f'seed {seed}, {name}':{WIDTH}} {metrics[name]:.4f}")
 
 
 if __name__ == "__main__":

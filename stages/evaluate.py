@@ -1,36 +1,51 @@
-"""Score the artifact: model.ptz, tokenizer, validation shards -> metrics.json, timing.json, curves/, adaptation/."""
+"""Score the artifact: model.ptz, tokenizer, val shards -> metrics.json, timing.json, audit.json, curves/, context/, documents/, ledger/."""
+
+from functools import partial
 
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
-from lib.artifacts.scores import save_scores
+from lib.artifacts.scores import save_audit, save_scores, save_unfinished
 from lib.artifacts.tokens import load_split
+from lib.audit.isolation import unchecked
+from lib.audit.provenance import check_data, confine_to_inputs
+from lib.audit.verdict import NOT_AUDITED, audit_scores, raise_violations
 from lib.compression.container import load_artifact
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
 from lib.evaluation.bpb import check_bytes
 from lib.evaluation.config import EvaluateParams
+from lib.evaluation.evaluation import Text, evaluate
 from lib.evaluation.limit import TimeLimit
-from lib.evaluation.strategies import evaluate
 from lib.model.gpt import build_model
 from lib.params import load_params, parse_seed
 
 
-def main(seed: int) -> None:
-    """Run the stage for one seed."""
-    params = load_params("evaluate", EvaluateParams)
+def main(seed: int, *, confined: bool = False) -> None:
+    """Run the stage for one seed; `confined` takes everything but the stage's inputs from this process, for good."""
+    params, folder = load_params("evaluate", EvaluateParams), stage_folder("evaluate", seed)
     with start_process() as process:
-        limit = TimeLimit(params.limit_seconds, enabled=process.is_main)
+        limit = TimeLimit(params.limit_seconds, process)
+        confinement = (confine_to_inputs([seed], "evaluate", process) if confined and params.audit
+                       else unchecked("evaluate ran inside another program"))
         artifact = load_artifact(stage_folder("compress", seed) / "model.ptz")
         model = build_model(artifact.model, artifact.weights()).to(process.device)
         tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model")
         split = load_split(TOKENIZE_FOLDER / "val", model.params.vocab_size)
-        tokens = split.tokens()
-        target_bytes = tokenizer.target_bytes(tokens)
-        check_bytes(target_bytes, split.accounted_bytes, str(split.folder))
-        evaluation = evaluate(model, tokens, target_bytes, params, process=process, limit=limit)
+        text = Text.of(split.tokens(), tokenizer.target_bytes(split.tokens()), tokenizer.bos_id)
+        check_bytes(text.target_bytes, split.accounted_bytes, str(split.folder))
+        evaluation = evaluate(model, text, params, process=process, limit=limit, keep=partial(save_unfinished, folder))
+        timing, metrics = evaluation.timing(limit, process), evaluation.metrics()
+        ledgers = {name: each.events for name, each in evaluation.outcomes.items()}
         if process.is_main:
-            save_scores(stage_folder("evaluate", seed), evaluation.metrics(), evaluation.timing(limit.seconds), evaluation.curves,
-                        evaluation.adaptations)
+            save_scores(folder, metrics, timing, curves=evaluation.curves(), context=evaluation.context_tables(),
+                        documents=evaluation.document_tables(), ledgers=ledgers)
+            save_audit(folder, NOT_AUDITED)
+        if params.audit:
+            audit = audit_scores(model, text, params, ledgers, data=check_data(metrics, split, tokenizer), confinement=confinement,
+                                 process=process)
+            if process.is_main:
+                save_audit(folder, audit)
+            raise_violations(audit)
 
 
 if __name__ == "__main__":
-    main(parse_seed(__doc__))
+    main(parse_seed(__doc__), confined=True)

@@ -31,15 +31,18 @@ TINY: dict[str, Any] = {
     "train": {"budget_steps": 40, "sequence_tokens": 32, "batch_sequences": 4, "averaging": {"swa_every_steps": 5}},
     "calibrate": {"num_sequences": 8, "num_gradient_sequences": 4},
     "quantize": {"target_bytes": code_bytes(Path("stages/evaluate.py"), ROOT) + 20_000},
-    "evaluate": {"window_tokens": 32, "stride_tokens": 16,
-                 "score_first": {"chunk_tokens": 512, "epochs": 1, "trainable": ["last_1_blocks"]}},
+    "evaluate": {"window_tokens": 32, "stride_tokens": 16, "segment_tokens": 128,
+                 "score_first": {"chunk_tokens": 512, "epochs": 1, "trainable": ["last_1_blocks"]},
+                 "lora": {"window_tokens": 32, "chunk_tokens": 16}, "phased": {"documents": 8},
+                 "two_phase": {"recalibration": {"epochs": 1}, "selective": {"epochs": 1}}},
 }
 METRIC_KEYS = {
     "train": {"heldout_bpb", "num_parameters", "num_steps"},
     "quantize": {"heldout_bpb", "heldout_bpb_float", "heldout_kl", "heldout_loss_increase", "heldout_tokens", "entropy_bits", "coded_bits",
                  "relative_error", "relative_error_rtn", "predicted_loss"},
     "compress": {"artifact_bytes", "code_bytes", "blob_bytes", "limit_bytes"},
-    "evaluate": {"plain_bpb", "sliding_bpb", "ttt_bpb", "num_tokens", "num_bytes"},
+    "evaluate": {"val_loss", "val_bpb", "strategy", "plain_bpb", "sliding_bpb", "one_pass_bpb", "score_first_bpb", "lora_bpb", "phased_bpb",
+                 "two_phase_transductive_bpb", "two_phase_legal", "num_tokens", "num_bytes", "num_documents"},
 }
 
 
@@ -129,7 +132,7 @@ def test_a_sweep_is_one_experiment_per_size_and_leaves_the_workspace_alone(clone
     before, params = clone.metrics(), (clone.folder / "params.yaml").read_text()
     targets = [clone.params["quantize"]["target_bytes"] + more for more in (-4000, 2000)]
     clone.run(sys.executable, "-m", "lib.reporting.sweep", *map(str, targets))
-    rows = read_csv(clone.folder / "artifacts/sweep/sweep.csv", ["target_bytes", "artifact_bytes", "heldout_kl", "ttt_bpb"])
+    rows = read_csv(clone.folder / "artifacts/sweep/sweep.csv", ["target_bytes", "artifact_bytes", "heldout_kl", "val_bpb"])
     assert [int(row["target_bytes"]) for row in rows] == targets
     for row, target in zip(rows, targets, strict=True):
         assert 0.99 * target <= float(row["artifact_bytes"]) <= target

@@ -1,41 +1,65 @@
-"""The seam between evaluate and report: figures, running bits per byte, and the record of what adaptation did."""
+"""The seam between evaluate and report: figures, curves and tables of every strategy, the record of what happened, the audit."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.artifacts.files import ArtifactError, read_csv, write_csv
+from lib.artifacts.files import ArtifactError, read_csv, write_csv, write_json
 from lib.artifacts.metrics import save_metrics
 
-CURVES_FOLDER = "curves"
-ADAPTATION_FOLDER = "adaptation"
-CURVE_COLUMNS = ("tokens", "bpb")
-ADAPTATION_COLUMNS = ("chunk", "first_scored", "last_scored", "first_trained", "last_trained", "num_steps", "lr")
+CURVES_FOLDER, CONTEXT_FOLDER, DOCUMENTS_FOLDER, LEDGER_FOLDER, UNFINISHED_FOLDER = "curves", "context", "documents", "ledger", "unfinished"
+AUDIT_FILE = "audit.json"
+COLUMNS = {
+    CURVES_FOLDER: ("tokens", "bpb"),
+    CONTEXT_FOLDER: ("context", "tokens", "loss"),
+    DOCUMENTS_FOLDER: ("length", "documents", "bytes", "bpb"),
+    LEDGER_FOLDER: ("step", "kind", "state", "first", "last", "num_steps", "lr"),
+    UNFINISHED_FOLDER: ("tokens", "bpb"),
+}
+
+Tables = Mapping[Any, Iterable[Sequence[object]]]
 
 
-def save_scores(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, float], curves: Mapping[str, Iterable[tuple[int, float]]],
-                adaptations: Mapping[str, Iterable[Sequence[object]]]) -> None:
-    """Write the results of an evaluation.
+def save_scores(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, float], *, curves: Tables, context: Tables,
+                documents: Tables, ledgers: Tables) -> None:
+    """Write the results of an evaluation, each table by the name of its strategy.
 
-    The folders of ``curves/running_<name>.csv`` and ``adaptation/<name>.csv`` are made anew, so that no file of a strategy
-    that is no longer used stays behind.
+    The folders are made anew, so that no file of a strategy that is no longer used stays behind.
 
     Args:
         folder: the stage's output folder.
         metrics: figures that depend on the inputs alone.
         timing: figures that a clock decides.
-        curves: name -> bits per byte of the first n scored targets, as pairs (n, bits per byte).
-        adaptations: name -> one row of `ADAPTATION_COLUMNS` for each chunk; targets counted from 0, ranges inclusive, None for no target.
+        curves: bits per byte of the first n scored targets, as pairs (n, bits per byte).
+        context: rows (inputs before the target's own at most, targets, nats per token).
+        documents: rows (tokens of the document at most, documents, bytes, bits per byte).
+        ledgers: what was scored and trained on, in order; targets counted from 0, ranges inclusive, state -1 for the model itself
+            and the number of a document for its own adapter.
     """
-    for part in (CURVES_FOLDER, ADAPTATION_FOLDER):
-        shutil.rmtree(folder / part, ignore_errors=True)
-        (folder / part).mkdir(parents=True)  # outputs of the stage, which must exist even where there is nothing to say
-    for name, curve in curves.items():
-        write_csv(folder / CURVES_FOLDER / f"running_{name}.csv", CURVE_COLUMNS, ((n, round(bpb, 8)) for n, bpb in curve))
-    for name, rows in adaptations.items():
-        write_csv(folder / ADAPTATION_FOLDER / f"{name}.csv", ADAPTATION_COLUMNS, rows)
+    shutil.rmtree(folder / UNFINISHED_FOLDER, ignore_errors=True)
+    for part, tables in ((CURVES_FOLDER, curves), (CONTEXT_FOLDER, context), (DOCUMENTS_FOLDER, documents), (LEDGER_FOLDER, ledgers)):
+        save_tables(folder / part, tables, COLUMNS[part])
     save_metrics(folder, metrics, timing)
+
+
+def save_unfinished(folder: Path, curves: Tables) -> None:
+    """Write the curves of an evaluation that ran out of time, as far as they go."""
+    save_tables(folder / UNFINISHED_FOLDER, curves, COLUMNS[UNFINISHED_FOLDER])
+
+
+def save_audit(folder: Path, audit: Mapping[str, Any]) -> None:
+    """Write what was checked and found."""
+    write_json(folder / AUDIT_FILE, audit)
+
+
+def save_tables(folder: Path, tables: Tables, columns: Sequence[str]) -> None:
+    """Make a folder anew with one CSV file for each table; losses with 8 digits."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, rows in tables.items():
+        rounded = ([round(value, 8) if isinstance(value, float) else value for value in row] for row in rows)
+        write_csv(folder / f"{name}.csv", columns, rounded)
 
 
 def load_curve(path: Path, columns: tuple[str, str]) -> list[tuple[float, float]]:

@@ -7,10 +7,11 @@ import ast
 from pathlib import Path
 
 EVALUATE = Path("stages/evaluate.py")  # the stage whose code is submitted
+NOT_SUBMITTED = Path("lib/audit")  # judges scores and computes none
 
 
 def import_closure(entry: Path, root: Path) -> tuple[Path, ...]:
-    """The project's source files that running `entry` may import, `entry` and the packages on the way included.
+    """The project's source files that running `entry` may import, `entry` and the packages on the way included, the audit left out.
 
     Args:
         entry: a Python file, relative to `root`.
@@ -26,7 +27,7 @@ def import_closure(entry: Path, root: Path) -> tuple[Path, ...]:
     waiting = [entry, *_files_of(".".join(entry.with_suffix("").parts), root)]
     while waiting:
         path = waiting.pop()
-        if path not in found:
+        if path not in found and not path.is_relative_to(NOT_SUBMITTED):
             found.add(path)
             for name in _imported_names(path, root):
                 waiting += _files_of(name, root)

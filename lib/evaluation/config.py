@@ -7,21 +7,20 @@ from pydantic import Field, field_validator, model_validator
 from lib.evaluation.trainable import GROUP_NAMES, is_group
 from lib.params import NonNegativeFloat, Params, Positive, PositiveFloat, Precision
 
-StrategyName = Literal["plain", "sliding", "score_first"]
+StrategyName = Literal["plain", "sliding", "one_pass", "score_first", "lora", "phased", "two_phase"]
+LayerName = Literal["query", "key", "value", "output", "up", "down", "head"]
 
 
-class ScoreFirstParams(Params):
-    """Score-first test-time training (pr585): score a chunk without gradients, then train on it, then go to the next chunk."""
+class AdaptationParams(Params):
+    """How parameters of the model itself are trained at test time."""
 
-    chunk_tokens: Positive
-    """Targets that are scored before the model is trained on them; a multiple of evaluate.window_tokens."""
     epochs: Positive
-    """Passes over each chunk."""
+    """Passes over the text that is trained on."""
     lr: NonNegativeFloat
     lr_schedule: Literal["cosine", "constant"]
-    """cosine: from lr at the first chunk to 0 at the last (pr585)."""
+    """cosine: from lr to 0."""
     optimizer: Literal["adamw", "sgd"]
-    """AdamW (arXiv:1711.05101, pr585) or SGD with momentum (second phase of pr410)."""
+    """AdamW (arXiv:1711.05101) or SGD with momentum."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Momentum of SGD; beta1 of AdamW."""
     weight_decay: NonNegativeFloat
@@ -41,31 +40,105 @@ class ScoreFirstParams(Params):
         return groups
 
 
+class ScoreFirstParams(AdaptationParams):
+    """Score-first test-time training (pr585): score a chunk without gradients, then train on it, then go to the next chunk.
+
+    A cosine goes over chunks.
+    """
+
+    windows: Literal["sliding", "one_pass"]
+    """How a chunk is scored: as the strategy of this name scores."""
+    chunk_tokens: Positive
+    """Targets that are scored before the model is trained on them; a multiple of evaluate.window_tokens."""
+
+
+class LoraParams(Params):
+    """A low-rank adapter (arXiv:2106.09685) for each document alone (pr410-lora): score a chunk, then train the adapter on it."""
+
+    rank: Positive
+    layers: Annotated[tuple[LayerName, ...], Field(min_length=1)]
+    """Linear layers of every block, and the head, that get an adapter."""
+    window_tokens: Positive
+    """Inputs that the model sees at once, within the document."""
+    chunk_tokens: Positive
+    """Targets between optimizer steps; at most window_tokens."""
+    steps: Positive
+    """Optimizer steps on each chunk."""
+    lr: NonNegativeFloat
+    """Of Adam (arXiv:1412.6980)."""
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    batch_documents: Positive
+    """Documents in one forward pass of one process; changes speed, not scores."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers: expected each name once, found {', '.join(self.layers)}")
+        if self.chunk_tokens > self.window_tokens:
+            raise ValueError(f"chunk_tokens: expected at most window_tokens {self.window_tokens}, found {self.chunk_tokens}")
+        return self
+
+
+class PhasedParams(AdaptationParams):
+    """Documents with their own adapters as in lora; after some of them the model itself is trained on what has been scored.
+
+    A cosine goes over phases.
+    """
+
+    documents: Positive
+    """Documents of a phase: they are scored, then trained on, then the next ones are scored."""
+
+
+class TwoPhaseParams(Params):
+    """Training on the text before it is scored (pr410): not a legal score. A cosine goes over epochs."""
+
+    recalibration: AdaptationParams
+    """First: scales only."""
+    selective: AdaptationParams
+    """Then: some blocks and the embedding."""
+
+
 class EvaluateParams(Params):
     """Section ``evaluate``."""
 
     strategies: Annotated[tuple[StrategyName, ...], Field(min_length=1)]
     """Ways to score, all from the same artifact; each adds its loss and bits per byte to the metrics."""
+    strategy: StrategyName
+    """The one of them whose score is val_bpb. Choose it on held-out documents, not by its score."""
     window_tokens: Positive
     """Inputs that the model sees at once."""
     stride_tokens: Positive
-    """sliding, score_first: distance between windows; each window after the first scores its last stride_tokens targets."""
-    batch_windows: Positive
-    """Windows in one forward pass of one process."""
+    """sliding: distance between windows; each window after the first scores its last stride_tokens targets."""
+    segment_tokens: Positive
+    """one_pass: targets of a segment; each attends to the last window_tokens inputs. Larger is faster."""
+    batch_tokens: Positive
+    """Inputs in one forward pass of one process."""
     precision: Precision
     """bf16: matrix products in bfloat16 (torch.autocast), weights and losses in fp32."""
+    compile: bool
+    """torch.compile the forward pass; needs a C++ compiler on CPUs, and takes up to a minute."""
     limit_seconds: PositiveFloat
     """Wall time from opening the artifact to the last score; when it is passed the stage fails. The challenge allows 600."""
+    when_late: Literal["fail", "fewer_epochs"]
+    """When the time will not suffice: fail at the limit, or train for fewer epochs (score_first, phased)."""
+    audit: bool
+    """Check the conditions of a legal score on the model and the strategies of the run; a violation fails the stage."""
     score_first: ScoreFirstParams
+    lora: LoraParams
+    phased: PhasedParams
+    two_phase: TwoPhaseParams
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.strategies)) < len(self.strategies):
             raise ValueError(f"strategies: expected each name once, found {', '.join(self.strategies)}")
-        # Both make the scored ranges of windows end exactly where chunks end; the second also leaves no training row short.
-        if self.window_tokens % self.stride_tokens:
-            raise ValueError(f"stride_tokens: expected a divisor of window_tokens {self.window_tokens}, found {self.stride_tokens}")
-        if self.score_first.chunk_tokens % self.window_tokens:
+        if self.strategy not in self.strategies:
+            raise ValueError(f"strategy: expected one of strategies {', '.join(self.strategies)}, found {self.strategy}")
+        if self.strategy == "two_phase":
+            raise ValueError("strategy: expected one that scores before it trains, found two_phase")
+        if self.stride_tokens > self.window_tokens:
+            raise ValueError(f"stride_tokens: expected at most window_tokens {self.window_tokens}, found {self.stride_tokens}")
+        if self.score_first.chunk_tokens % self.window_tokens:  # or the last row of a chunk would be short
             raise ValueError(f"score_first.chunk_tokens: expected a multiple of window_tokens {self.window_tokens}, "
                              f"found {self.score_first.chunk_tokens}")
         return self

@@ -24,5 +24,6 @@ def score_heldout(model: nn.Module, split: Split, tokenizer: Tokenizer, *, windo
         process: which share of the windows is computed here.
     """
     tokens = split.tokens()
-    nats = score_plain(model, tokens, window_tokens=window_tokens, batch_windows=batch_windows, precision=precision, process=process)
+    nats = score_plain(model, tokens, window_tokens=window_tokens, batch_tokens=batch_windows * window_tokens, precision=precision,
+                       process=process)
     return make_score(nats, tokenizer.target_bytes(tokens))

@@ -1,9 +1,10 @@
-"""Scoring a token stream window by window: the loss of every target exactly once, over any number of processes.
+"""Scoring windows of a token stream: the loss of every target exactly once, over any number of processes.
 
 Shapes: N targets, B windows of a batch, T inputs of a window, P scored targets of a window.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lib.distributed import Process
-from lib.evaluation.windows import Windows, plain_windows, split_batches
+from lib.evaluation.sheet import Losses, ScoreSheet
+from lib.evaluation.windows import Windows, batch_size, plain_windows, split_batches
 from lib.params import Precision
+
+MAX_GRAPHS = 64
 
 
 @contextmanager
@@ -42,75 +46,118 @@ def gather_rows(stream: Tensor, start: Tensor, num_tokens: int) -> Tensor:
     return stream.unfold(0, num_tokens, 1)[start].long()
 
 
-class Scorer:
-    """Collects the loss of every target of one stream; each process computes its share of the batches.
+class Forward:
+    """A model's forward pass as scoring and adaptation call it, compiled for the shapes that repeat.
 
-    Nothing waits for the device before `collect`, so that a GPU is never idle between batches.
+    Attributes:
+        model: called as `GPT.forward`.
 
     Args:
-        model: called as `GPT.forward`; may change between calls of `score`.
-        stream: (N+1,) int32 on the device of the model, from `load_stream`.
-        batch_windows: windows in one forward pass.
+        model: see above.
         precision: of the matrix products.
+        compiled: whether calls with `repeats` run through ``torch.compile``; others would each compile anew.
+    """
+
+    def __init__(self, model: nn.Module, precision: Precision, *, compiled: bool = False) -> None:
+        self.model, self._precision = model, precision
+        if compiled:  # one graph for each shape: more than torch expects of one function
+            torch._dynamo.config.recompile_limit = MAX_GRAPHS
+        self._compiled = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+
+    def __call__(self, rows: Tensor, positions: slice, attention_tokens: int | None = None, *, repeats: bool = False) -> Tensor:
+        """Losses (B, P) fp32 of the tokens that follow the `positions` of `rows` (B, T+1) int64."""
+        run = self._compiled if repeats else self.model
+        with autocast(rows.device, self._precision):
+            nats: Tensor = run(rows[:, :-1], rows[:, 1:][:, positions], positions, attention_tokens)
+        return nats
+
+    def log_probabilities(self, rows: Tensor, position: int, attention_tokens: int | None = None) -> Tensor:
+        """The distribution (B, V) over the token that follows one position of `rows` (B, T+1) int64."""
+        with autocast(rows.device, self._precision):
+            logits: Tensor = self.model.logits(rows[:, :-1], slice(position, position + 1), attention_tokens)  # type: ignore[operator]
+        return logits[:, 0].log_softmax(-1)
+
+
+class Scorer:
+    """Scores windows of one stream with a model as it is at that time; each process computes its share of the batches.
+
+    Args:
+        forward: of the model.
+        stream: (N+1,) int32 on the device of the model, from `load_stream`.
+        sheet: where the losses go.
+        batch_tokens: inputs in one forward pass.
         process: which share of the batches is computed here.
         advance: called after each batch (of any process) with its number of inputs.
     """
 
-    def __init__(self, model: nn.Module, stream: Tensor, *, batch_windows: int, precision: Precision, process: Process,
+    def __init__(self, forward: Forward, stream: Tensor, sheet: ScoreSheet, *, batch_tokens: int, process: Process,
                  advance: Callable[[int], None] = lambda _: None) -> None:
-        self._model, self._stream, self._batch_windows = model, stream, batch_windows
-        self._precision, self._process, self._advance = precision, process, advance
-        self._nats = torch.zeros(len(stream) - 1, device=stream.device)
-        self._counts = torch.zeros(len(stream) - 1, device=stream.device, dtype=torch.int32)
+        self._forward, self._stream, self._sheet = forward, stream, sheet
+        self._batch_tokens, self._process, self._advance = batch_tokens, process, advance
 
     @torch.no_grad()
-    def score(self, windows: Windows) -> None:
-        """Score the targets of some windows, with the model as it is now and without gradients."""
+    def score(self, windows: Windows, known: Sequence[tuple[Windows, ScoreSheet]] = ()) -> None:
+        """Score the targets of consecutive windows, without gradients.
+
+        Args:
+            windows: what is scored, and with what context.
+            known: windows that the same model has scored before, and their losses: these are taken over.
+        """
+        self._sheet.ledger.scored(int(windows.first_scored[0]), int(windows.end[-1]) - 1)
+        for known_windows, known_sheet in known:
+            if known_windows.attention_tokens == windows.attention_tokens and len(windows.start):
+                same = known_windows.include(windows)
+                self._take_over(windows.select(same), known_sheet)
+                windows = windows.select(~same)
+        self._score(windows)
+
+    def _take_over(self, windows: Windows, known: ScoreSheet) -> None:
+        for batch in split_batches(windows, windows.work):
+            first = torch.from_numpy(batch.first_scored).to(self._stream.device)
+            self._sheet.copy(self._targets(first, int(batch.num_scored[0])), known)
+        self._advance(windows.work)
+
+    def _score(self, windows: Windows) -> None:
         starts = torch.from_numpy(windows.start).to(self._stream.device)
         done = 0
-        with mode(self._model, training=False), autocast(self._stream.device, self._precision):
-            for number, batch in enumerate(split_batches(windows, self._batch_windows)):
-                size, length, num_scored = len(batch.start), int(batch.length[0]), int(batch.num_scored[0])
+        with mode(self._forward.model, training=False):
+            batches = split_batches(windows, self._batch_tokens, self._process.world_size)
+            shapes = Counter(map(_shape, batches))
+            for number, batch in enumerate(batches):
+                size = len(batch.start)
                 if number % self._process.world_size == self._process.rank:
-                    self._score_batch(starts[done : done + size], length, num_scored)
+                    full = size == batch_size(int(windows.length.max()), self._batch_tokens)  # such a batch may come again in a later call
+                    self._score_batch(starts[done : done + size], batch, repeats=full or shapes[_shape(batch)] > 1)
                 done += size
-                self._advance(size * length)
+                self._advance(batch.work)
 
-    def _score_batch(self, start: Tensor, length: int, num_scored: int) -> None:
+    def _score_batch(self, start: Tensor, batch: Windows, *, repeats: bool) -> None:
+        _, length, num_scored = _shape(batch)
         rows = gather_rows(self._stream, start, length + 1)  # (B, T+1)
         scored = slice(length - num_scored, length)
-        nats = self._model(rows[:, :-1], rows[:, 1:][:, scored], scored)  # (B, P)
-        target = start[:, None] + torch.arange(scored.start, scored.stop, device=start.device)  # (B, P)
-        self._nats[target] = nats
-        self._counts.index_put_((target,), torch.ones_like(target, dtype=torch.int32), accumulate=True)
+        nats = self._forward(rows, scored, batch.attention_tokens, repeats=repeats)  # (B, P)
+        self._sheet.write(self._targets(start + scored.start, num_scored), nats, torch.arange(scored.start, length, device=start.device))
+        if self._sheet.wants_last and int(batch.end[-1]) == self._sheet.num_targets:
+            self._sheet.write_last(self._forward.log_probabilities(rows[-1:], length - 1, batch.attention_tokens)[0])
 
-    def collect(self) -> npt.NDArray[np.float32]:
-        """Combine the shares of all processes, once, after everything has been scored.
-
-        Returns:
-            (N,) fp32 nats, the same in every process.
-
-        Raises:
-            RuntimeError: a target that was not scored, or scored more than once.
-        """
-        counts = self._process.sum(self._counts)
-        if wrong := int((counts != 1).sum()):
-            first = int((counts != 1).int().argmax())
-            raise RuntimeError(f"expected every target to be scored exactly once; {wrong} were not, "
-                               f"the first is target {first}, scored {int(counts[first])} times")
-        nats: npt.NDArray[np.float32] = self._process.sum(self._nats).cpu().numpy()
-        return nats
+    def _targets(self, first: Tensor, num_scored: int) -> Tensor:
+        return first[:, None] + torch.arange(num_scored, device=first.device)  # (B, P)
 
 
-def score_plain(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_tokens: int, batch_windows: int, precision: Precision,
-                process: Process) -> npt.NDArray[np.float32]:
+def _shape(batch: Windows) -> tuple[int, int, int]:
+    """Windows of a batch, inputs of each, scored targets of each."""
+    return len(batch.start), int(batch.length[0]), int(batch.num_scored[0])
+
+
+def score_plain(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_tokens: int, batch_tokens: int, precision: Precision,
+                process: Process) -> Losses:
     """Loss of every target in windows side by side.
 
     Args:
         model: called as `GPT.forward`, on the process's device.
         tokens: (N+1,) uint16.
         window_tokens: inputs that the model sees at once.
-        batch_windows: windows in one forward pass.
+        batch_tokens: inputs in one forward pass.
         precision: of the matrix products.
         process: every process calls this and gets the whole result.
 
@@ -120,6 +167,8 @@ def score_plain(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_toke
     Raises:
         ValueError: fewer than two tokens.
     """
-    scorer = Scorer(model, load_stream(tokens, process.device), batch_windows=batch_windows, precision=precision, process=process)
-    scorer.score(plain_windows(len(tokens) - 1, window_tokens))
-    return scorer.collect()
+    stream = load_stream(tokens, process.device)
+    sheet = ScoreSheet(len(tokens) - 1, process.device)
+    Scorer(Forward(model, precision), stream, sheet, batch_tokens=batch_tokens, process=process).score(
+        plain_windows(len(tokens) - 1, window_tokens))
+    return sheet.collect(process)[0]

@@ -1,157 +1,176 @@
 """The ways to score an artifact. Adding one: a function, its name in `StrategyName`, a line in `STRATEGIES`, a test.
 
-Shapes: N targets.
+A strategy fills the job's sheet: it scores with `Scorer` or `DocumentScorer` and trains with `Adapter`, which keep the record
+that the audit judges. Shapes: N targets.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor, nn
 
-from lib.distributed import Process
-from lib.evaluation.bpb import Score, make_score, running_bpb
-from lib.evaluation.config import EvaluateParams
-from lib.evaluation.limit import TimeLimit
-from lib.evaluation.score import Scorer, load_stream
-from lib.evaluation.ttt import Adaptation, score_first, training_work
-from lib.evaluation.windows import Windows, plain_windows, sliding_windows
-
-CURVE_POINTS = 200
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every strategy works from: the artifact's model, which none of them changes, and the tokens on its device."""
-
-    model: nn.Module
-    stream: Tensor
-    params: EvaluateParams
-    process: Process
-    limit: TimeLimit
-
-    @property
-    def num_targets(self) -> int:
-        """N."""
-        return len(self.stream) - 1
-
-
-class Outcome(NamedTuple):
-    """(N,) fp32 nats, and what adaptation did where there was any."""
-
-    nats: npt.NDArray[np.float32]
-    adaptations: list[Adaptation]
+from lib.evaluation.adapter import Adapter, scheduled_lr, training_work
+from lib.evaluation.config import AdaptationParams, EvaluateParams, StrategyName
+from lib.evaluation.job import Job
+from lib.evaluation.lora import DocumentScorer, document_work
+from lib.evaluation.windows import Documents, Windows, one_pass_windows, plain_windows, sliding_windows
 
 
 class Strategy(NamedTuple):
     """One way to score.
 
     Attributes:
-        metric: prefix of its metrics and curves.
-        run: scores a job; every process calls it.
+        run: fills the sheet of a job; every process calls it.
         work: the number of inputs that it scores (or their equivalent), for the projection of the time.
+        windows: of a strategy that scores with the artifact's own weights only.
+        trains: the settings of the adaptation of the model's own parameters.
+        transductive: whether it trains on text before scoring it, so that its score is not a legal one.
+        isolates_documents: whether no document's score depends on another document; the audit checks it.
     """
 
-    metric: str
-    run: Callable[[Job], Outcome]
-    work: Callable[[int, EvaluateParams], int]
+    run: Callable[[Job], None]
+    work: Callable[[Documents, EvaluateParams], int]
+    windows: Callable[[int, EvaluateParams], Windows] | None = None
+    trains: Callable[[EvaluateParams], tuple[AdaptationParams, ...]] = lambda _: ()
+    transductive: bool = False
+    isolates_documents: bool = False
+
+
+def _fixed(windows: Callable[[int, EvaluateParams], Windows]) -> Strategy:
+    def run(job: Job) -> None:
+        with job.limit.phase("scoring"):
+            job.score_known(windows(job.num_targets, job.params))
+    return Strategy(run, lambda documents, params: windows(_num_targets(documents), params).work, windows)
+
+
+def _num_targets(documents: Documents) -> int:
+    return int(documents.length.sum())
 
 
 def _plain(num_targets: int, params: EvaluateParams) -> Windows:
     return plain_windows(num_targets, params.window_tokens)
 
 
-def _sliding(num_targets: int, params: EvaluateParams) -> Windows:
-    return sliding_windows(num_targets, params.window_tokens, params.stride_tokens)
+def _sliding(end: int, params: EvaluateParams, first: int = 0) -> Windows:
+    return sliding_windows(end, params.window_tokens, params.stride_tokens, first=first)
 
 
-def _run_windows(choose: Callable[[int, EvaluateParams], Windows]) -> Callable[[Job], Outcome]:
-    def run(job: Job) -> Outcome:
-        scorer = Scorer(job.model, job.stream, batch_windows=job.params.batch_windows, precision=job.params.precision,
-                        process=job.process, advance=job.limit.advance)
-        scorer.score(choose(job.num_targets, job.params))
-        return Outcome(scorer.collect(), [])
-    return run
+def _one_pass(end: int, params: EvaluateParams, first: int = 0) -> Windows:
+    return one_pass_windows(end, params.window_tokens, params.segment_tokens, first=first)
 
 
-def _run_score_first(job: Job) -> Outcome:
-    return Outcome(*score_first(job.model, job.stream, job.params, job.process, job.limit.advance))
+def _chunks(num_targets: int, params: EvaluateParams) -> Iterator[tuple[int, int]]:
+    size = params.score_first.chunk_tokens
+    return ((first, min(first + size, num_targets)) for first in range(0, num_targets, size))
 
 
-def _score_first_work(num_targets: int, params: EvaluateParams) -> int:
+def _score_first(job: Job) -> None:
+    """pr585: score a chunk, then train on it, never on the last one."""
+    settings, limit = job.params.score_first, job.limit
+    adapter, windows = Adapter(job, settings), {"sliding": _sliding, "one_pass": _one_pass}[settings.windows]
+    *trained, _ = chunks = list(_chunks(job.num_targets, job.params))
+    num_epochs = 0
+    for number, (first, end) in enumerate(chunks):
+        with limit.phase("scoring"):
+            (job.score_known if number == 0 else job.scorer().score)(windows(end, job.params, first))
+        if number < len(trained):
+            epochs = adapter.affordable_epochs(end - first, trained[-1][1] - first)
+            num_epochs += epochs
+            with limit.phase("adaptation"):
+                adapter.train(np.arange(first, end, job.params.window_tokens), scheduled_lr(settings, number, len(trained)), epochs)
+    _note_epochs(job, num_epochs, len(trained))
+
+
+def _score_first_work(documents: Documents, params: EvaluateParams) -> int:
     settings = params.score_first
-    num_trained = (num_targets - 1) // settings.chunk_tokens * settings.chunk_tokens  # every chunk but the last
-    return int(_sliding(num_targets, params).length.sum()) + settings.epochs * training_work(num_trained)
+    windows = {"sliding": _sliding, "one_pass": _one_pass}[settings.windows]
+    *trained, last = chunks = list(_chunks(_num_targets(documents), params))
+    scoring = sum(windows(end, params, first).work for first, end in chunks)
+    return scoring + settings.epochs * training_work(last[0] if trained else 0)
 
 
-STRATEGIES = {
-    "plain": Strategy("plain", _run_windows(_plain), lambda n, params: int(_plain(n, params).length.sum())),
-    "sliding": Strategy("sliding", _run_windows(_sliding), lambda n, params: int(_sliding(n, params).length.sum())),
-    "score_first": Strategy("ttt", _run_score_first, _score_first_work),
+def _lora(job: Job) -> None:
+    """pr410-lora: every document on its own, with an adapter of its own."""
+    with job.limit.phase("scoring"):
+        DocumentScorer(job).score(np.arange(len(job.documents.start)))
+
+
+def _phases(documents: Documents, params: EvaluateParams) -> list[tuple[Documents, range]]:
+    """The documents of each phase, and the first inputs of the rows that are trained on after it: whole rows, none left out between."""
+    size, row = params.phased.documents, params.window_tokens
+    phases, trained = [], 0
+    for first in range(0, len(documents.start), size):
+        part = documents.select(slice(first, first + size))
+        end = int(part.start[-1] + part.length[-1])
+        rows = range(trained, end - row + 1, row) if first + size < len(documents.start) else range(0)
+        trained += len(rows) * row
+        phases.append((part, rows))
+    return phases
+
+
+def _phased(job: Job) -> None:
+    settings, limit = job.params.phased, job.limit
+    adapter, scorer = Adapter(job, settings), DocumentScorer(job)
+    phases = _phases(job.documents, job.params)
+    num_left = sum(len(rows) for _, rows in phases) * job.params.window_tokens
+    num_epochs = first = 0
+    for number, (part, rows) in enumerate(phases):
+        with limit.phase("scoring"):
+            scorer.score(np.arange(first, first + len(part.start)))
+        first += len(part.start)
+        num_targets = len(rows) * job.params.window_tokens
+        epochs = adapter.affordable_epochs(num_targets, num_left)
+        num_left -= num_targets
+        with limit.phase("adaptation"):
+            adapter.train(np.array(rows), scheduled_lr(settings, number, max(1, len(phases) - 1)), epochs)
+        num_epochs += epochs if len(rows) else 0
+    _note_epochs(job, num_epochs, sum(len(rows) > 0 for _, rows in phases))
+
+
+def _phased_work(documents: Documents, params: EvaluateParams) -> int:
+    phases = _phases(documents, params)
+    num_trained = sum(len(rows) for _, rows in phases) * params.window_tokens
+    return sum(document_work(part, params.lora) for part, _ in phases) + params.phased.epochs * training_work(num_trained)
+
+
+def _two_phase(job: Job) -> None:
+    """pr410: train on the whole text, first scales, then some blocks and the embedding; then score it."""
+    rows = _all_rows(job.num_targets, job.params)
+    with job.limit.phase("adaptation"):
+        for settings in _two_phase_settings(job.params):
+            adapter = Adapter(job, settings)
+            for epoch in range(settings.epochs):
+                adapter.train(rows, scheduled_lr(settings, epoch, settings.epochs), 1)
+    with job.limit.phase("scoring"):
+        job.scorer().score(_sliding(job.num_targets, job.params))
+
+
+def _all_rows(num_targets: int, params: EvaluateParams) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.arange(0, num_targets - params.window_tokens + 1, params.window_tokens)
+
+
+def _two_phase_settings(params: EvaluateParams) -> tuple[AdaptationParams, ...]:
+    return params.two_phase.recalibration, params.two_phase.selective
+
+
+def _two_phase_work(documents: Documents, params: EvaluateParams) -> int:
+    num_targets = _num_targets(documents)
+    num_trained = len(_all_rows(num_targets, params)) * params.window_tokens
+    epochs = sum(settings.epochs for settings in _two_phase_settings(params))
+    return epochs * training_work(num_trained) + _sliding(num_targets, params).work
+
+
+def _note_epochs(job: Job, num_epochs: int, num_parts: int) -> None:
+    if job.params.when_late == "fewer_epochs" and num_parts:
+        job.figures["epochs"] = num_epochs / num_parts
+
+
+STRATEGIES: dict[StrategyName, Strategy] = {
+    "plain": _fixed(_plain),
+    "sliding": _fixed(_sliding),
+    "one_pass": _fixed(_one_pass),
+    "score_first": Strategy(_score_first, _score_first_work, trains=lambda params: (params.score_first,)),
+    "lora": Strategy(_lora, lambda documents, params: document_work(documents, params.lora), isolates_documents=True),
+    "phased": Strategy(_phased, _phased_work, trains=lambda params: (params.phased,)),
+    "two_phase": Strategy(_two_phase, _two_phase_work, trains=_two_phase_settings, transductive=True),
 }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results of all strategies of a run, by the metric prefix of each.
-
-    Attributes:
-        scores: loss and bits per byte.
-        curves: bits per byte of the first n targets, as pairs (n, bits per byte).
-        adaptations: what adaptation did; only strategies that adapt.
-        seconds: time of each strategy.
-    """
-
-    scores: dict[str, Score]
-    curves: dict[str, list[tuple[int, float]]]
-    adaptations: dict[str, list[Adaptation]]
-    seconds: dict[str, float]
-
-    def metrics(self) -> dict[str, float | int]:
-        """``<metric>_loss`` in nats per token and ``<metric>_bpb`` of each strategy with 8 digits, ``num_tokens``, ``num_bytes``."""
-        figures: dict[str, float | int] = {}
-        for name, score in self.scores.items():
-            figures |= {f"{name}_loss": round(score.loss, 8), f"{name}_bpb": round(score.bpb, 8)}
-        score = next(iter(self.scores.values()))  # all strategies score the same targets
-        return figures | {"num_tokens": score.num_tokens, "num_bytes": score.num_bytes}
-
-    def timing(self, seconds: float) -> dict[str, float]:
-        """``seconds`` from opening the artifact on, and ``<metric>_seconds`` and ``<metric>_tokens_per_second`` of each strategy."""
-        figures = {"seconds": seconds}
-        for name, part in self.seconds.items():
-            figures |= {f"{name}_seconds": part, f"{name}_tokens_per_second": self.scores[name].num_tokens / part}
-        return figures
-
-
-def evaluate(model: nn.Module, tokens: npt.NDArray[np.uint16], target_bytes: npt.NDArray[np.int64], params: EvaluateParams, *,
-             process: Process, limit: TimeLimit) -> Evaluation:
-    """Score the tokens with every strategy of ``evaluate.strategies``.
-
-    Args:
-        model: the artifact's model, on the process's device; not changed.
-        tokens: (N+1,) uint16.
-        target_bytes: (N,) bytes of text of each target.
-        params: the section ``evaluate``.
-        process: every process calls this and gets the whole result.
-        limit: the running clock.
-
-    Raises:
-        TimeLimitError: ``evaluate.limit_seconds`` has passed.
-        ValueError: no targets, or a trainable group that matches nothing.
-    """
-    job = Job(model, load_stream(tokens, process.device), params, process, limit)
-    evaluation = Evaluation({}, {}, {}, {})
-    with limit.plan(sum(STRATEGIES[name].work(job.num_targets, params) for name in params.strategies)):
-        for name in params.strategies:
-            metric, run, _ = STRATEGIES[name]
-            start = limit.seconds
-            nats, adaptations = run(job)
-            limit.check()  # a GPU may still have been working when the last batch was reported
-            evaluation.scores[metric] = make_score(nats, target_bytes)
-            evaluation.curves[metric] = running_bpb(nats, target_bytes, CURVE_POINTS)
-            if adaptations:
-                evaluation.adaptations[metric] = adaptations
-            evaluation.seconds[metric] = limit.seconds - start
-    return evaluation

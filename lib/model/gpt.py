@@ -4,7 +4,7 @@ What it has that a plain transformer has not, each switched by a key of `ModelPa
 U-Net skips, residual mix with the embedding, per-layer input scale, shared value embedding, partial RoPE with NTK scaling,
 query gains, exclusive self-attention, relu^2, tied head, soft-capped logits. RMSNorm has no parameters.
 
-Shapes: B batch, T tokens, P scored positions, D model, V vocabulary.
+Shapes: B batch, T tokens, P wanted positions, D model, V vocabulary.
 """
 
 import math
@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.model.attention import Attention, Rotation, make_rotation
+from lib.model.attention import ALL_POSITIONS, Attention, Scope, make_rotation
 from lib.model.config import ModelParams
 from lib.model.embedding import BigramHash, SmearGate, ValueEmbedding
 from lib.params import parse_params
 
-ALL_POSITIONS = slice(None)
 VALUE_TABLE_STD = 0.01  # pr585, pr410
 
 
@@ -50,12 +49,12 @@ class Block(nn.Module):
         self.register_parameter("residual_mix", nn.Parameter(torch.empty(2, params.model_dim)) if params.residual_mix else None)
         self.input_scale = 1 / math.sqrt(layer + 1) if params.ln_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, rotation: Rotation, added_value: Tensor | None) -> Tensor:
-        """One block: residual stream `x` and embedding `x0`, both (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, x0: Tensor, added_value: Tensor | None, scope: Scope) -> Tensor:
+        """One block: residual stream `x` and embedding `x0`, both (B, T, D) -> (B, P, D), at the positions of `scope`."""
         if self.residual_mix is not None:
             x = self.residual_mix[0] * x + self.residual_mix[1] * x0
-        attended = self.attention(F.rms_norm(x, x.shape[-1:]) * self.input_scale, rotation, added_value)
-        x = x + self.attention_scale * attended
+        normalized = F.rms_norm(x, x.shape[-1:]) * self.input_scale
+        x = x[:, scope.positions] + self.attention_scale * self.attention(normalized, added_value, scope)
         return x + self.mlp_scale * self.mlp(F.rms_norm(x, x.shape[-1:]) * self.input_scale)
 
 
@@ -89,29 +88,30 @@ class GPT(nn.Module):
         """Number of weights, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, tokens: Tensor, targets: Tensor, positions: slice = ALL_POSITIONS) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None) -> Tensor:
         """Cross-entropy of the targets at chosen positions.
 
         Args:
             tokens: (B, T) int64 inputs.
             targets: (B, P) int64, the tokens that follow the chosen positions.
             positions: the P of the T positions that are scored.
+            attention_tokens: how many tokens a position attends to at most, itself included; None for all.
 
         Returns:
             (B, P) fp32 nats.
         """
-        logits = self.logits(tokens, positions)
+        logits = self.logits(tokens, positions, attention_tokens)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
-    def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS) -> Tensor:
+    def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None) -> Tensor:
         """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64."""
-        x = self._hidden(tokens)[:, positions]  # (B, P, D)
+        x = self._hidden(tokens, positions, attention_tokens)
         z = self.head(x, self.token_embedding.weight) if self.params.tied_head else self.head(x)
         cap = self.params.logit_softcap
         return cap * torch.tanh(z.float() / cap)
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        """The normalised residual stream after the last block, (B, T, D)."""
+    def _hidden(self, tokens: Tensor, positions: slice, attention_tokens: int | None) -> Tensor:
+        """The normalised residual stream after the last block, (B, P, D); that block computes nothing for other positions."""
         x = self.token_embedding(tokens)
         if self.bigram is not None:
             x = x + self.bigram(tokens)
@@ -119,13 +119,14 @@ class GPT(nn.Module):
         if self.smear_gate is not None:
             x = self.smear_gate(x)
         x0 = x
-        rotation = make_rotation(self.params, tokens.shape[1], tokens.device)
+        rotation = make_rotation(self.params, tokens.shape[1], attention_tokens, tokens.device)
         added_values = self.value_embedding(tokens) if self.value_embedding is not None else {}
         skips: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             if self.skip_weights is not None and layer >= self.params.num_layers // 2 and skips:
                 x = x + self.skip_weights[len(self.skip_weights) - len(skips)] * skips.pop()
-            x = block(x, x0, rotation, added_values.get(layer))
+            wanted = positions if layer == self.params.num_layers - 1 else ALL_POSITIONS
+            x = block(x, x0, added_values.get(layer), Scope(rotation, wanted, attention_tokens))
             if self.skip_weights is not None and layer < self.params.num_layers // 2:
                 skips.append(x)
         return F.rms_norm(x, x.shape[-1:])

@@ -2,17 +2,20 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 Curve = Sequence[tuple[float, float]]
 
 SIZE_INCHES = (7.2, 3.2)
-COLORS = ("#1f5fa8", "#d9661f", "#3b8a4a", "#8a4f9e", "#6b6b6b")  # told apart in grey as well
+COLORS = ("#1f5fa8", "#d9661f", "#3b8a4a", "#8a4f9e", "#c0284f", "#0e8f93", "#6b6b6b")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "albatross", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "axes.edgecolor": "#888888",
@@ -20,28 +23,39 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def plot_curves(curves: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, *, unsettled: float = 0) -> str:
+def plot_curves(curves: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, *, unsettled: float = 0,
+                dashes: Mapping[str, str] = MappingProxyType({}), octaves: bool = False) -> str:
     """Named groups of curves in one figure, one colour for each name and one line for each seed.
+
+    The names stand beside the figure in the order in which their curves end, top to bottom.
 
     Args:
         curves: name -> curves, each a sequence of points (x, y).
         x_label: of the horizontal axis.
         y_label: of the vertical axis.
         unsettled: first fraction of the points, which may leave the figure at the top or bottom, so that the rest can be told apart.
+        dashes: name -> line style of matplotlib, where it is not a solid line.
+        octaves: whether the horizontal axis is logarithmic, with a tick at each power of two; each point gets a mark.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _make_axes()
         settled: list[float] = []
-        for color, (name, group) in zip(COLORS, curves.items(), strict=False):
-            for number, curve in enumerate(group):
+        lines: dict[str, tuple[float, Line2D]] = {}
+        for color, (name, group) in zip(cycle(COLORS), curves.items(), strict=False):
+            for curve in group:
                 x, y = zip(*curve, strict=True)
-                axes.plot(x, y, color=color, linewidth=1.3, alpha=1 if len(group) == 1 else 0.6, label=name if number == 0 else None)
+                line, = axes.plot(x, y, color=color, linewidth=1.3, alpha=1 if len(group) == 1 else 0.6, linestyle=dashes.get(name, "-"),
+                                  marker="o" if octaves else None, markersize=3)
+                lines.setdefault(name, (y[-1], line))
                 settled += y[round(unsettled * len(y)):]
         margin = 0.05 * (max(settled) - min(settled))
         axes.set(ylim=(min(settled) - margin, max(settled) + margin) if margin else None, xlabel=x_label, ylabel=y_label)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if octaves:
+            axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(EngFormatter(sep="") if not octaves else StrMethodFormatter("{x:,.0f}"))
         if len(curves) > 1:
-            axes.legend()
+            names = sorted(lines, key=lambda name: -lines[name][0])
+            figure.legend([lines[name][1] for name in names], names, loc="outside right upper")
         return _render(figure)
 
 
@@ -56,7 +70,7 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], x_label: str, *, log:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE_INCHES[0], SIZE_INCHES[1] * len(panels)), layout="constrained")
         for axes, (y_label, curves) in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels.items(), strict=True):
-            for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
+            for color, (name, curve) in zip(cycle(COLORS), curves.items(), strict=False):
                 axes.plot(*zip(*curve, strict=True), "o-", color=color, linewidth=1.3, markersize=4, label=name)
             axes.set(ylabel=y_label, yscale="log" if y_label in log else "linear")
             axes.legend()
@@ -75,7 +89,7 @@ def plot_steps(groups: Mapping[str, Mapping[str, float]], x_label: str) -> str:
     with matplotlib.rc_context(STYLE):
         figure, axes = _make_axes()
         row, labels = 0, []
-        for color, (group, values) in zip(COLORS, groups.items(), strict=False):
+        for color, (group, values) in zip(cycle(COLORS), groups.items(), strict=False):
             previous = None
             for name, value in values.items():
                 text = f"{value:.4f}" if previous is None else f"{value:.4f}  ({value - previous:+.4f})"

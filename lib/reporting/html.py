@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -11,12 +12,23 @@ from markupsafe import Markup
 
 from lib.artifacts.files import read_csv
 from lib.artifacts.paths import stage_folder
-from lib.artifacts.scores import CURVE_COLUMNS, CURVES_FOLDER, load_curve
+from lib.artifacts.scores import load_curve
+from lib.reporting.audit import CONDITIONS, format_verdicts, load_audit
 from lib.reporting.figures import plot_curves, plot_steps
-from lib.reporting.summary import Row, column_names, headline_rows
+from lib.reporting.scoring import (
+    Curves,
+    context_curves,
+    differences,
+    document_bins,
+    document_curves,
+    line_styles,
+    running_curves,
+)
+from lib.reporting.strategies import REFERENCE, WITHOUT_ADAPTATION, Strategy, find_strategies
+from lib.reporting.summary import headline_rows
+from lib.reporting.table import Row, column_names
 
 TEMPLATE = "report.html.j2"
-RUNNING_CURVES = {"plain": "plain", "sliding": "sliding windows", "ttt": "score-first TTT"}
 TENSOR_COLUMNS = ("name", "role", "method", "rows", "columns", "bits", "step", "entropy_bits", "coded_bytes", "relative_error",
                   "relative_error_rtn", "sensitivity", "predicted_loss", "rank")
 SIZE_COLUMNS = ("part", "num_tensors", "num_weights", "bits", "coded_bits", "num_bytes")
@@ -34,22 +46,39 @@ def make_report(title: str, params: Mapping[str, Any], metrics: Sequence[dict[st
         ArtifactError: results that are missing or damaged.
     """
     seeds = params["seeds"]
-    rows = headline_rows(metrics)
+    folders = [stage_folder("evaluate", seed) for seed in seeds]
+    strategies = find_strategies([of_seed["evaluate"] for of_seed in metrics])
+    running, bins = running_curves(folders, strategies), document_bins(folders, strategies)
+    audits = [load_audit(folder) for folder in folders]
     tensors = read_csv(stage_folder("quantize", seeds[0]) / "tensors.csv", TENSOR_COLUMNS)
     sizes = read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS)
     loss = [load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds]
-    running = {label: [load_curve(stage_folder("evaluate", seed) / CURVES_FOLDER / f"running_{name}.csv", CURVE_COLUMNS) for seed in seeds]
-               for name, label in RUNNING_CURVES.items() if f"{name}_bpb" in metrics[0]["evaluate"]}
+    change = f"bits per byte, difference to {REFERENCE}"
+
+    def plot(curves: Curves, x_label: str, y_label: str, *, unsettled: float = 0, octaves: bool = False) -> Markup | None:
+        if not curves:
+            return None
+        return _image(plot_curves(curves, x_label, y_label, unsettled=unsettled, octaves=octaves, dashes=line_styles(strategies)))
+
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True)
     return environment.get_template(TEMPLATE).render(
         title=title,
         seeds=seeds,
         columns=column_names(seeds),
-        rows=rows,
-        budget=_image(plot_steps(_budget(rows), "bits per byte")),
+        rows=headline_rows(metrics),
+        strategies=strategies,
+        reference=REFERENCE,
+        budget=_image(plot_steps(_budget(metrics, strategies), "bits per byte")),
         loss=_image(plot_curves({"training loss": loss}, "training tokens", "nats per token")),
-        running=_image(plot_curves(running, "validation tokens scored", "bits per byte of all so far", unsettled=0.1)),
+        running=plot(running, "validation tokens scored", "bits per byte of all so far", unsettled=0.1),
+        gains=plot(differences(running), "validation tokens scored", change, unsettled=0.1),
+        context=plot(context_curves(folders, strategies), "inputs, at most", "nats per token", octaves=True),
+        bins=bins,
+        lengths=plot(differences(document_curves(bins)), "tokens of the document, at most", change, octaves=True),
+        conditions=CONDITIONS,
+        audit=audits[0],
+        verdicts=format_verdicts(audits),
         train=metrics[0]["train"],
         evaluate=metrics[0]["evaluate"],
         quantize=metrics[0]["quantize"],
@@ -67,20 +96,19 @@ def make_metrics(metrics: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict
         summary[stage] = {}
         for key in figures:
             values = [of_seed[stage].get(key) for of_seed in metrics]
-            if all(isinstance(value, int | float) for value in values):
+            if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
                 row = Row(key, tuple(values), 0)
                 statistics = {"mean": row.mean, "std": row.std}
                 summary[stage][key] = {name: round(value, 8) for name, value in statistics.items() if value is not None}
     return summary
 
 
-def _budget(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        group, separator, name = row.label.partition(" bpb, ")
-        if separator and row.mean is not None:
-            groups.setdefault(group, {})[name] = row.mean
-    return groups
+def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[Strategy]) -> dict[str, dict[str, float]]:
+    """Means of what follows from each other: float model to quantized model, and windows to the strategy that counts."""
+    held_out = {name: fmean(of_seed["quantize"][key] for of_seed in metrics)
+                for name, key in (("float", "heldout_bpb_float"), ("quantized", "heldout_bpb"))}
+    wanted = (*WITHOUT_ADAPTATION, metrics[0]["evaluate"]["strategy"])
+    return {"held-out": held_out, "validation": {each.name: each.bpb.mean for each in strategies if each.name in wanted and each.bpb.mean}}
 
 
 def _image(svg: str) -> Markup:

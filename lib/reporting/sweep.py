@@ -29,9 +29,9 @@ COLUMNS = {  # column of the table -> stage and figure
     "heldout_bpb": ("quantize", "heldout_bpb"),
     "plain_bpb": ("evaluate", "plain_bpb"),
     "sliding_bpb": ("evaluate", "sliding_bpb"),
-    "ttt_bpb": ("evaluate", "ttt_bpb"),
+    "val_bpb": ("evaluate", "val_bpb"),
 }
-LOSSES, SCORES = ("predicted_loss", "heldout_kl"), ("heldout_bpb", "plain_bpb", "sliding_bpb", "ttt_bpb")
+LOSSES, SCORES = ("predicted_loss", "heldout_kl"), ("heldout_bpb", "plain_bpb", "sliding_bpb", "val_bpb")
 
 Figures = dict[str, float | None]
 

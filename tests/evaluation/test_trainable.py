@@ -41,6 +41,15 @@ def test_each_group_has_its_parameters() -> None:
     assert set(members["last_3_blocks"]) == {name for name in sizes if name.startswith("blocks.")}
 
 
+def test_what_is_trained_is_said_with_exact_numbers_and_no_parameter_twice() -> None:
+    """The scales of the last block, twice 16, belong to both groups."""
+    sizes = sizes_of({})
+    block = 16 * (16 + 8 + 8 + 16) + 2 * 16 * 24 + 2 + 2 * 16 + 2 * 16  # attention, MLP, gains, scales, residual mix
+    scales = 3 * 2 * 16 + 1 + 1 + 2  # of the blocks, the bigram and the value embedding
+    assert describe_groups(match_groups(["last_1_blocks", "scales"], sizes), sizes) == (
+        f"17 tensors, {block + scales - 32:,} parameters (last_1_blocks {block:,}, scales {scales})")
+
+
 def test_last_one_of_eleven_blocks_is_the_eleventh_only() -> None:
     assert {name.split(".")[1] for name in match_groups(["last_1_blocks"], sizes_of(PR585))["last_1_blocks"]} == {"10"}
 

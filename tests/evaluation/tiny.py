@@ -1,5 +1,6 @@
 """A model, tokens and parameters small enough to check by brute force."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.config import EvaluateParams
-from lib.evaluation.score import load_stream
+from lib.evaluation.evaluation import Text
+from lib.evaluation.job import Job
+from lib.evaluation.limit import TimeLimit
+from lib.evaluation.score import Forward, load_stream
+from lib.evaluation.sheet import ScoreSheet
+from lib.evaluation.windows import find_documents
 from lib.model.config import ModelParams
 from lib.model.gpt import GPT
 from lib.params import parse_params
@@ -19,16 +26,30 @@ MODEL: dict[str, Any] = {
     "bigram_dim": 4, "value_embedding_dim": 4, "value_embedding_layers": [1, 2], "unet_skips": True, "residual_mix": True,
     "ln_scale": True, "tied_head": True, "logit_softcap": 30.0, "embedding_init_std": 0.005,
 }
+ADAPTATION: dict[str, Any] = {
+    "epochs": 2, "lr": 0.01, "lr_schedule": "cosine", "optimizer": "adamw", "momentum": 0.9, "weight_decay": 0.01, "grad_clip": 1.0,
+    "batch_sequences": 2, "trainable": ["last_1_blocks", "scales"]}
+STRATEGIES = ("plain", "sliding", "one_pass", "score_first", "lora", "phased", "two_phase")
 EVALUATE: dict[str, Any] = {
-    "strategies": ["plain", "sliding", "score_first"], "window_tokens": 8, "stride_tokens": 2, "batch_windows": 4, "precision": "fp32",
-    "limit_seconds": 60.0,
-    "score_first": {"chunk_tokens": 16, "epochs": 2, "lr": 0.01, "lr_schedule": "cosine", "optimizer": "adamw", "momentum": 0.9,
-                    "weight_decay": 0.01, "grad_clip": 1.0, "batch_sequences": 2, "trainable": ["last_1_blocks", "scales"]},
+    "strategies": list(STRATEGIES), "strategy": "score_first", "window_tokens": 8, "stride_tokens": 2, "segment_tokens": 16,
+    "batch_tokens": 32, "precision": "fp32", "compile": False, "limit_seconds": 60.0, "when_late": "fail", "audit": True,
+    "score_first": ADAPTATION | {"windows": "sliding", "chunk_tokens": 16},
+    "lora": {"rank": 2, "layers": ["query", "value", "head"], "window_tokens": 8, "chunk_tokens": 4, "steps": 1, "lr": 0.01,
+             "adam_betas": [0.9, 0.95], "batch_documents": 2},
+    "phased": ADAPTATION | {"documents": 2},
+    "two_phase": {"recalibration": ADAPTATION | {"trainable": ["block_scales", "residual_mix"]},
+                  "selective": ADAPTATION | {"optimizer": "sgd"}},
 }
+BOS = 1
 
 
-def make_params(score_first: dict[str, Any] | None = None, **changes: Any) -> EvaluateParams:
-    return parse_params(EVALUATE | changes | {"score_first": EVALUATE["score_first"] | (score_first or {})}, EvaluateParams, "evaluate.")
+def merge(old: Any, new: Any) -> Any:
+    return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}} if isinstance(new, dict) else new
+
+
+def make_params(**changes: Any) -> EvaluateParams:
+    """The section ``evaluate`` with some keys changed, nested ones too: ``make_params(score_first={"epochs": 1})``."""
+    return parse_params(merge(EVALUATE, changes), EvaluateParams, "evaluate.")
 
 
 def make_model(**changes: Any) -> GPT:
@@ -41,9 +62,26 @@ def make_model(**changes: Any) -> GPT:
     return model.eval()
 
 
-def make_tokens(num_targets: int, seed: int = 0) -> npt.NDArray[np.uint16]:
-    return np.random.default_rng(seed).integers(0, MODEL["vocab_size"], num_targets + 1).astype(np.uint16)
+def make_tokens(num_targets: int, seed: int = 0, starts: Sequence[int] = (0,)) -> npt.NDArray[np.uint16]:
+    """Random tokens, with BOS where documents start and nowhere else."""
+    tokens = np.random.default_rng(seed).integers(BOS + 1, MODEL["vocab_size"], num_targets + 1).astype(np.uint16)
+    tokens[list(starts)] = BOS
+    return tokens
 
 
-def make_stream(num_targets: int, seed: int = 0) -> Tensor:
-    return load_stream(make_tokens(num_targets, seed), torch.device("cpu"))
+def make_stream(num_targets: int, seed: int = 0, starts: Sequence[int] = (0,)) -> Tensor:
+    return load_stream(make_tokens(num_targets, seed, starts), torch.device("cpu"))
+
+
+def make_text(tokens: npt.NDArray[np.uint16]) -> Text:
+    """Every target stands for one byte."""
+    return Text.of(tokens, np.ones(len(tokens) - 1, np.int64), BOS)
+
+
+def make_job(model: GPT, tokens: npt.NDArray[np.uint16], params: EvaluateParams, process: Process = SINGLE_CPU, *,
+             wants_last: bool = False) -> Job:
+    """A job with a clock that already runs; nothing limits it but ``limit_seconds``."""
+    limit = TimeLimit(params.limit_seconds, process)
+    limit.plan(10**9)
+    return Job(Forward(model, params.precision), load_stream(tokens, process.device), find_documents(tokens, BOS), params, process, limit,
+               ScoreSheet(len(tokens) - 1, process.device, wants_last=wants_last))

@@ -1,25 +1,42 @@
 """Properties of the parts of attention that the comparison of whole models could miss."""
 
-import torch
+import math
 
-from lib.model.attention import make_rotation, remove_own_value, rotate
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lib.model.attention import Rotation, attend, make_rotation, remove_own_value, rotate
 from lib.model.config import ModelParams
 from lib.params import parse_params
 from tests.model.test_gpt import FULL
 
 CPU = torch.device("cpu")
+PUBLISHED = parse_params({**FULL, "model_dim": 512, "num_heads": 8, "rope_dims": 16, "rope_trained_tokens": 1024}, ModelParams, "")
+
+
+def base_of(rotation: Rotation) -> float:
+    """From the angle of the second frequency at position 1."""
+    return float(torch.atan2(rotation.sin, rotation.cos)[1, 0, 1]) ** (-16 / 2)
 
 
 def test_ntk_base_of_the_published_runs() -> None:
-    params = parse_params({**FULL, "model_dim": 512, "num_heads": 8, "rope_dims": 16, "rope_trained_tokens": 1024}, ModelParams, "")
-    rotation = make_rotation(params, 2048, CPU)
-    base = float(torch.atan2(rotation.sin, rotation.cos)[1, 0, 1]) ** (-16 / 2)  # angle of the second frequency at position 1
-    assert abs(base - 22082) < 1  # both scripts train at 2048 with a trained length of 1024
+    assert abs(base_of(make_rotation(PUBLISHED, 2048, None, CPU)) - 22082) < 1  # both scripts train at 2048 with a trained length of 1024
+
+
+@pytest.mark.parametrize(("num_tokens", "attention_tokens", "span"), [
+    (512, None, 512), (1024, None, 1024), (1025, None, 1025), (4096, None, 4096), (4096, 512, 512), (4096, 1024, 1024), (4096, 2048, 2048),
+    (2048, 4096, 2048), (512, 4096, 512)])
+def test_ntk_base_follows_the_largest_distance_that_attention_spans(num_tokens: int, attention_tokens: int | None, span: int) -> None:
+    base = base_of(make_rotation(PUBLISHED, num_tokens, attention_tokens, CPU))
+    assert base == pytest.approx(10000 * max(1, span / 1024) ** (16 / 14), rel=1e-5)
 
 
 def test_scores_depend_on_distance_only_and_norms_are_kept() -> None:
     params = parse_params({**FULL, "rope_trained_tokens": 64}, ModelParams, "")
-    rotation = make_rotation(params, 32, CPU)
+    rotation = make_rotation(params, 32, None, CPU)
     q, k = torch.randn(2, 1, 1, 1, 6, generator=torch.Generator().manual_seed(0)).expand(2, 1, 32, 1, 6)
     q_rotated, k_rotated = rotate(q, rotation), rotate(k, rotation)
     scores = torch.einsum("bthe,bshe->ts", q_rotated, k_rotated)
@@ -34,3 +51,31 @@ def test_own_value_is_removed_exactly() -> None:
     left = remove_own_value(y, v)
     torch.testing.assert_close((left * own).sum(-1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close((y - left).norm(dim=-1), ((y * own).sum(-1) / own.norm(dim=-1)).abs())
+
+
+def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, first: int, attention_tokens: int | None) -> Tensor:
+    """One query after the other: softmax over the tokens that it may see."""
+    rows = []
+    for n in range(q.shape[2]):
+        end = first + n + 1
+        seen = slice(0 if attention_tokens is None else max(0, end - attention_tokens), end)
+        keys, values = (x[:, :, seen].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, seen, E)
+        shares = (torch.einsum("bhe,bhse->bhs", q[:, :, n], keys) / math.sqrt(q.shape[-1])).softmax(-1)
+        rows.append(torch.einsum("bhs,bhse->bhe", shares, values))
+    return torch.stack(rows, dim=2)
+
+
+@given(st.integers(1, 40), st.sampled_from([(1, 1), (2, 1), (4, 2)]), st.integers(1, 2), st.data())
+def test_attention_and_its_gradients_are_those_of_one_softmax_per_query(
+        num_tokens: int, heads: tuple[int, int], batch: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, num_tokens - 1))
+    attention_tokens = data.draw(st.none() | st.integers(1, num_tokens + 2))
+    generator = torch.Generator().manual_seed(num_tokens)
+    shapes = (batch, heads[0], num_tokens - first, 4), (batch, heads[1], num_tokens, 4), (batch, heads[1], num_tokens, 4)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    found, expected = (function(q, k, v, first, attention_tokens) for function in (attend, attend_by_hand))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    gradients = (torch.autograd.grad((weight * y).sum(), (q, k, v)) for y in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

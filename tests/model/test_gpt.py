@@ -39,10 +39,10 @@ def rms(x: Array) -> Array:
     return normalised
 
 
-def rotated(x: Array, position: int, options: dict[str, Any], num_tokens: int) -> Array:
+def rotated(x: Array, position: int, options: dict[str, Any], span: int) -> Array:
     dims, base, trained = options["rope_dims"], options["rope_base"], options["rope_trained_tokens"]
-    if num_tokens > trained:
-        base *= (num_tokens / trained) ** (dims / (dims - 2))
+    if span > trained:
+        base *= (span / trained) ** (dims / (dims - 2))
     y = x.copy()
     for i in range(dims // 2):
         angle = position / base ** (2 * i / dims)
@@ -51,10 +51,14 @@ def rotated(x: Array, position: int, options: dict[str, Any], num_tokens: int) -
     return y
 
 
-def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens: list[int]) -> Array:
+def weights_of(model: GPT) -> dict[str, Array]:
+    return {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+
+
+def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens: list[int], attention_tokens: int | None = None) -> Array:
     """(T, V) logits of one sequence, written from the published description with loops and no shared code."""
     w, num_tokens, layers = weights, len(tokens), options["num_layers"]
-    heads, kv_heads = options["num_heads"], options["num_kv_heads"]
+    heads, kv_heads, span = options["num_heads"], options["num_kv_heads"], min(num_tokens, attention_tokens or num_tokens)
     width = options["model_dim"] // heads
     x = []
     for t, token in enumerate(tokens):
@@ -87,16 +91,16 @@ def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens:
             if layer in options["value_embedding_layers"]:
                 factor = w["value_embedding.layer_scales"][options["value_embedding_layers"].index(layer)] * w["value_embedding.scale"]
                 v = v + w["value_embedding.projection.weight"] @ w["value_embedding.table.weight"][tokens[t]] * factor
-            queries.append([rotated(rms(q[n]), t, options, num_tokens) * w[name + "attention.q_gain"][n] for n in range(heads)])
-            keys.append([rotated(rms(k[n]), t, options, num_tokens) for n in range(kv_heads)])
+            queries.append([rotated(rms(q[n]), t, options, span) * w[name + "attention.q_gain"][n] for n in range(heads)])
+            keys.append([rotated(rms(k[n]), t, options, span) for n in range(kv_heads)])
             values.append(v.reshape(kv_heads, width))
         for t in range(num_tokens):
             outputs = []
             for n in range(heads):
-                group = n // (heads // kv_heads)
-                scores = np.array([queries[t][n] @ keys[s][group] / math.sqrt(width) for s in range(t + 1)])
+                group, seen = n // (heads // kv_heads), range(max(0, t + 1 - span), t + 1)
+                scores = np.array([queries[t][n] @ keys[s][group] / math.sqrt(width) for s in seen])
                 shares = np.exp(scores - scores.max())
-                y = sum(share / shares.sum() * values[s][group] for s, share in enumerate(shares))
+                y = sum(share / shares.sum() * values[s][group] for s, share in zip(seen, shares, strict=True))
                 if layer >= layers - options["num_xsa_layers"]:
                     own = values[t][group] / np.linalg.norm(values[t][group])
                     y = y - (y @ own) * own
@@ -110,14 +114,73 @@ def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens:
     return np.stack([cap * np.tanh(head @ rms(x[t]) / cap) for t in range(num_tokens)])
 
 
-@pytest.mark.parametrize("options", [FULL, PLAIN, {**FULL, "num_layers": 4, "value_embedding_layers": [0]}], ids=["full", "plain", "even"])
-@pytest.mark.parametrize("num_tokens", [6, 9])  # within and beyond the trained length
-def test_logits_equal_the_published_description(options: dict[str, Any], num_tokens: int) -> None:
+ARCHITECTURES = {
+    "full": FULL, "plain": PLAIN, "even": {**FULL, "num_layers": 4, "value_embedding_layers": [0]},
+    "one layer": {**FULL, "num_layers": 1, "num_xsa_layers": 1, "value_embedding_layers": [0]},
+    "untied": {**FULL, "tied_head": False}}
+
+
+@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize(("num_tokens", "attention_tokens"), [  # within and beyond the trained length, 6
+    (6, None), (9, None), (13, 1), (13, 4), (13, 8), (9, 9), (6, 9)])
+def test_logits_equal_the_published_description(options: dict[str, Any], num_tokens: int, attention_tokens: int | None) -> None:
     model = make_model(options)
     tokens = torch.randint(0, 40, (2, num_tokens), generator=torch.Generator().manual_seed(1))
-    weights = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
-    expected = np.stack([reference_logits(options, weights, row) for row in tokens.tolist()])
-    np.testing.assert_allclose(model.logits(tokens).detach().numpy(), expected, rtol=2e-4, atol=2e-4)
+    expected = np.stack([reference_logits(options, weights_of(model), row, attention_tokens) for row in tokens.tolist()])
+    found = model.logits(tokens, attention_tokens=attention_tokens)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("attention_tokens", [None, 1, 3])
+def test_logits_at_positions_are_those_of_all_positions(options: dict[str, Any], attention_tokens: int | None) -> None:
+    """Every slice, also one that counts from the end."""
+    model, tokens = make_model(options).double(), torch.arange(16).view(2, 8)
+    everywhere = model.logits(tokens, attention_tokens=attention_tokens)
+    for positions in [slice(first, last) for first in range(8) for last in range(first + 1, 9)] + [slice(-3, None), slice(None, -3)]:
+        found = model.logits(tokens, positions, attention_tokens)
+        torch.testing.assert_close(found, everywhere[:, positions], rtol=0, atol=2e-6)  # rounded to fp32 before the softcap
+
+
+@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("attention_tokens", [None, 3])
+def test_gradients_of_some_positions_are_those_of_their_part_of_the_loss(options: dict[str, Any], attention_tokens: int | None) -> None:
+    model, tokens, positions = make_model(options).double(), torch.arange(18).view(2, 9), slice(4, 7)
+    targets = tokens + 20
+    parts = (model(tokens, targets[:, positions], positions, attention_tokens),
+             model(tokens, targets, attention_tokens=attention_tokens)[:, positions])
+    ours, theirs = (torch.autograd.grad(part.sum(), list(model.parameters()), allow_unused=True) for part in parts)
+    for name, found, expected in zip(dict(model.named_parameters()), ours, theirs, strict=True):
+        assert (found is None) == (expected is None), name
+        if found is not None and expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [FULL, PLAIN], ids=["full", "plain"])
+@pytest.mark.parametrize("positions", [slice(None), slice(5, 8)])
+def test_attention_to_at_least_all_tokens_changes_nothing(options: dict[str, Any], positions: slice) -> None:
+    model, tokens = make_model(options), torch.arange(16).view(2, 8)
+    for attention_tokens in (8, 9, 1000):
+        assert torch.equal(model.logits(tokens, positions, attention_tokens), model.logits(tokens, positions))
+
+
+@pytest.mark.parametrize(("options", "more"), [
+    (PLAIN, 0), ({**PLAIN, "smear_gate": True}, 1), ({**PLAIN, "bigram_rows": 17}, 1), (FULL, 2),
+    ({**FULL, "num_layers": 1, "num_xsa_layers": 1, "value_embedding_layers": [0]}, 2)],
+    ids=["plain", "smear gate", "bigram", "full", "one layer"])
+@pytest.mark.parametrize("attention_tokens", [1, 2, 4])
+def test_a_token_is_seen_exactly_as_far_as_the_layers_reach(options: dict[str, Any], more: int, attention_tokens: int) -> None:
+    """Each layer reaches back by the other tokens that it attends to; the smear gate and the bigram by one more each."""
+    model = make_model(options).double()
+    reach = options["num_layers"] * (attention_tokens - 1) + more
+    tokens = torch.randint(0, 39, (1, reach + 5), generator=torch.Generator().manual_seed(2))
+    last = slice(reach + 4, None)
+
+    def logits(changed: int | None = None) -> torch.Tensor:
+        return model.logits(tokens + (torch.arange(reach + 5) == changed if changed is not None else 0), last, attention_tokens)
+
+    for place in range(1, reach + 5):
+        assert torch.equal(logits(place), logits()) == (reach + 4 - place > reach), place
 
 
 def test_loss_is_the_negative_log_probability_of_the_target() -> None:
@@ -129,11 +192,12 @@ def test_loss_is_the_negative_log_probability_of_the_target() -> None:
 
 
 @pytest.mark.parametrize("options", [FULL, PLAIN], ids=["full", "plain"])
-def test_later_tokens_change_no_earlier_logit(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("attention_tokens", [None, 1, 3])
+def test_later_tokens_change_no_earlier_logit(options: dict[str, Any], attention_tokens: int | None) -> None:
     model, tokens = make_model(options), torch.arange(16).view(2, 8)
     changed = tokens.clone()
     changed[:, 5:] = 39 - changed[:, 5:]
-    before, after = model.logits(tokens), model.logits(changed)
+    before, after = (model.logits(each, attention_tokens=attention_tokens) for each in (tokens, changed))
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.equal(before[:, 5], after[:, 5])
 
@@ -182,7 +246,7 @@ def test_linear_inputs_name_every_linear_layer_once_and_are_what_it_reads() -> N
             lambda module, arguments, name=name: seen.__setitem__(name, arguments[0]))
     model.logits(torch.arange(6)[None])
     for weights in inputs.values():
-        assert all(seen[weight] is seen[weights[0]] for weight in weights)
+        assert all(torch.equal(seen[weight], seen[weights[0]]) for weight in weights)
 
 
 def test_a_tied_head_is_the_embedding_and_has_no_weight_of_its_own() -> None:

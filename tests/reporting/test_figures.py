@@ -1,6 +1,6 @@
 import xml.etree.ElementTree as ET
 
-from lib.reporting.figures import plot_curves, plot_panels, plot_steps
+from lib.reporting.figures import COLORS, plot_curves, plot_panels, plot_steps
 
 GROUPS = {"sliding": [[(0.0, 3.0), (1e6, 2.0)], [(0.0, 3.1), (1e6, 2.1)]], "ttt": [[(0.0, 3.0), (1e6, 1.9)]]}
 
@@ -13,6 +13,29 @@ def test_each_name_is_in_the_legend_once_and_axes_are_labelled() -> None:
     found = texts(plot_curves(GROUPS, "tokens", "bpb"))
     assert [found.count(text) for text in ("sliding", "ttt", "tokens", "bpb")] == [1, 1, 1, 1]
     assert "1M" in found
+
+
+def test_names_stand_in_the_order_in_which_their_curves_end() -> None:
+    curves = {"high": [[(0.0, 1.0), (1.0, 3.0)]], "low": [[(0.0, 9.0), (1.0, 1.0)]], "middle": [[(0.0, 0.0), (1.0, 2.0)]]}
+    assert [text for text in texts(plot_curves(curves, "", "")) if text in curves] == ["high", "middle", "low"]
+
+
+def test_octaves_are_powers_of_two() -> None:
+    curves = {"a": [[(8.0, 1.0), (64.0, 2.0), (2048.0, 3.0)]]}
+    assert {"8", "64", "512"} <= set(texts(plot_curves(curves, "", "", octaves=True)))
+    assert "64" not in texts(plot_curves(curves, "", ""))
+
+
+def test_every_curve_is_drawn_with_its_line_and_its_own_colour() -> None:
+    curves = {f"curve {n}": [[(0.0, float(n)), (1.0, float(n + 1))]] for n in range(len(COLORS) + 1)}  # more than there are colours
+    svg = plot_curves(curves, "", "", dashes={"curve 0": "--", "curve 1": ":"})
+    lines = [element.get("style", "") for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}path")
+             if any(color in element.get("style", "") for color in COLORS)]
+    assert len(lines) == 2 * len(curves)  # in the figure and in its legend
+    drawn, in_legend = lines[:len(curves)], lines[len(curves):]
+    assert [("dasharray" in style) for style in drawn] == [True, True] + [False] * (len(curves) - 2)
+    assert [next(color for color in COLORS if color in style) for style in drawn] == [*COLORS, COLORS[0]]
+    assert sorted(in_legend) == sorted(drawn)
 
 
 def test_steps_show_values_and_changes_within_their_group() -> None:

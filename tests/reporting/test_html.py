@@ -1,14 +1,20 @@
+import base64
 import re
 from pathlib import Path
 
 import pytest
 
 from lib.artifacts.files import ArtifactError
+from lib.artifacts.scores import save_audit
+from lib.audit.verdict import NOT_AUDITED
 from lib.params import read_params
 from lib.reporting.html import make_metrics, make_report
 from lib.reporting.summary import read_metrics
 from tests.reporting import results
-from tests.reporting.results import write_results
+from tests.reporting.results import make_audit, write_evaluation, write_results
+from tests.reporting.test_figures import texts
+
+STRATEGIES = ["plain", "sliding", "one_pass", "two_phase (not legal)", "score_first", "lora"]
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +27,20 @@ def report() -> str:
     return make_report(params["report"]["title"], params, read_metrics(params["seeds"]))
 
 
+def visible(html: str) -> str:
+    return " ".join(re.sub(r"(?s)<style>.*?</style>|<[^>]*>", " ", html).split())
+
+
+def figures(html: str) -> dict[str, list[str]]:
+    """Description of each figure -> texts in it."""
+    found = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]*)" alt="([^"]*)">', html)
+    return {alt: texts(base64.b64decode(image).decode()) for image, alt in found}
+
+
 @pytest.mark.parametrize("seeds", [[1337], [1, 2]])
 def test_the_report_holds_every_result(seeds: list[int]) -> None:
     write_results(seeds)
-    html = report()
-    text = " ".join(re.sub(r"(?s)<style>.*?</style>|<[^>]*>", " ", html).split())
+    text = visible(report())
     for part in (f"Seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))} ·", "1.7086", "5.1% of the limit",
                  "812,345 of 16,000,000 bytes",
                  "blocks.2.mlp.up.weight", "10 × 20 gptq free + rank 2 0.012 95 3.80 1500.00 0.00300 0.30",
@@ -34,7 +49,84 @@ def test_the_report_holds_every_result(seeds: list[int]) -> None:
                  "num_layers 2", "bits.mlp 5", "packages numpy, scipy", "tied_head true", "budget_steps null",
                  f"seeds {', '.join(map(str, seeds))}", "mlp 3 600 free 500,000 4.50 61.6%"):
         assert part in text
-    assert len(re.findall('<img src="data:image/svg', html)) == 3
+
+
+def test_strategies_are_compared_and_the_one_that_counts_stands_out() -> None:
+    write_results([1337])
+    html = report()
+    assert ("strategy bits per byte to sliding trains on the text legal plain 1.7200 +0.0400 no yes sliding 1.6800 no yes "
+            "one_pass 1.6700 -0.0100 no yes score_first 1.6500 -0.0300 after scoring it yes lora 1.6400 -0.0400 after scoring it yes "
+            "two_phase 1.6000 -0.0800 before scoring it no: trains before scoring") in visible(html)
+    assert [visible(row).split()[0] for row in re.findall('(?s)<tr class="total">.*?</tr>', html)] == ["score_first", "all"]
+
+
+def test_figures_show_every_strategy() -> None:
+    write_results([1337])
+    found = figures(report())
+    assert list(found) == [
+        "Bits per byte after each step", "Training loss against training tokens", "Running bits per byte against scored tokens",
+        "Difference of running bits per byte against scored tokens", "Loss against number of inputs",
+        "Difference of bits per byte against length of document"]
+    for of_figure in list(found.values())[2:]:
+        assert sorted(text for text in of_figure if text in STRATEGIES) == sorted(STRATEGIES)
+
+
+def test_the_budget_goes_from_the_float_model_to_the_strategy_that_counts() -> None:
+    write_results([1, 2])
+    found = figures(report())["Bits per byte after each step"]
+    assert [text for text in found if ":" in text] == [
+        "held-out: float", "held-out: quantized",
+        "validation: plain", "validation: sliding", "validation: one_pass", "validation: score_first"]
+    assert [" ".join(text.split()) for text in found if re.fullmatch(r"\d\.\d{4}.*", text)] == [
+        "1.7050", "1.7136 (+0.0086)", "1.7250", "1.6850 (-0.0400)", "1.6750 (-0.0100)", "1.6550 (-0.0200)"]
+
+
+def test_documents_by_length_have_the_bits_per_byte_of_every_strategy() -> None:
+    write_results([1, 2])
+    text = visible(report())
+    assert "tokens, at most documents bytes plain sliding one_pass score_first lora two_phase" in text
+    assert "256 3 1,500 2.0250 1.9850 1.9750 1.9550 1.9450 1.9050 4,096 2 9,000 1.9250 1.8850" in text  # means of both seeds
+
+
+def test_without_sliding_there_are_no_differences() -> None:
+    write_results([1])
+    write_evaluation(1, 0, ("plain", "score_first"))
+    html = report()
+    assert [alt for alt in figures(html) if alt.startswith("Difference")] == []
+    assert "as difference to" not in html
+
+
+def test_the_audit_tells_each_condition_of_each_strategy_and_why_something_was_not_checked() -> None:
+    write_results([1337])
+    html = report()
+    text = visible(html)
+    assert "Audit: legal (21 passed, 1 not checked)." in text
+    assert "strategy C1 C2 C3 C4 legal plain passed passed passed passed yes" in text
+    assert "two_phase passed passed failed passed no, as declared" in text
+    assert "Data validation readers passed stages: evaluate Process files not checked this kernel &lt;cannot&gt;" in text
+    assert "C3 failed scored before, trained targets: 0 C4 passed targets: 400,000" in text
+    marks = re.findall(r'<span class="(passed|failed|not-checked)">(.*?)</span>', html)
+    assert all(kind.replace("-", " ") == word for kind, word in marks)
+    assert len(marks) == 2 * 4 * 6 + 2
+
+
+def test_a_violation_is_not_called_declared() -> None:
+    write_results([1])
+    audit = make_audit()
+    audit["legal"] = audit["strategies"]["lora"]["legal"] = audit["strategies"]["lora"]["single_pass"]["passed"] = False
+    save_audit(Path("artifacts/evaluate/seed1"), audit)
+    text = visible(report())
+    assert "Verdict: NOT LEGAL (23 passed, 2 failed, 1 not checked)" in text
+    assert "lora passed passed passed failed no " in text
+    assert "as declared" not in text
+
+
+def test_a_run_without_audit_says_so() -> None:
+    write_results([1])
+    save_audit(Path("artifacts/evaluate/seed1"), NOT_AUDITED)
+    text = visible(report())
+    assert "Not audited: evaluate.audit is false." in text
+    assert "passed" not in text
 
 
 def test_the_report_is_one_file_the_same_each_time() -> None:
@@ -48,6 +140,7 @@ def test_times_are_not_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     write_results([1])
     html = report()
     monkeypatch.setattr(results, "SECONDS", dict.fromkeys(results.SECONDS, 1234.5))
+    monkeypatch.setattr(results, "STRATEGY_SECONDS", dict.fromkeys(results.STRATEGY_SECONDS, 1234.5))
     write_results([1])
     assert report() == html
 
@@ -67,6 +160,7 @@ def test_a_missing_table_is_an_error_with_its_path() -> None:
 def test_figures_of_all_seeds_become_mean_and_deviation() -> None:
     write_results([1, 2])
     metrics = make_metrics(read_metrics([1, 2]))
-    assert metrics["evaluate"]["ttt_bpb"] == {"mean": 1.655, "std": round(0.01 / 2**0.5, 8)}
+    assert metrics["evaluate"]["val_bpb"] == {"mean": 1.655, "std": round(0.01 / 2**0.5, 8)}
+    assert "plain_legal" not in metrics["evaluate"]  # true is no number
     assert metrics["train"].keys() == {"heldout_bpb", "num_parameters", "num_steps"}  # `selected` is no number
-    assert make_metrics(read_metrics([1]))["evaluate"]["ttt_bpb"] == {"mean": 1.65}
+    assert make_metrics(read_metrics([1]))["evaluate"]["val_bpb"] == {"mean": 1.65}

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from lib.artifacts.metrics import save_metrics
-from lib.reporting.summary import Row, format_table, headline_rows, main, read_metrics, timing_rows
-from tests.reporting.results import make_metrics, write_results
+from lib.artifacts.scores import save_audit
+from lib.audit.verdict import NOT_AUDITED
+from lib.reporting.summary import format_table, headline_rows, main, read_metrics, timing_rows
+from tests.reporting.results import make_metrics, write_evaluation, write_results
 
 
 @pytest.fixture(autouse=True)
@@ -18,22 +20,32 @@ def test_one_seed_shows_its_values_and_what_to_compare_them_with(capsys: pytest.
     write_results([1337])
     main()
     assert capsys.readouterr().out == """\
-                                 seed 1337
-held-out bpb, float model           1.7000
-held-out bpb, quantized model       1.7086  +0.0086
-KL of the quantized model          0.00340  nats per token, held-out
-validation bpb, plain               1.7200
-validation bpb, sliding windows     1.6800  -0.0400
-validation bpb, score-first TTT     1.6500  -0.0300
-artifact, bytes                    812,345  5.1% of the limit of 16,000,000
-bits per weight, coded                3.25
-seconds, tokenize                      4.0
-seconds, train                       240.0
-seconds, calibrate                     2.0
-seconds, quantize                      1.0
-seconds, compress                      3.0
-seconds, evaluate                     60.0
-seconds, all stages                  310.0
+                               seed 1337
+validation bpb (val_bpb)          1.6500  score_first, 1,000,000 bytes of text
+artifact, bytes                  812,345  5.1% of the limit of 16,000,000
+held-out bpb, float model         1.7000
+held-out bpb, quantized model     1.7086  +0.0086
+KL of the quantized model        0.00340  nats per token, held-out
+bits per weight, coded              3.25
+
+strategy        bpb  to sliding  legal                      seconds
+plain        1.7200     +0.0400  yes                            4.0
+sliding      1.6800              yes                            5.0
+one_pass     1.6700     -0.0100  yes                            3.0
+score_first  1.6500     -0.0300  yes                           21.0  scoring 6.0, adaptation 15.0
+lora         1.6400     -0.0400  yes                            9.0
+two_phase    1.6000     -0.0800  no: trains before scoring     30.0
+audit: legal (21 passed, 1 not checked)
+
+                              seed 1337
+seconds, tokenize                   4.0
+seconds, train                    240.0
+seconds, calibrate                  2.0
+seconds, quantize                   1.0
+seconds, compress                   3.0
+seconds, evaluate                  60.0
+seconds, all stages               310.0
+peak memory of evaluate, MiB        512
 """
 
 
@@ -41,14 +53,8 @@ def test_several_seeds_end_with_mean_and_sample_deviation() -> None:
     write_results([5, 7, 9])
     table = format_table(headline_rows(read_metrics([5, 7, 9])), [5, 7, 9]).splitlines()
     assert table[0].split() == ["seed", "5", "seed", "7", "seed", "9", "mean", "std"]
-    assert table[1].split()[-5:] == ["1.7000", "1.7100", "1.7200", "1.7100", "0.0100"]
-    assert {line.index("1.7") for line in (*table[1:3], table[4])} == {table[1].index("1.7")}  # columns stand under each other
-
-
-def test_mean_and_deviation() -> None:
-    assert Row("", (1.0, 2.0, 6.0), 1).cells() == ["1.0", "2.0", "6.0", "3.0", "2.6"]
-    assert Row("", (1.0, None), 1).cells() == ["1.0", "-", "-", "-"]
-    assert Row("", (1234.5,), 0).cells() == ["1,234"]
+    assert table[3].split()[-5:] == ["1.7000", "1.7100", "1.7200", "1.7100", "0.0100"]
+    assert {line.index("1.7") for line in table[3:5]} == {table[1].index("1.6500")}  # columns stand under each other
 
 
 def test_outputs_from_the_cache_have_no_time_of_their_own() -> None:
@@ -63,11 +69,35 @@ def test_outputs_from_the_cache_have_no_time_of_their_own() -> None:
     assert rows["seconds, all stages"].cells() == ["-"]
 
 
-def test_strategies_that_did_not_run_have_a_dash() -> None:
+def test_the_headline_knows_no_times() -> None:
+    write_results([1])
+    headline = headline_rows(read_metrics([1]))
+    for path in Path("artifacts").rglob("timing.json"):
+        path.unlink()
+    assert headline_rows(read_metrics([1])) == headline
+
+
+def test_a_run_without_audit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results([1])
+    save_audit(Path("artifacts/evaluate/seed1"), NOT_AUDITED)
+    main()
+    assert "\naudit: not audited\n" in capsys.readouterr().out
+
+
+def test_only_the_strategies_that_ran_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results([1])
+    write_evaluation(1, 0, ("plain", "score_first"))
+    main()
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert [line.split()[:3] for line in table[1:3]] == [["plain", "1.7200", "yes"], ["score_first", "1.6500", "yes"]]  # no difference
+    assert table[3].startswith("audit")
+
+
+def test_figures_that_a_run_has_not_are_a_dash() -> None:
     metrics = make_metrics(0)
-    del metrics["evaluate"]["ttt_bpb"]
-    row = next(row for row in headline_rows([metrics]) if "TTT" in row.label)
-    assert (row.cells(), row.note) == (["-"], "")
+    del metrics["quantize"]["heldout_kl"]
+    row = next(row for row in headline_rows([metrics]) if row.label.startswith("KL"))
+    assert row.cells() == ["-"]
 
 
 def test_only_the_seeds_of_the_parameter_file_count() -> None:

@@ -46,7 +46,7 @@ def test_each_target_is_one_experiment_and_one_row(monkeypatch: pytest.MonkeyPat
     rows = read_csv(Path("artifacts/sweep/sweep.csv"), ["target_bytes", *sweep.COLUMNS])
     assert [(row["target_bytes"], float(row["artifact_bytes"])) for row in rows] == [("700000", 700000), ("900000", 900000)]
     assert [float(row["heldout_kl"]) for row in rows] == [1000 / 700000, 1000 / 900000]
-    assert float(rows[0]["ttt_bpb"]) == pytest.approx(1.65 + 0.015)  # the mean over both seeds
+    assert float(rows[0]["val_bpb"]) == pytest.approx(1.65 + 0.015)  # the mean over both seeds
     assert Path("artifacts/sweep/sweep.svg").read_text().count("<svg") == 1
     assert capsys.readouterr().out == "artifacts/sweep/sweep.csv, artifacts/sweep/sweep.svg\n"
 
@@ -55,10 +55,11 @@ def test_strategies_that_did_not_run_are_left_out(monkeypatch: pytest.MonkeyPatc
     write_params([1], "600000")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: None)
     monkeypatch.setattr(dvc.api, "metrics_show",
-                        lambda path, rev: {key: value for key, value in metrics_of(path, rev).items() if key != "ttt_bpb"})
+                        lambda path, rev: {key: value for key, value in metrics_of(path, rev).items() if key != "sliding_bpb"})
     sweep.main()
-    assert [row["ttt_bpb"] for row in read_csv(Path("artifacts/sweep/sweep.csv"), ["ttt_bpb"])] == ["", ""]
-    assert ">ttt<" not in Path("artifacts/sweep/sweep.svg").read_text()
+    assert [row["sliding_bpb"] for row in read_csv(Path("artifacts/sweep/sweep.csv"), ["sliding_bpb"])] == ["", ""]
+    figure = Path("artifacts/sweep/sweep.svg").read_text()
+    assert (">val<" in figure, ">sliding<" in figure) == (True, False)
 
 
 def test_without_free_steps_there_is_nothing_to_sweep() -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.artifacts.files import write_bytes, write_json
+from lib.artifacts.files import read_csv, write_bytes, write_json
 from lib.artifacts.metrics import load_metrics, load_timing
 from lib.artifacts.quantized import QuantizedModel
 from lib.artifacts.scores import load_curve
@@ -22,12 +23,13 @@ from lib.evaluation.score import score_plain
 from lib.model.gpt import build_model
 from lib.params import SECTIONS
 from stages import evaluate
-from tests.evaluation.tiny import EVALUATE, make_model
+from tests.evaluation.tiny import ADAPTATION, EVALUATE, STRATEGIES, make_model
 
 TOKENIZE, COMPRESS, RESULT = Path("artifacts/tokenize"), Path("artifacts/compress/seed3"), Path("artifacts/evaluate/seed3")
 DOCUMENTS = [textwrap.dedent(str(kind.__doc__)) for kind in (str, list, dict, json, textwrap, np.ndarray)]
 VOCAB_SIZE = 400
-METRICS = {"plain_loss", "plain_bpb", "sliding_loss", "sliding_bpb", "ttt_loss", "ttt_bpb", "num_tokens", "num_bytes"}
+TABLES = {"curves": "tokens,bpb", "context": "context,tokens,loss", "documents": "length,documents,bytes,bpb",
+          "ledger": "step,kind,state,first,last,num_steps,lr"}
 
 
 @pytest.fixture
@@ -37,9 +39,9 @@ def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_params({})
     write_bytes(TOKENIZE / "tokenizer.model", train_tokenizer(DOCUMENTS, VOCAB_SIZE, 100_000))
     tokenizer = load_tokenizer(TOKENIZE / "tokenizer.model")
-    writer = SplitWriter(TOKENIZE / "val", VOCAB_SIZE, shard_tokens=500)
+    writer = SplitWriter(TOKENIZE / "val", VOCAB_SIZE, shard_tokens=150)
     for text, tokens in zip(DOCUMENTS, tokenizer.encode_documents(DOCUMENTS), strict=True):
-        writer.add(tokens[:150], len(text.encode()), int(tokenizer.target_bytes(tokens[:150]).sum()))
+        writer.add(tokens[:70], len(text.encode()), int(tokenizer.target_bytes(tokens[:70]).sum()))
     writer.close()
     model = make_model(vocab_size=VOCAB_SIZE)
     vectors = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
@@ -48,39 +50,71 @@ def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_params(changes: dict[str, object]) -> None:
-    write_json(Path("params.yaml"), dict.fromkeys(SECTIONS) | {"evaluate": EVALUATE | changes})  # JSON is YAML
+    section = EVALUATE | {"audit": False} | changes
+    write_json(Path("params.yaml"), dict.fromkeys(SECTIONS) | {"evaluate": section})  # JSON is YAML
+
+
+def read_results() -> dict[str, bytes]:
+    """Contents of all outputs but the one that a clock decides."""
+    return {str(path.relative_to(RESULT)): path.read_bytes() for path in RESULT.rglob("*")
+            if path.is_file() and path.name != "timing.json"}
 
 
 @pytest.mark.usefixtures("_inputs")
 def test_the_stage_scores_the_artifact_in_all_ways() -> None:
     evaluate.main(3)
     metrics = load_metrics(RESULT)
-    assert metrics.keys() == METRICS
     artifact = load_artifact(COMPRESS / "model.ptz")
     tokens = load_split(TOKENIZE / "val", VOCAB_SIZE).tokens()
-    nats = score_plain(build_model(artifact.model, artifact.weights()), tokens, window_tokens=8, batch_windows=4, precision="fp32",
+    nats = score_plain(build_model(artifact.model, artifact.weights()), tokens, window_tokens=8, batch_tokens=32, precision="fp32",
                        process=SINGLE_CPU)
     score = make_score(nats, load_tokenizer(TOKENIZE / "tokenizer.model").target_bytes(tokens))
     assert metrics["plain_loss"] == round(score.loss, 8)
     assert metrics["plain_bpb"] == round(score.bpb, 8)
-    assert metrics["num_tokens"] == len(tokens) - 1
-    assert metrics["ttt_bpb"] < metrics["sliding_bpb"]
-    for name in ("plain", "sliding", "ttt"):
-        assert load_curve(RESULT / f"curves/running_{name}.csv", ("tokens", "bpb"))[-1] == (len(tokens) - 1, metrics[f"{name}_bpb"])
-    assert len((RESULT / "adaptation/ttt.csv").read_text().splitlines()) == 1 + -(-(len(tokens) - 1) // 16)
+    assert (metrics["num_tokens"], metrics["num_bytes"], metrics["num_documents"]) == (len(tokens) - 1, score.num_bytes, len(DOCUMENTS))
+    assert metrics["strategy"] == "score_first"
+    assert metrics["val_bpb"] == metrics["score_first_bpb"] < metrics["sliding_bpb"]
+    assert (metrics["score_first_legal"], metrics["two_phase_legal"]) == (True, False)
+    assert "two_phase_bpb" not in metrics
     timing = load_timing(RESULT)
     assert timing is not None
-    assert timing["seconds"] > timing["plain_seconds"] + timing["sliding_seconds"] + timing["ttt_seconds"] > 0
+    assert timing["seconds"] > timing["open_seconds"] + sum(timing[f"{name}_seconds"] for name in STRATEGIES) - 0.01  # rounded
+
+
+@pytest.mark.usefixtures("_inputs")
+def test_every_strategy_has_its_tables() -> None:
+    evaluate.main(3)
+    metrics, results = load_metrics(RESULT), read_results()
+    for folder, columns in TABLES.items():
+        assert {name for name in results if name.startswith(f"{folder}/")} == {f"{folder}/{name}.csv" for name in STRATEGIES}
+        for name in STRATEGIES:
+            assert results[f"{folder}/{name}.csv"].decode().splitlines()[0] == columns
+    for name in STRATEGIES:
+        bpb = metrics["two_phase_transductive_bpb" if name == "two_phase" else f"{name}_bpb"]
+        assert load_curve(RESULT / f"curves/{name}.csv", ("tokens", "bpb"))[-1] == (metrics["num_tokens"], bpb)
+        for folder, column, total in (("context", "tokens", "num_tokens"), ("documents", "bytes", "num_bytes")):
+            rows = read_csv(RESULT / folder / f"{name}.csv", [column])
+            assert sum(int(row[column]) for row in rows) == metrics[total]
+        events = read_csv(RESULT / f"ledger/{name}.csv", ["kind", "first", "last"])
+        scored = [target for event in events if event["kind"] == "scored" for target in range(int(event["first"]), int(event["last"]) + 1)]
+        assert sorted(scored) == list(range(metrics["num_tokens"]))
 
 
 @pytest.mark.usefixtures("_inputs")
 def test_nothing_but_times_differs_between_two_runs() -> None:
-    contents = []
-    for _ in range(2):
-        evaluate.main(3)
-        contents.append({path: path.read_bytes() for path in RESULT.rglob("*") if path.is_file() and path.name != "timing.json"})
-    assert contents[0] == contents[1]
-    assert len(contents[0]) == 5
+    evaluate.main(3)
+    first = read_results()
+    evaluate.main(3)
+    assert read_results() == first
+    assert len(first) >= 1 + len(TABLES) * len(STRATEGIES)
+
+
+@pytest.mark.usefixtures("_inputs")
+def test_tables_of_strategies_that_are_no_longer_used_do_not_stay() -> None:
+    evaluate.main(3)
+    write_params({"strategies": ["plain"], "strategy": "plain"})
+    evaluate.main(3)
+    assert {name for name in read_results() if name.endswith(".csv")} == {f"{folder}/plain.csv" for folder in TABLES}
 
 
 @pytest.mark.usefixtures("_inputs")
@@ -92,20 +126,28 @@ def test_shards_of_another_tokenizer_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("_inputs")
-def test_too_little_time_fails_the_stage_and_leaves_no_score() -> None:
+def test_too_little_time_fails_the_stage_and_leaves_the_curves_but_no_score_until_there_is_enough() -> None:
     write_params({"limit_seconds": 1e-3})
     with pytest.raises(RuntimeError, match=r"evaluate.limit_seconds: expected at most 0.001 s"):
         evaluate.main(3)
-    assert not RESULT.exists()
+    assert read_results().keys() == {"unfinished/plain.csv"}
+    write_params({})
+    evaluate.main(3)
+    assert (RESULT / "metrics.json").exists()
+    assert not (RESULT / "unfinished").exists()
 
 
 @pytest.mark.usefixtures("_inputs")
 def test_two_processes_write_one_result() -> None:
+    write_params({"two_phase": {settings: ADAPTATION | {"epochs": 1, "lr": 0.001} for settings in ("recalibration", "selective")}})
     evaluate.main(3)
-    expected = load_metrics(RESULT)
-    (RESULT / "metrics.json").unlink()
+    metrics, ledger = load_metrics(RESULT), {name: read_results()[f"ledger/{name}.csv"] for name in ("sliding", "score_first", "two_phase")}
+    shutil.rmtree(RESULT)
     root = str(Path(evaluate.__file__).parents[1])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run([*torchrun, "-m", "stages.evaluate", "--seed=3"],
                    env=os.environ | {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}, check=True, capture_output=True)
-    assert load_metrics(RESULT) == pytest.approx(expected, abs=1e-5)
+    found = load_metrics(RESULT)
+    assert found.pop("strategy") == metrics.pop("strategy")
+    assert found == pytest.approx(metrics, abs=1e-5)
+    assert {name: read_results()[f"ledger/{name}.csv"] for name in ledger} == ledger

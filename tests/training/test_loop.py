@@ -19,6 +19,11 @@ from tests.processes import run_processes
 from tests.training.tiny import make_model, make_params, make_split
 
 
+@pytest.fixture(autouse=True)
+def _no_state_is_saved_because_the_machine_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lib.training.loop, "RESUME_INTERVAL_SECONDS", float("inf"))
+
+
 def run_training(folder: Path, params: TrainParams | None = None, process: Process = SINGLE_CPU, resume: str = "resume.pt") -> TrainResult:
     params = params or make_params()
     split = make_split(folder / f"train{process.rank}")

@@ -1,0 +1,261 @@
+"""What a strategy does with a short piece of the text when tokens of it change: causality and distribution, tried on the real model.
+
+The challenge's conditions C1, the distribution of a token depends only on the artifact and on earlier tokens, and C2, it is a full
+normalised distribution that does not depend on the token itself. Shapes: N targets of the piece, D documents, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lib.artifacts.tokens import Tokens
+from lib.audit.chronology import Check
+from lib.distributed import Process
+from lib.evaluation.config import EvaluateParams, StrategyName
+from lib.evaluation.evaluation import Outcome, Text, run_strategy
+from lib.evaluation.job import Job
+from lib.evaluation.limit import TimeLimit
+from lib.evaluation.score import Forward, load_stream
+from lib.evaluation.sheet import ScoreSheet
+from lib.evaluation.strategies import STRATEGIES
+from lib.evaluation.windows import find_documents
+
+SEED = 0
+QUICK_TARGETS, THOROUGH_TARGETS = 8, 64  # values of the last token that are tried, half of them the likeliest ones
+THOROUGH_CHANGES = 12
+SUM_TOLERANCE = 1e-4
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # nats: the stated distribution is computed for one position, the loss beside others
+
+
+class Geometry(NamedTuple):
+    """The piece of text that a strategy is tried on.
+
+    Attributes:
+        unit_tokens: targets after which the strategy may have changed something.
+        num_documents: documents that the piece is put together from, each cut short; 0 for the beginning of the text as it is.
+        document_tokens: length that the longest of them are cut to.
+    """
+
+    unit_tokens: int
+    num_documents: int = 0
+    document_tokens: int = 0
+
+
+def geometry(name: StrategyName, params: EvaluateParams) -> Geometry:
+    """The smallest piece in which a strategy shows all that it does: it adapts before the end, and fills more than one batch."""
+    chunk = params.lora.chunk_tokens
+    if name == "lora":
+        return Geometry(chunk, params.lora.batch_documents + 2, chunk * 5 // 2)
+    if name == "phased":  # the documents of the first phase have at least one row to train on
+        row = -(-2 * params.window_tokens // params.phased.documents)
+        return Geometry(chunk, params.phased.documents + 2, max(chunk * 5 // 2, row))
+    units = {"score_first": params.score_first.chunk_tokens, "one_pass": params.segment_tokens}
+    return Geometry(units.get(name, params.window_tokens))
+
+
+class Probe(NamedTuple):
+    """A short text.
+
+    Attributes:
+        tokens: (N+1,) uint16.
+        changes: numbers of tokens, each of which and all after it are changed in a run of its own.
+        cuts: numbers of tokens after which the text is cut off. They are in the piece's last chunk, and before the end of it, so that
+            no number of chunks or phases changes, on which learning rates depend; and side by side: the last target of a window
+            shows no leak.
+    """
+
+    tokens: Tokens
+    changes: tuple[int, ...]
+    cuts: tuple[int, ...]
+
+
+def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool) -> Probe:
+    """Take a piece of the text and choose where to change it: in mid-window, just after a chunk, and all over it if `thorough`.
+
+    Args:
+        text: whose longest documents are used where documents are cut, each to another length than its neighbours.
+        size: of the piece; the text may be shorter.
+        window_tokens: inputs that the model sees at once.
+        thorough: choose more places.
+    """
+    unit = size.unit_tokens
+    if size.num_documents:
+        longest = np.sort(np.argsort(-text.documents.length, kind="stable")[:size.num_documents])
+        documents = text.documents.select(longest)
+        cut = size.document_tokens - unit // 2 * (np.arange(len(longest))[::-1] % 3)  # the last one ends in mid-chunk
+        ends = documents.start + np.minimum(documents.length, cut)
+        parts = [text.tokens[start:end] for start, end in zip(documents.start, ends, strict=True)]
+        tokens = np.concatenate([*parts, text.tokens[ends[-1]:ends[-1] + 1]])
+        middle = sum(map(len, parts[:len(parts) // 2]))
+    else:
+        tokens, middle = text.tokens[:2 * unit + 3 * window_tokens // 2 + 1], 0
+    last = len(tokens) - 1
+    quarter = max(1, min(unit, window_tokens) // 4)
+    cuts = {last - quarter - 1, last - quarter} | (set(range(last - quarter, last)) if thorough else set())
+    changes = {min(middle + unit + unit // 2, last), min(middle + unit + 1, last)}
+    if thorough:
+        changes |= set(np.linspace(1, last, THOROUGH_CHANGES - 2).astype(int).tolist())
+    return Probe(tokens, tuple(sorted(changes)), tuple(sorted(cut for cut in cuts if cut > 0)[-THOROUGH_CHANGES:]))
+
+
+class Trial:
+    """Runs one strategy on variations of one piece of text, with the real model and parameters.
+
+    Args:
+        name: the strategy.
+        forward: of the artifact's model.
+        text: the text that the piece is taken from.
+        params: the section ``evaluate``.
+        process: every process takes part in every run.
+        vocab_size: V.
+        thorough: try more places and tokens.
+    """
+
+    def __init__(self, name: StrategyName, forward: Forward, text: Text, params: EvaluateParams, process: Process, *, vocab_size: int,
+                 thorough: bool) -> None:
+        self._name, self._forward, self._vocab_size, self._params, self._process = name, forward, vocab_size, params, process
+        self._bos_id, self._thorough = int(text.tokens[0]), thorough
+        self._probe = make_probe(text, geometry(name, params), params.window_tokens, thorough=thorough)
+        self._generator = np.random.default_rng(SEED)
+
+    def check(self) -> tuple[Check, Check]:
+        """The conditions C1 and C2: whether they ``passed`` (None where the device does not repeat its own results), and numbers."""
+        tokens = self._probe.tokens
+        number = np.arange(1, len(tokens))  # of each target's token
+        original = self._run(tokens)
+        comparison = Comparison(original, lambda: self._run(tokens))
+        for first in self._probe.changes:
+            comparison.add(self._run(self._replace(np.arange(len(tokens)) >= first)), number < first)
+        deviations = [abs(original.nats[last - 1] + _stated(self._run(tokens[:last + 1]))[tokens[last]]) for last in self._probe.cuts]
+        from_cut_text = float(np.max(deviations, initial=0))
+        variations = {token: self._run(_with_last(tokens, token)) for token in self._last_tokens(original)}
+        for outcome in variations.values():
+            comparison.add(outcome, number < len(tokens) - 1, has_effect=False)  # two tokens can be equally likely
+        isolated = self._check_documents(original)
+        causality = comparison.result() | {"largest_deviation_from_cut_text": _figure(from_cut_text), "documents_isolated": isolated}
+        if not from_cut_text <= LOSS_TOLERANCE[self._params.precision] or (isolated and isolated["passed"] is False):
+            causality["passed"] = False
+        return causality, self._check_distribution({int(tokens[-1]): original} | variations)
+
+    def _check_documents(self, original: Outcome) -> Check | None:
+        """Change some documents, then the others; None for a strategy that does not claim that documents are isolated."""
+        if not STRATEGIES[self._name].isolates_documents:
+            return None
+        documents = find_documents(self._probe.tokens, self._bos_id)
+        if (num_documents := len(documents.start)) == 1:
+            return {"passed": None, "why": "the text has one document"}
+        number = np.repeat(np.arange(num_documents), documents.length)  # of each target's document
+        rank = np.argsort(np.argsort(-documents.length, kind="stable"))
+        parts = [rank < num_documents // 2, rank % 2 == 0]  # the longer half may be scored before the other, neighbours in one batch
+        if self._thorough:  # any two documents differ in one bit of their numbers
+            parts += [np.arange(num_documents) >> bit & 1 == 1 for bit in range((num_documents - 1).bit_length())]
+        comparison = Comparison(original, lambda: self._run(self._probe.tokens))
+        for part in (*parts, *(~part for part in parts)):
+            comparison.add(self._run(self._replace(part[np.append(number, number[-1])])), ~part[number])
+        return comparison.result()
+
+    def _check_distribution(self, outcomes: dict[int, Outcome]) -> Check:
+        stated = [_stated(outcome) for outcome in outcomes.values()]
+        sums = float(np.max([abs(np.exp(each).sum() - 1) for each in stated]))
+        losses = float(np.max([abs(outcome.nats[-1] + each[token] if token < len(each) else math.inf)
+                               for (token, outcome), each in zip(outcomes.items(), stated, strict=True)]))
+        differing = sum(not np.array_equal(each, stated[0], equal_nan=True) for each in stated)
+        complete = all(len(each) == self._vocab_size for each in stated)
+        passed = complete and not differing and sums <= SUM_TOLERANCE and losses <= LOSS_TOLERANCE[self._params.precision]
+        return {"passed": passed, "probabilities": len(stated[0]), "targets_tried": len(stated), "distributions_differing": differing,
+                "largest_deviation_of_sum": _figure(sums), "largest_deviation_of_loss": _figure(losses)}
+
+    def _last_tokens(self, original: Outcome) -> list[int]:
+        """Other values for the last token: the likeliest ones and random ones."""
+        actual, likeliest = int(self._probe.tokens[-1]), np.argsort(-_stated(original), kind="stable")
+        others = [token for token in likeliest.tolist() if token != actual]
+        half = (THOROUGH_TARGETS if self._thorough else QUICK_TARGETS) // 2
+        random = self._generator.permutation(others[half:])[:half]
+        return others[:half] + random.tolist()
+
+    def _replace(self, which: npt.NDArray[np.bool_]) -> Tokens:
+        """Random other tokens instead of some; BOS stays where it is and appears nowhere else."""
+        tokens = self._probe.tokens.astype(np.int64)
+        which = which & (tokens != self._bos_id)
+        new = self._generator.integers(0, self._vocab_size - 2, len(tokens))
+        for avoided in (np.minimum(tokens, self._bos_id), np.maximum(tokens, self._bos_id)):
+            new += new >= avoided
+        return np.where(which, new, tokens).astype(np.uint16)
+
+    def _run(self, tokens: Tokens) -> Outcome:
+        process = self._process
+        sheet = ScoreSheet(len(tokens) - 1, process.device, wants_last=True)
+        return run_strategy(self._name, Job(self._forward, load_stream(tokens, process.device), find_documents(tokens, self._bos_id),
+                                            self._params, process, _NoLimit(math.inf, process), sheet))
+
+
+class Comparison:
+    """Which scores of changed texts differ from those of the original, bit by bit.
+
+    Args:
+        original: the scores of the original text.
+        repeat: scores it again.
+    """
+
+    def __init__(self, original: Outcome, repeat: Callable[[], Outcome]) -> None:
+        self._original, self._repeat = original, repeat
+        self._num_changes = self._num_without_effect = self._num_compared = self._num_differing = 0
+        self._largest = 0.0
+
+    def add(self, changed: Outcome, same: npt.NDArray[np.bool_], *, has_effect: bool = True) -> None:
+        """Compare the scores where they must be the `same` (N,); elsewhere one at least must differ if the change `has_effect`."""
+        differs = _bits(changed) != _bits(self._original)
+        self._num_changes += 1
+        self._num_without_effect += has_effect and not (differs & ~same).any()
+        self._num_compared += int(same.sum())
+        self._num_differing += int((differs & same).sum())
+        self._largest = max(self._largest, float(np.abs(changed.nats - self._original.nats)[same].max(initial=0)))
+
+    def result(self) -> Check:
+        """A check; where the original text itself gets other scores the second time, it cannot be made."""
+        figures: Check = {"targets": len(self._original.nats), "changes": self._num_changes,
+                          "changes_without_effect": self._num_without_effect, "scores_compared": self._num_compared,
+                          "scores_differing": self._num_differing, "largest_difference": _figure(self._largest)}
+        if self._num_differing and (_bits(self._repeat()) != _bits(self._original)).any():
+            return {"passed": None, "why": "the same text gets other scores the second time on this device"} | figures
+        return {"passed": not self._num_differing and not self._num_without_effect} | figures
+
+
+class _NoLimit(TimeLimit):
+    """A clock that limits nothing and shows nothing."""
+
+    def advance(self, work: int) -> None:
+        pass
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Kernels that repeat their results where there are such: on GPUs some gradients are else summed in any order."""
+    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _bits(outcome: Outcome) -> npt.NDArray[np.uint32]:
+    return outcome.nats.view(np.uint32)
+
+
+def _stated(outcome: Outcome) -> npt.NDArray[np.float64]:
+    assert outcome.last is not None
+    return outcome.last.astype(np.float64)
+
+
+def _with_last(tokens: Tokens, token: int) -> Tokens:
+    return np.concatenate([tokens[:-1], np.array([token], tokens.dtype)])
+
+
+def _figure(value: float) -> float | None:
+    """With two digits; None for what JSON has no number for."""
+    return float(f"{value:.2g}") if math.isfinite(value) else None

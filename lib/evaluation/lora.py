@@ -1,0 +1,181 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) of single documents: a chunk is scored, then the document's adapter is trained on it.
+
+Every document starts with a fresh adapter and sees no other document, so that documents can be scored in any order and many
+at a time (pr410-lora). Shapes: B documents of a batch, T inputs of a window, P targets of a chunk, R rank.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib.evaluation.adapter import BACKWARD_WORK, frozen
+from lib.evaluation.config import LoraParams
+from lib.evaluation.job import Job
+from lib.evaluation.score import mode
+from lib.evaluation.windows import Documents, Integers
+
+INIT_SEED = 0
+
+
+def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple[nn.Module, int, int]]:
+    """The modules that get an adapter, by name: module, number of its inputs, number of its outputs.
+
+    Raises:
+        ValueError: a kind of layer that the model has not.
+    """
+    vocab_size, model_dim = model.get_parameter("token_embedding.weight").shape
+    found: dict[str, tuple[nn.Module, int, int]] = {}
+    for layer in layers:
+        names = [name for name, _ in model.named_modules() if name.rsplit(".", maxsplit=1)[-1] == layer]
+        if not names:
+            raise ValueError(f"evaluate.lora.layers: {layer}: the model has no such layer")
+        for name in names:
+            module = model.get_submodule(name)
+            sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (model_dim, vocab_size)  # tied head
+            found[name] = (module, *sizes)
+    return found
+
+
+class LowRankAdapters:
+    """An adapter for each document of a batch: y = W x + B A x, with A uniform in +-1/sqrt(inputs) and B zero at first.
+
+    A starts with the same values for every document and run, so that scores do not depend on how documents are batched.
+
+    Args:
+        model: gets the adapters by forward hooks, while `attached`.
+        settings: the section ``evaluate.lora``.
+        device: where they are.
+    """
+
+    def __init__(self, model: nn.Module, settings: LoraParams, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(INIT_SEED)
+        self._modules, self._initial, self._pairs = [], [], []
+        for module, num_inputs, num_outputs in adapted_layers(model, settings.layers).values():
+            initial = (2 * torch.rand(settings.rank, num_inputs, generator=generator) - 1) / math.sqrt(num_inputs)
+            self._modules.append(module)
+            self._initial.append(initial.to(device))
+            self._pairs.append((nn.Parameter(initial.expand(settings.batch_documents, -1, -1).to(device, copy=True)),
+                                nn.Parameter(torch.zeros(settings.batch_documents, num_outputs, settings.rank, device=device))))
+        self.parameters = [parameter for pair in self._pairs for parameter in pair]
+
+    @property
+    def num_parameters(self) -> int:
+        """Of one document's adapter."""
+        return sum(parameter[0].numel() for parameter in self.parameters)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Make all adapters as new."""
+        for initial, (a, b) in zip(self._initial, self._pairs, strict=True):
+            a.copy_(initial.expand_as(a))
+            b.zero_()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Row n of what the model computes uses adapter n."""
+        handles = [module.register_forward_hook(_make_hook(a, b)) for module, (a, b) in zip(self._modules, self._pairs, strict=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _make_hook(a: Tensor, b: Tensor) -> Any:
+    def add_low_rank(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]  # (B, T, inputs)
+        return output + (x @ a[: len(x)].transpose(1, 2)) @ b[: len(x)].transpose(1, 2)
+    return add_low_rank
+
+
+class DocumentScorer:
+    """Scores documents, each with an adapter of its own, into the job's sheet; each process takes its share of the batches.
+
+    Raises:
+        ValueError: a kind of layer that the model has not.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._settings = job, job.params.lora
+        self._adapters = LowRankAdapters(job.forward.model, self._settings, job.stream.device)
+
+    def score(self, which: Integers) -> None:
+        """Score the documents with these numbers, in batches of similar length, longest first."""
+        documents, process = self._job.documents, self._job.process
+        which = which[np.argsort(-documents.length[which], kind="stable")]
+        batches = [which[n:n + self._settings.batch_documents] for n in range(0, len(which), self._settings.batch_documents)]
+        first_event = len(self._job.sheet.ledger.events)
+        with mode(self._job.forward.model, training=False), frozen(list(self._job.forward.model.parameters())), self._adapters.attached():
+            for first in range(0, len(batches), process.world_size):
+                of_round = batches[first:first + process.world_size]
+                if process.rank < len(of_round):
+                    self._score_batch(of_round[process.rank])
+                self._job.limit.advance(sum(document_work(documents.select(batch), self._settings) for batch in of_round))
+        self._job.sheet.ledger.synchronize(process, first_event)
+
+    def _score_batch(self, numbers: Integers) -> None:
+        settings, ledger = self._settings, self._job.sheet.ledger
+        documents = self._job.documents.select(numbers)
+        starts, lengths = (torch.from_numpy(array).to(self._job.stream.device)[:, None] for array in documents)  # (B, 1)
+        self._adapters.reset()
+        optimizer = torch.optim.Adam(self._adapters.parameters, lr=settings.lr, betas=settings.adam_betas)
+        for first in range(0, int(documents.length[0]), settings.chunk_tokens):
+            end = first + settings.chunk_tokens
+            active = documents.select(documents.length > first)
+            num_trained = int((documents.length > end).sum())  # the last chunk of a document is not trained on
+            start = max(0, end - settings.window_tokens)
+            scored = slice(first - start, end - start)
+            rows, targets = self._gather(starts[: len(active.start)], lengths[: len(active.start)], start, scored)
+            with torch.set_grad_enabled(num_trained > 0):
+                nats = self._forward(rows, scored)  # (B, P)
+            self._job.sheet.write(targets, nats.detach(), torch.arange(first - start, end - start, device=rows.device))
+            for number, begin, length in zip(numbers.tolist(), active.start.tolist(), active.length.tolist(), strict=False):
+                ledger.scored(begin + first, begin + min(end, length) - 1, number)
+            self._write_last(active, rows, start, first, end)
+            for step in range(settings.steps if num_trained else 0):
+                if step:
+                    nats = self._forward(rows[:num_trained], scored)
+                optimizer.zero_grad()
+                nats[:num_trained].mean(1).sum().backward()
+                optimizer.step()
+            for number, begin in zip(numbers[:num_trained].tolist(), active.start.tolist(), strict=False):
+                ledger.trained(begin + first, begin + end - 1, settings.steps, settings.lr, number)
+
+    def _forward(self, rows: Tensor, scored: slice) -> Tensor:
+        repeats = rows.shape == (self._settings.batch_documents, self._settings.window_tokens + 1)
+        return self._job.forward(rows, scored, repeats=repeats)
+
+    def _gather(self, begin: Tensor, length: Tensor, start: int, scored: slice) -> tuple[Tensor, Tensor]:
+        """Rows (B, T+1) of tokens from `start` of each document on, which end with a chunk, and the targets (B, P) of the chunk.
+
+        After the end of a document tokens are 0 and targets are N, which belongs to nothing.
+        """
+        num_targets = self._job.num_targets
+        place = start + torch.arange(scored.stop + 1, device=begin.device)  # (T+1,)
+        rows = self._job.stream[(begin + place).clamp(max=num_targets)].long().where(place <= length, 0)  # (B, T+1)
+        inputs = place[:-1][scored]  # (P,)
+        return rows, (begin + inputs).where(inputs < length, num_targets)
+
+    def _write_last(self, documents: Documents, rows: Tensor, start: int, first: int, end: int) -> None:
+        position = int(documents.length[documents.start == self._job.documents.start[-1]].sum()) - 1  # of the stream's last target
+        if self._job.sheet.wants_last and first <= position < end:
+            row = int(np.flatnonzero(documents.start == self._job.documents.start[-1])[0])
+            with torch.no_grad():
+                self._job.sheet.write_last(self._job.forward.log_probabilities(rows, position - start)[row])
+
+
+def document_work(documents: Documents, settings: LoraParams) -> int:
+    """Cost of scoring documents, in inputs scored."""
+    work = 0
+    for first in range(0, int(documents.length.max(initial=0)), settings.chunk_tokens):
+        end = first + settings.chunk_tokens
+        inputs = end - max(0, end - settings.window_tokens)
+        num_trained = int((documents.length > end).sum())
+        num_active = int((documents.length > first).sum())
+        work += inputs * (num_active + num_trained * ((1 + BACKWARD_WORK) * settings.steps - 1))
+    return work

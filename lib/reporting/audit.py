@@ -1,0 +1,121 @@
+"""What the audit of an evaluation found, in words."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lib.artifacts.files import ArtifactError, read_json
+from lib.artifacts.scores import AUDIT_FILE
+
+CONDITIONS = {  # the challenge's issue #1017
+    "causality": ("C1", "A score depends on the artifact and earlier tokens only.",
+                  "Later tokens are replaced: no score before them may change by a bit, some score after them must."),
+    "distribution": ("C2", "It comes from a full, normalised distribution that does not depend on the target.",
+                     "The last token is replaced: the distribution stated for it stays the same, sums to 1, and gives the loss."),
+    "score_before_update": ("C3", "What is trained on has been scored before, and no score comes after training on its target.",
+                            "Read from the record of the run."),
+    "single_pass": ("C4", "One pass from left to right, every token scored once.", "Read from the record of the run."),
+}
+"""Name of each condition of a legal score: its number, what it says, how it is checked."""
+
+Result = Literal["passed", "failed", "not checked"]
+
+RESULTS: dict[bool | None, Result] = {True: "passed", False: "failed", None: "not checked"}
+
+
+class Check(NamedTuple):
+    """One check.
+
+    Attributes:
+        name: as in ``audit.json``.
+        result: what came out.
+        details: the numbers that show it, or why it could not be checked.
+    """
+
+    name: str
+    result: Result
+    details: str
+
+
+class StrategyAudit(NamedTuple):
+    """The checks of one strategy: whether its score is legal, and one check for each of `CONDITIONS`."""
+
+    name: str
+    legal: bool
+    checks: list[Check]
+
+
+class Audit(NamedTuple):
+    """All checks of one evaluation.
+
+    Attributes:
+        legal: whether all was found as it must be.
+        strategies: conditions of a legal score, by strategy.
+        groups: other checks, under the name of what they are about.
+    """
+
+    legal: bool
+    strategies: list[StrategyAudit]
+    groups: dict[str, list[Check]]
+
+    @property
+    def verdict(self) -> str:
+        """One line: the outcome, and how many checks came to it; where all is as it must be, of scores that are legal only."""
+        checks = [check for strategy in self.strategies if strategy.legal or not self.legal for check in strategy.checks]
+        checks += [check for group in self.groups.values() for check in group]
+        counts = {word: sum(check.result == word for check in checks) for word in RESULTS.values()}
+        text = ", ".join(f"{count} {word}" for word, count in counts.items() if count or word == "passed")
+        return f"{'legal' if self.legal else 'NOT LEGAL'} ({text})"
+
+
+def load_audit(folder: Path) -> Audit | None:
+    """The audit in the output folder of evaluate; None where there was none (``evaluate.audit: false``).
+
+    Raises:
+        ArtifactError: missing, or a file that is no audit.
+    """
+    path = folder / AUDIT_FILE
+    values = read_json(path)
+    try:
+        if values["legal"] is None:
+            return None
+        strategies = [StrategyAudit(name, found["legal"], [_check(condition, found[condition]) for condition in CONDITIONS])
+                      for name, found in values["strategies"].items()]
+        groups = {group: [_check(name, check) for name, check in values[group].items()] for group in ("data", "process")}
+        return Audit(values["legal"], strategies, groups)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path}: not an audit ({error!r}); `dvc repro -f evaluate` makes it anew") from None
+
+
+def format_verdicts(audits: Sequence[Audit | None]) -> str:
+    """The verdicts on all seeds, each different one once."""
+    return "; ".join(dict.fromkeys("not audited" if audit is None else audit.verdict for audit in audits))
+
+
+def _check(name: str, values: Mapping[str, Any]) -> Check:
+    parts = [values["why"]] if "why" in values else []
+    parts += [f"{key}: {value}" for key, value in _flatten({key: values[key] for key in values if key not in ("passed", "why")})]
+    return Check(name.replace("_", " "), RESULTS[values["passed"]], "; ".join(parts))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Numbers and what they are, in words; those that do not apply are None and left out."""
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping) and "passed" in value:
+            part = _check(key, value)
+            yield name, f"{part.result} ({part.details})"
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, f"{name}, ")
+        elif value is not None:
+            yield name, _format(value)
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_format, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,51 @@
+"""Audit: check finished evaluations thoroughly. Not part of the pipeline: ``python -m stages.audit [--seed N]``."""
+
+import argparse
+import sys
+
+from lib.artifacts.metrics import load_metrics
+from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
+from lib.artifacts.scores import save_audit
+from lib.artifacts.tokens import load_split
+from lib.audit.chronology import load_ledger
+from lib.audit.isolation import unchecked
+from lib.audit.provenance import check_data, confine_to_inputs
+from lib.audit.verdict import AuditError, audit_scores, describe_audit, raise_violations
+from lib.compression.container import load_artifact
+from lib.data.tokenizer import load_tokenizer
+from lib.distributed import start_process
+from lib.evaluation.config import EvaluateParams
+from lib.evaluation.evaluation import Text
+from lib.model.gpt import build_model
+from lib.params import load_params, read_params
+
+
+def main(arguments: list[str] | None = None, *, confined: bool = False) -> None:
+    """Audit one seed, or all; print what was found, and exit with status 1 where a score is not legal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, help="one of `seeds` in params.yaml; all of them if not given")
+    seed = parser.parse_args(arguments).seed
+    seeds, params = read_params()["seeds"] if seed is None else [seed], load_params("evaluate", EvaluateParams)
+    with start_process() as process:
+        confinement = confine_to_inputs(seeds, "audit", process) if confined else unchecked("the audit ran inside another program")
+        for number in seeds:
+            scores = stage_folder("evaluate", number)
+            artifact = load_artifact(stage_folder("compress", number) / "model.ptz")
+            model = build_model(artifact.model, artifact.weights()).to(process.device)
+            tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model")
+            split = load_split(TOKENIZE_FOLDER / "val", model.params.vocab_size)
+            text = Text.of(split.tokens(), tokenizer.target_bytes(split.tokens()), tokenizer.bos_id)
+            ledgers = {name: load_ledger(scores, name) for name in params.strategies}
+            audit = audit_scores(model, text, params, ledgers, data=check_data(load_metrics(scores), split, tokenizer),
+                                 confinement=confinement, process=process, thorough=True)
+            if process.is_main:
+                save_audit(stage_folder("audit", number), audit)
+                print(f"seed {number}\n{describe_audit(audit)}")
+            try:
+                raise_violations(audit)
+            except AuditError as error:
+                sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main(confined=True)

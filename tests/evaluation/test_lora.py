@@ -1,0 +1,232 @@
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from lib.distributed import SINGLE_CPU
+from lib.evaluation.config import LoraParams
+from lib.evaluation.evaluation import Outcome, run_strategy
+from lib.evaluation.lora import LowRankAdapters, adapted_layers, document_work
+from lib.evaluation.windows import Documents
+from lib.model.gpt import GPT
+from tests.evaluation.tiny import make_job, make_model, make_params, make_tokens
+
+STARTS = (0, 13, 14, 30, 47, 60, 83)
+NUM_TARGETS = 91
+LENGTHS = np.diff([*STARTS, NUM_TARGETS]).tolist()  # 13, 1, 16, 17, 13, 23, 8
+LAYERS = {"query": "blocks.{}.attention.query.weight", "key": "blocks.{}.attention.key.weight", "value": "blocks.{}.attention.value.weight",
+          "output": "blocks.{}.attention.output.weight", "up": "blocks.{}.mlp.up.weight", "down": "blocks.{}.mlp.down.weight",
+          "head": "head.weight"}
+
+
+def untie(model: GPT) -> GPT:
+    """The same model with a head of its own, so that the head's weights can change without the embedding's."""
+    untied = GPT(model.params.model_copy(update={"tied_head": False}))
+    untied.load_state_dict({"head.weight": model.token_embedding.weight} | model.state_dict())
+    return untied
+
+
+class AdamByHand:
+    """arXiv:1412.6980, algorithm 1."""
+
+    def __init__(self, parameters: list[Tensor], lr: float, betas: tuple[float, float]) -> None:
+        self.parameters, self.lr, self.betas, self.num_steps = parameters, lr, betas, 0
+        self.moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in parameters]
+
+    def step(self, gradients: tuple[Tensor, ...]) -> None:
+        self.num_steps += 1
+        (beta1, beta2), n = self.betas, self.num_steps
+        for parameter, gradient, (first, second) in zip(self.parameters, gradients, self.moments, strict=True):
+            first.copy_(beta1 * first + (1 - beta1) * gradient)
+            second.copy_(beta2 * second + (1 - beta2) * gradient**2)
+            parameter.data -= self.lr * (first / (1 - beta1**n)) / ((second / (1 - beta2**n)).sqrt() + 1e-8)
+
+
+def adapt_by_hand(model: GPT, document: Tensor, settings: LoraParams) -> npt.NDArray[np.float32]:
+    """pr410-lora for one document alone: the low-rank products are added to the weights; an Adam step on each chunk but the last.
+
+    Args:
+        model: without adapters.
+        document: (N+1,) its tokens and the one after them.
+        settings: of lora.
+    """
+    model, num_targets = untie(model), len(document) - 1
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    names = [LAYERS[layer].format(block) for layer in settings.layers for block in range(1 if layer == "head" else len(model.blocks))]
+    generator = torch.Generator().manual_seed(0)
+    a, b = [], []
+    for name in names:
+        num_outputs, num_inputs = weights[name].shape
+        a.append(((torch.rand(settings.rank, num_inputs, generator=generator) * 2 - 1) / math.sqrt(num_inputs)).requires_grad_())
+        b.append(torch.zeros(num_outputs, settings.rank, requires_grad=True))
+    optimizer, nats = AdamByHand([*a, *b], settings.lr, settings.adam_betas), np.empty(num_targets, np.float32)
+    for first in range(0, num_targets, settings.chunk_tokens):
+        end = min(first + settings.chunk_tokens, num_targets)
+        start = max(0, first + settings.chunk_tokens - settings.window_tokens)
+
+        def score(start: int = start, first: int = first, end: int = end) -> Tensor:
+            changed = {name: weights[name] + up @ down for name, down, up in zip(names, a, b, strict=True)}
+            window, targets = document[None, start:end], document[None, start + 1 : end + 1]
+            return functional_call(model, weights | changed, (window, targets))[0, first - start :]
+
+        nats[first:end] = score().detach()
+        for _ in range(settings.steps if end < num_targets else 0):
+            optimizer.step(torch.autograd.grad(score().mean(), [*a, *b]))
+    return nats
+
+
+def adapt_all_by_hand(model: GPT, tokens: npt.NDArray[np.uint16], settings: LoraParams) -> npt.NDArray[np.float32]:
+    stream = torch.from_numpy(tokens.astype(np.int64))
+    bounds = [*np.flatnonzero(tokens[:-1] == 1).tolist(), len(tokens) - 1]
+    return np.concatenate([adapt_by_hand(model, stream[begin : end + 1], settings) for begin, end in itertools.pairwise(bounds)])
+
+
+def run(tokens: npt.NDArray[np.uint16] | None = None, model: GPT | None = None, **settings: Any) -> Outcome:
+    tokens = make_tokens(NUM_TARGETS, starts=STARTS) if tokens is None else tokens
+    return run_strategy("lora", make_job(model or make_model(), tokens, make_params(lora=settings)))
+
+
+@pytest.mark.parametrize(("settings", "model"), [
+    ({}, {}),
+    ({"batch_documents": 1, "steps": 2}, {"tied_head": False}),
+    ({"batch_documents": 4, "steps": 2, "chunk_tokens": 8, "rank": 1}, {}),
+    ({"chunk_tokens": 5, "window_tokens": 13, "batch_documents": 3}, {"rope_trained_tokens": 16}),
+    # Without attention: an input that attends to nothing but itself has gradients of rounding errors, which Adam makes as large as lr.
+    ({"chunk_tokens": 1, "window_tokens": 3, "lr": 0.05, "batch_documents": 9, "layers": ["up", "head"]}, {}),
+    ({"layers": list(LAYERS), "adam_betas": [0.5, 0.99]}, {}),
+    ({"layers": list(LAYERS)[::-1], "batch_documents": 3}, {"tied_head": False, "num_kv_heads": 2}),
+    ({"layers": ["head"], "lr": 0.03}, {"tied_head": False}),
+    *(({"layers": [layer], "lr": 0.03}, {}) for layer in LAYERS)])
+def test_scores_are_those_of_products_added_to_the_weights_for_one_document_after_the_other(settings: dict[str, Any],
+                                                                                            model: dict[str, Any]) -> None:
+    tokens = make_tokens(NUM_TARGETS, starts=STARTS)
+    nats = run(tokens, make_model(**model), **settings).nats
+    assert nats == pytest.approx(adapt_all_by_hand(make_model(**model), tokens, make_params(lora=settings).lora), abs=3e-4)
+    assert np.abs(nats - run(tokens, make_model(**model), **settings | {"lr": 0.0}).nats).max() > 0.01  # it did adapt
+
+
+@pytest.mark.parametrize("settings", [{}, {"window_tokens": 9, "chunk_tokens": 6}])
+def test_without_learning_rate_every_document_is_scored_alone_and_as_if_nothing_was_attached(settings: dict[str, Any]) -> None:
+    tokens, model = make_tokens(NUM_TARGETS, starts=STARTS), make_model(rope_trained_tokens=16)
+    expected = np.empty(NUM_TARGETS, np.float32)
+    chunk, window = settings.get("chunk_tokens", 4), settings.get("window_tokens", 8)
+    for begin, length in zip(STARTS, LENGTHS, strict=True):
+        document = torch.from_numpy(tokens[begin : begin + length + 1].astype(np.int64))
+        for first in range(0, length, chunk):
+            end, start = min(first + chunk, length), max(0, first + chunk - window)
+            with torch.no_grad():
+                nats = model(document[None, start:end], document[None, start + 1 : end + 1])
+            expected[begin + first : begin + end] = nats[0, first - start :]
+    assert run(tokens, model, lr=0.0, **settings).nats == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_documents", [1, 3, 7, 20])
+def test_scores_do_not_depend_on_how_many_documents_share_a_batch(batch_documents: int) -> None:
+    assert run(batch_documents=batch_documents).nats == pytest.approx(run().nats, abs=1e-5)
+
+
+def test_scores_do_not_depend_on_the_order_of_documents() -> None:
+    tokens = make_tokens(NUM_TARGETS, starts=(*STARTS, NUM_TARGETS))  # so that BOS follows every document
+    documents = np.split(tokens[:-1], STARTS[1:])
+    order = [4, 2, 6, 0, 1, 5, 3]
+    permuted = np.concatenate([*(documents[number] for number in order), tokens[-1:]])
+    expected = np.split(run(tokens).nats, STARTS[1:])
+    assert run(permuted).nats == pytest.approx(np.concatenate([expected[number] for number in order]), abs=1e-5)
+
+
+@pytest.mark.parametrize("kept", range(len(STARTS)))
+def test_no_document_changes_the_scores_of_another_by_a_single_bit(kept: int) -> None:
+    tokens = make_tokens(NUM_TARGETS, starts=STARTS)
+    others = make_tokens(NUM_TARGETS, seed=1, starts=STARTS)
+    place = slice(STARTS[kept], STARTS[kept] + LENGTHS[kept])
+    others[place.start : place.stop + 1] = tokens[place.start : place.stop + 1]
+    nats, changed = run(tokens).nats, run(others).nats
+    assert np.array_equal(nats[place], changed[place])
+    assert not np.array_equal(nats, changed)
+
+
+def test_the_model_sees_nothing_of_another_document() -> None:
+    model, rows = make_model(), list[list[int]]()
+    model.register_forward_pre_hook(lambda _, inputs: rows.extend(inputs[0].tolist()))
+    run(model=model)
+    after_documents = [row[place + 1 :] for row in rows for place in range(1, len(row)) if row[place] == 1]  # 1: BOS of the next one
+    assert sum(map(len, after_documents)) > 0
+    assert not any(any(tokens) for tokens in after_documents)
+
+
+def test_adaptation_lowers_the_loss_of_a_document_that_repeats_itself_but_not_of_the_next_one() -> None:
+    document = make_tokens(7)
+    tokens = np.concatenate([document, np.tile(document[1:], 12), document, np.tile(document[1:], 12), document[:1]])
+    nats = np.split(run(tokens, layers=list(LAYERS), lr=0.03, steps=3).nats, 2)
+    assert nats[0][-16:].mean() < 0.5 * nats[0][8:24].mean()
+    assert nats[1] == pytest.approx(nats[0], abs=1e-4)
+
+
+def test_the_record_has_each_document_s_chunks_scored_and_then_trained_on_but_the_last() -> None:
+    outcome = run(make_tokens(26, starts=(0, 9, 14)), steps=3)  # 9, 5 and 12 targets in chunks of 4: document 2 and 0 first, then 1
+
+    def scored(state: int, first: int, last: int) -> tuple[Any, ...]:
+        return "scored", state, first, last, 0, 0.0
+
+    def trained(state: int, first: int, last: int) -> tuple[Any, ...]:
+        return "trained", state, first, last, 3, 0.01
+
+    assert [event[1:] for event in outcome.events] == [
+        scored(2, 14, 17), scored(0, 0, 3), trained(2, 14, 17), trained(0, 0, 3), scored(2, 18, 21), scored(0, 4, 7), trained(2, 18, 21),
+        trained(0, 4, 7), scored(2, 22, 25), scored(0, 8, 8), scored(1, 9, 12), trained(1, 9, 12), scored(1, 13, 13)]
+    assert [event.step for event in outcome.events] == list(range(13))
+
+
+def test_the_context_of_every_target_lies_in_its_document() -> None:
+    expected = [place if place < 8 else 4 + place % 4 for length in LENGTHS for place in range(length)]
+    assert run().context.tolist() == expected
+
+
+def test_every_adapter_starts_uniform_and_equal_and_adds_nothing() -> None:
+    model, settings = make_model(), make_params(lora={"rank": 5, "layers": list(LAYERS), "batch_documents": 3}).lora
+    adapters = LowRankAdapters(model, settings, SINGLE_CPU.device)
+    with torch.no_grad():
+        for parameter in adapters.parameters:
+            parameter.add_(1.0)
+    adapters.reset()
+    down, up = adapters.parameters[0::2], adapters.parameters[1::2]
+    assert all((parameter == 0).all() for parameter in up)
+    assert all(torch.equal(parameter[0], parameter[n]) for parameter in down for n in range(3))
+    uniform = torch.cat([(parameter[0] * math.sqrt(parameter.shape[2])).flatten() for parameter in down]).sort().values
+    assert (uniform - torch.linspace(-1, 1, len(uniform))).abs().max() < 0.1  # distance of Kolmogorov and Smirnov, times 2
+    assert len(uniform.unique()) == len(uniform)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_number_of_parameters_is_that_of_one_document_s_matrices(tied: bool) -> None:
+    adapters = LowRankAdapters(make_model(tied_head=tied), make_params(lora={"layers": ["key", "up", "head"]}).lora, SINGLE_CPU.device)
+    assert adapters.num_parameters == 2 * (3 * (16 + 8) + 3 * (16 + 24) + (16 + 32))
+
+
+def test_a_layer_that_the_model_has_not_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"evaluate.lora.layers: gate: the model has no such layer"):
+        adapted_layers(make_model(), ("query", "gate"))
+
+
+def test_no_hook_and_no_gradient_is_left_and_the_mode_is_that_of_scoring() -> None:
+    model = make_model()
+    seen = set()
+    watch = model.register_forward_pre_hook(lambda module, _: seen.add((module.training, any(p.requires_grad for p in model.parameters()))))
+    run(model=model)
+    watch.remove()
+    assert seen == {(False, False)}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("lengths", "steps", "expected"), [
+    ([3], 1, 4), ([4], 1, 4), ([5], 1, 4 * 3 + 8), ([5], 2, 4 * 6 + 8), ([12], 1, 4 * 3 + 8 * 3 + 8), ([3, 5], 1, 4 * (3 + 1) + 8)])
+def test_work_is_three_times_the_inputs_of_trained_chunks_for_each_step(lengths: list[int], steps: int, expected: int) -> None:
+    documents = Documents(np.cumsum([0, *lengths[:-1]]), np.array(lengths))
+    assert document_work(documents, make_params(lora={"steps": steps}).lora) == expected
