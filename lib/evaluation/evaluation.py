@@ -155,9 +155,11 @@ def evaluate(model: GPT, text: Text, params: EvaluateParams, *, process: Process
     stream, forward = load_stream(text.tokens, process.device), Forward(model, params.precision, compiled=params.compile)
     evaluation = Evaluation(params, text)
     known: list[tuple[Windows, ScoreSheet]] = []
+    documents: ScoreSheet | None = None  # of the strategy that scores every document as the first phase of `phased` does
     with limit.plan(sum(STRATEGIES[name].work(text.documents, params) for name in params.strategies)):
         for name in (name for name in STRATEGIES if name in params.strategies):  # plain before sliding, which takes over its windows
-            job = Job(forward, stream, text.documents, params, process, limit, ScoreSheet(len(stream) - 1, process.device), known)
+            sheet = ScoreSheet(len(stream) - 1, process.device)
+            job = Job(forward, stream, text.documents, params, process, limit, sheet, known, documents)
             try:
                 evaluation.outcomes[name] = run_strategy(name, job)
             except TimeLimitError:
@@ -167,6 +169,7 @@ def evaluate(model: GPT, text: Text, params: EvaluateParams, *, process: Process
                 raise
             if windows := STRATEGIES[name].windows:
                 known.append((windows(job.num_targets, params), job.sheet))
+            documents = job.sheet if name == "lora" else documents
     return evaluation
 
 

@@ -26,6 +26,7 @@ class Job:
         limit: the running clock; every piece of work is reported to it.
         sheet: where the losses go, and the record of what happened.
         known: windows that other jobs on the same stream have scored with the artifact's own weights, and their sheets.
+        known_documents: the sheet of another job that has scored every document with its own adapter, as lora does.
         figures: what the strategy wants in the metrics besides its score.
     """
 
@@ -37,6 +38,7 @@ class Job:
     limit: TimeLimit
     sheet: ScoreSheet
     known: Sequence[tuple[Windows, ScoreSheet]] = ()
+    known_documents: ScoreSheet | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -115,8 +115,12 @@ def _phased(job: Job) -> None:
     num_left = sum(len(rows) for _, rows in phases) * job.params.window_tokens
     num_epochs = first = 0
     for number, (part, rows) in enumerate(phases):
+        which = np.arange(first, first + len(part.start))
         with limit.phase("scoring"):
-            scorer.score(np.arange(first, first + len(part.start)))
+            if number == 0 and job.known_documents is not None:
+                scorer.take_over(which, job.known_documents)
+            else:
+                scorer.score(which)
         first += len(part.start)
         num_targets = len(rows) * job.params.window_tokens
         epochs = adapter.affordable_epochs(num_targets, num_left)

@@ -31,6 +31,7 @@ COLUMNS = {  # column of the table -> stage and figure
     "sliding_bpb": ("evaluate", "sliding_bpb"),
     "val_bpb": ("evaluate", "val_bpb"),
 }
+COMPARED = ("plain", "sliding")  # what is scored beside evaluate.strategy
 LOSSES, SCORES = ("predicted_loss", "heldout_kl"), ("heldout_bpb", "plain_bpb", "sliding_bpb", "val_bpb")
 
 Figures = dict[str, float | None]
@@ -41,11 +42,19 @@ def experiment_name(target_bytes: int) -> str:
     return f"target-{target_bytes}"
 
 
-def run_experiment(target_bytes: int, limit_bytes: int) -> None:
-    """One experiment from the workspace as it is; raises `subprocess.CalledProcessError` where a stage fails."""
+def run_experiment(target_bytes: int, params: dict[str, Any]) -> None:
+    """One experiment from the workspace as it is; raises `subprocess.CalledProcessError` where a stage fails.
+
+    Args:
+        target_bytes: of code and artifact together.
+        params: all of params.yaml.
+    """
     name = experiment_name(target_bytes)
     subprocess.run(["dvc", "exp", "remove", "--quiet", name], stderr=subprocess.DEVNULL, check=False)  # of an earlier sweep
-    settings = {"quantize.target_bytes": target_bytes, "compress.limit_bytes": max(target_bytes, limit_bytes)}
+    evaluate = params["evaluate"]
+    strategies = [strategy for strategy in evaluate["strategies"] if strategy in (*COMPARED, evaluate["strategy"])]
+    settings = {"quantize.target_bytes": target_bytes, "compress.limit_bytes": max(target_bytes, params["compress"]["limit_bytes"]),
+                "evaluate.strategies": f"[{','.join(strategies)}]"}
     changes = [argument for key, value in settings.items() for argument in ("--set-param", f"{key}={value}")]
     subprocess.run(["dvc", "exp", "run", "--temp", "--name", name, *changes], check=True)
 
@@ -84,7 +93,7 @@ def main() -> None:
     for number, target in enumerate(targets):
         print(f"sweep: {number + 1} of {len(targets)}, {target:,} bytes", file=sys.stderr, flush=True)
         try:
-            run_experiment(target, params["compress"]["limit_bytes"])
+            run_experiment(target, params)
         except subprocess.CalledProcessError as error:
             sys.exit(f"sweep: the experiment with {target:,} bytes failed (dvc exit status {error.returncode}), see above")
         points[target] = read_figures(experiment_name(target), params["seeds"])

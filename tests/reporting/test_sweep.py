@@ -31,7 +31,8 @@ def write_params(seeds: list[int], target: str) -> None:
     write_results(seeds)
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(text.replace("quantize: {", f"quantize: {{target_bytes: {target}, ").replace(
-        "compress: {", "compress: {limit_bytes: 800000"))
+        "compress: {", "compress: {limit_bytes: 800000").replace(
+        "evaluate: {", "evaluate: {strategies: [plain, one_pass, lora], strategy: lora"))
 
 
 def test_each_target_is_one_experiment_and_one_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +42,8 @@ def test_each_target_is_one_experiment_and_one_row(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dvc.api, "metrics_show", metrics_of)
     sweep.main()
     runs = [command[5:] for command in commands if command[:5] == ["dvc", "exp", "run", "--temp", "--name"]]
-    assert runs == [[f"target-{target}", "--set-param", f"quantize.target_bytes={target}", "--set-param", f"compress.limit_bytes={limit}"]
+    assert runs == [[f"target-{target}", "--set-param", f"quantize.target_bytes={target}", "--set-param", f"compress.limit_bytes={limit}",
+                     "--set-param", "evaluate.strategies=[plain,lora]"]
                     for target, limit in ((700000, 800000), (900000, 900000))]
     rows = read_csv(Path("artifacts/sweep/sweep.csv"), ["target_bytes", *sweep.COLUMNS])
     assert [(row["target_bytes"], float(row["artifact_bytes"])) for row in rows] == [("700000", 700000), ("900000", 900000)]
