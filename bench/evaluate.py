@@ -233,7 +233,7 @@ def largest_share(first: int, end: int, params: EvaluateParams, num_processes: i
     """Inputs of one chunk that the process with most to do scores."""
     windows = (sliding_windows(end, params.window_tokens, params.stride_tokens, first=first) if params.score_first.windows == "sliding"
                else one_pass_windows(end, params.window_tokens, params.segment_tokens, first=first))
-    work = [batch.work for batch in split_batches(windows, params.batch_tokens)]
+    work = [batch.work for batch in split_batches(windows, params.batch_tokens, num_processes)]
     return max(sum(work[rank::num_processes]) for rank in range(num_processes))
 
 

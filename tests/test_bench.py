@@ -102,7 +102,7 @@ def test_the_process_with_most_to_do_counts() -> None:
     params = make_params(stride_tokens=4, batch_tokens=16, score_first={"chunk_tokens": 24})  # batches of 2 windows
     assert scoring_work(24, params, 1) == 8 + 2 * 16
     assert scoring_work(24, params, 2) == 8 + 16
-    assert scoring_work(24, params, 8) == 16
+    assert scoring_work(24, params, 8) == 8  # fewer windows in a batch, so that each process has some
     assert scoring_work(48, params, 2) == 24 + 2 * 16  # 3 batches in the second chunk
 
 
