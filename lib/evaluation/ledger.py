@@ -1,6 +1,6 @@
 """What was scored and what was trained on, in the order in which it happened: the evidence that no score knew its target.
 
-Every loss is written through a `ScoreSheet` and every optimizer step is taken by an `Adapter` or by `DocumentAdapters`, which
+Every loss is written through a `ScoreSheet` and every optimizer step is taken by an `Adapter` or by a `DocumentScorer`, which
 keep this record themselves, so that a strategy cannot forget to. `lib.audit.verdict` judges it.
 """
 
