@@ -103,6 +103,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
             axes.plot([point.seconds for point in some], [point.bpb for point in some], "o", color=color, markersize=4, label=strategy)
         axes.set(xscale="log", xlabel="seconds", ylabel="bits per byte, held-out")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.legend()
         figure.savefig(path, format="svg", metadata={"Date": None})
 
