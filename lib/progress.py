@@ -21,14 +21,15 @@ class Progress:
         total: the amount of work, in `unit`.
         unit: name of one unit of work.
         enabled: pass ``process.is_main`` so that only one process prints.
+        initial: what was done before, at another time.
     """
 
-    def __init__(self, description: str, total: float, unit: str, *, enabled: bool = True) -> None:
+    def __init__(self, description: str, total: float, unit: str, *, enabled: bool = True, initial: float = 0.0) -> None:
         self._tty = sys.stderr.isatty()
         self._enabled = enabled
-        self._bar = tqdm(desc=description, total=total, unit=unit, unit_scale=True, disable=not (enabled and self._tty))
-        self._description, self._total, self._unit = description, total, unit
-        self._done = 0.0
+        self._bar = tqdm(desc=description, total=total, unit=unit, unit_scale=True, disable=not (enabled and self._tty), initial=initial)
+        self._description, self._total, self._unit, self._initial = description, total, unit, initial
+        self._done = initial
         self._status = ""
         self._start = self._last_line = time.monotonic()
 
@@ -40,9 +41,11 @@ class Progress:
         if self._enabled and not self._tty:
             self._print_line()
 
-    def update(self, amount: float, **status: float | str) -> None:
-        """`amount` more units are done; `status` holds figures to show beside the bar (floats with four significant digits)."""
+    def update(self, amount: float, *, total: float | None = None, **status: float | str) -> None:
+        """`amount` more units are done, of `total` if that has changed; `status`: figures to show (floats with four significant digits)."""
         self._done += amount
+        if total is not None:
+            self._total = self._bar.total = total
         self._status = " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in status.items())
         if self._tty:
             self._bar.set_postfix_str(self._status, refresh=False)
@@ -53,8 +56,8 @@ class Progress:
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         line = tqdm.format_meter(self._done, self._total, self._last_line - self._start, prefix=self._description, unit=self._unit,
-                                 unit_scale=True, postfix=self._status, bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} "
-                                 "[{elapsed}<{remaining}, {rate_fmt}{postfix}]")
+                                 initial=self._initial, unit_scale=True, postfix=self._status, bar_format="{desc}: {percentage:3.0f}% "
+                                 "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
         print(line, file=sys.stderr, flush=True)
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from lib.compression.config import CompressParams
 from lib.data.config import TokenizeParams
 from lib.evaluation.config import EvaluateParams
-from lib.model.config import ModelParams
+from lib.model.config import ModelSection
 from lib.params import PARAMS_FILE, NonNegative, Params, ParamsError, parse_params, read_params
 from lib.quantization.config import CalibrateParams, QuantizeParams
 from lib.reporting.config import ReportParams
@@ -25,7 +25,7 @@ class PipelineParams(Params):
 
     seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
     """Every stage from train to evaluate runs once for each seed."""
-    model: ModelParams
+    model: ModelSection
     tokenize: TokenizeParams
     train: TrainParams
     calibrate: CalibrateParams

@@ -11,7 +11,7 @@ from lib.distributed import start_process
 from lib.model.gpt import build_model
 from lib.params import load_params, parse_seed
 from lib.quantization.config import CalibrateParams
-from lib.quantization.hessian import collect_moments, draw_sequences, matrix_inputs
+from lib.quantization.hessian import check_reserve, collect_moments, draw_sequences, matrix_inputs
 
 
 def main(seed: int) -> None:
@@ -25,6 +25,7 @@ def main(seed: int) -> None:
         moments = [collect_moments(model, tokens, num_gradient_sequences=params.num_gradient_sequences,
                                    batch_sequences=params.batch_sequences, seed=seed, process=process, description=name)
                    for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
+        check_reserve(time.monotonic() - start, checkpoint.training["calibration_seconds"])
         if process.is_main:
             save_hessians(folder / "hessians.safetensors", Hessians(matrix_inputs(model), *moments))
             metrics = {"num_tokens": sequences[0].numel(), "num_hessians": len(moments[0].hessians)}

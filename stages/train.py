@@ -11,9 +11,11 @@ from lib.data.loader import Loader
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
 from lib.evaluation.heldout import score_heldout
-from lib.model.config import ModelParams
+from lib.model.config import ModelSection
 from lib.model.gpt import GPT
+from lib.model.kernels import choose_kernel
 from lib.params import load_params, parse_seed
+from lib.progress import say
 from lib.training.config import TrainParams
 from lib.training.loop import train
 from lib.training.resume import resume_file
@@ -22,14 +24,16 @@ from lib.training.selection import score_candidates, select
 
 def main(seed: int) -> None:
     """Run the stage for one seed."""
-    params, model_params = load_params("train", TrainParams), load_params("model", ModelParams)
-    folder = stage_folder("train", seed)
+    params, section = load_params("train", TrainParams), load_params("model", ModelSection)
+    folder, architecture = stage_folder("train", seed), section.architecture
     with start_process() as process:
-        tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model")
-        train_split, heldout = (load_split(TOKENIZE_FOLDER / name, model_params.vocab_size) for name in ("train", "heldout"))
-        model = GPT(model_params).to(process.device)
+        tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model", architecture.bos_id)
+        train_split, heldout = (load_split(TOKENIZE_FOLDER / name, architecture.vocab_size) for name in ("train", "heldout"))
+        kernel = choose_kernel(section.attention, architecture, params.precision, process.device)
+        say(f"train: attention by {kernel.reason}", enabled=process.is_main)
+        model = GPT(architecture, kernel).to(process.device)
         model.initialize(seed)
-        resume_path = resume_file(folder, {"train": params.model_dump(), "model": model_params.model_dump(), "seed": seed,
+        resume_path = resume_file(folder, {"train": params.model_dump(), "model": architecture.model_dump(), "seed": seed,
                                            "data": sha256_of(TOKENIZE_FOLDER / "train" / SPLIT_FILE)})
         result = train(model, params, Loader(train_split, params.sequence_tokens, params.batch_sequences, seed), process, resume_path)
         score = partial(score_heldout, split=heldout, tokenizer=tokenizer, window_tokens=params.sequence_tokens,
@@ -39,15 +43,16 @@ def main(seed: int) -> None:
         if not process.is_main:
             return
         save_checkpoint(folder / "checkpoint.safetensors", Checkpoint(
-            result.candidates[selected], model_params.model_dump(mode="json"),
-            {"sequence_tokens": params.sequence_tokens, "num_steps": result.num_steps, "selected": selected,
-             "qat": params.qat.model_dump(mode="json") if params.qat.below_lr else None}))
+            result.candidates[selected], architecture.model_dump(mode="json"),
+            {"sequence_tokens": params.sequence_tokens, "num_steps": len(result.losses), "selected": selected,
+             "calibration_seconds": params.reserve_seconds, "qat": params.qat.model_dump(mode="json") if params.qat.below_lr else None}))
         write_csv(folder / "loss.csv", ("tokens", "loss"), result.loss_curve)
         save_metrics(folder, {
             "heldout_bpb": round(scores[selected].bpb, 8), "heldout_loss": round(scores[selected].loss, 8), "selected": selected,
             **{f"heldout_bpb_{kind}": round(score.bpb, 8) for kind, score in scores.items()},
-            "num_parameters": model.num_parameters, "num_steps": result.num_steps, "num_tokens": result.num_tokens,
-        }, {"seconds": result.seconds, "tokens_per_second": result.tokens_per_second})
+            "num_parameters": model.num_parameters, "num_tokens": result.num_tokens, "num_steps": len(result.losses),
+            "budget_steps": result.plan, "attention": kernel.name,
+        }, {"seconds": result.seconds, "tokens_per_second": result.num_tokens / result.seconds})
         resume_path.unlink(missing_ok=True)
 
 

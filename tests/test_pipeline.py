@@ -118,4 +118,5 @@ def test_git_ignores_what_dvc_keeps_and_nothing_else() -> None:
 
 def test_process_count_invalidates_nothing() -> None:
     for name in ("train", "calibrate", "quantize", "evaluate"):
-        assert STAGES[name]["cmd"].startswith(f"torchrun --standalone --nproc_per_node=\\${{NPROC:-1}} -m stages.{name} ")
+        nodes = "\\${RENDEZVOUS:---standalone}" if name == "train" else "--standalone"
+        assert STAGES[name]["cmd"].startswith(f"torchrun {nodes} --nproc_per_node=\\${{NPROC:-1}} -m stages.{name} ")

@@ -16,8 +16,8 @@ class Checkpoint:
     Attributes:
         weights: parameter name -> fp32 tensor of that parameter's shape.
         model: the model configuration, as in the section ``model`` of params.yaml.
-        training: what later stages report about training: ``sequence_tokens``, ``num_steps``, ``selected``, and ``qat``
-            (the grid of late quantization-aware training, or None).
+        training: what later stages need of training: ``sequence_tokens``, ``num_steps``, ``selected``, ``qat`` (the grid of late
+            quantization-aware training, or None) and ``calibration_seconds`` (what its budget left for calibrate, or None).
     """
 
     weights: dict[str, torch.Tensor]

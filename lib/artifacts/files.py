@@ -14,15 +14,23 @@ class ArtifactError(ValueError):
     """A file that is missing, damaged or not what was expected; the message names the path and the remedy."""
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part (temporary name, fsync, rename)."""
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part (temporary name, fsync, rename).
+
+    Raises:
+        OSError: it cannot be written, for lack of space perhaps; an old file is untouched.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot be written ({error.strerror}); make room and rerun", str(path)) from None
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -3,9 +3,13 @@
 B sequences of a global batch, T tokens of a sequence, N rows of an epoch.
 
 A row is a window of T + 1 tokens of one shard: T inputs and T targets. In each epoch every shard is cut into rows from a
-random phase on, neighbours sharing one token so that no target between them is left out, and the rows of all shards are
-visited in one random order. The next epoch draws new phases and a new order.
+random phase on, neighbours sharing one token so that no target between them is left out. The N rows of all shards are visited
+at a stride that is coprime to N, so that each comes once and any few steps are spread over all shards; the stride is close to
+N times the golden ratio, which spreads them most evenly. The next epoch draws new phases and another row to start from.
 """
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -29,16 +33,23 @@ class _Rows:
         self.num_rows = int(rows.sum())
         self._ends = np.cumsum(rows)
         self._firsts = self._ends - rows
+        self.width = sequence_tokens + 1
 
     def gather(self, rows: Int64s, phases: Int64s) -> torch.Tensor:
         """(len(rows), T + 1) int64 tokens of `rows`, with each shard cut from its phase."""
-        width = self._sequence_tokens + 1
-        tokens = np.empty((len(rows), width), np.int64)
+        tokens = np.empty((len(rows), self.width), np.int64)
         shards = np.searchsorted(self._ends, rows, side="right")
         starts = phases[shards] + (rows - self._firsts[shards]) * self._sequence_tokens
         for row, shard, start in zip(tokens, shards, starts, strict=True):
-            row[:] = self._split.shards[shard][start:start + width]
+            row[:] = self._split.shards[shard][start:start + self.width]
         return torch.from_numpy(tokens)
+
+
+def coprime_stride(num_rows: int) -> int:
+    """A number coprime to `num_rows`, as close to its golden section as can be."""
+    golden = round((math.sqrt(5) - 1) / 2 * num_rows)
+    return next(stride for distance in range(num_rows) for stride in (golden + distance, golden - distance)
+                if stride > 0 and math.gcd(stride, num_rows) == 1)
 
 
 class Loader:
@@ -48,27 +59,29 @@ class Loader:
         split: where the tokens come from.
         sequence_tokens: T.
         num_sequences: B, over all processes.
-        seed: decides phases and order of every epoch.
+        seed: decides the phases and the first row of every epoch.
 
     Raises:
-        ValueError: no shard of the split has T + 1 tokens.
+        ValueError: the split has too few tokens for one batch.
     """
 
     def __init__(self, split: Split, sequence_tokens: int, num_sequences: int, seed: int) -> None:
         self._rows = _Rows(split, sequence_tokens)
         self._num_sequences, self._seed = num_sequences, seed
-        self._epochs: dict[int, tuple[Int64s, Int64s]] = {}
-        if self._rows.num_rows == 0:
+        self._epochs: dict[int, tuple[Int64s, int]] = {}
+        if self._rows.num_rows < num_sequences:
             longest = max(map(len, split.shards), default=0)
-            raise ValueError(f"{split.folder}: expected a shard with more than sequence_tokens = {sequence_tokens} tokens, found at most "
-                             f"{longest}; shorten the sequences, or enlarge the corpus or its shards")
+            raise ValueError(f"{split.folder}: expected at least train.batch_sequences = {num_sequences} sequences of "
+                             f"train.sequence_tokens = {sequence_tokens} tokens, found {self._rows.num_rows} in {split.num_tokens} tokens "
+                             f"({longest} in the longest shard); make the batch or the sequences smaller, or the corpus larger")
+        self._stride = coprime_stride(self._rows.num_rows)
 
     @property
     def num_rows(self) -> int:
         """N, the sequences of one epoch."""
         return self._rows.num_rows
 
-    def batch(self, step: int, process: Process = SINGLE_CPU) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, process: Process = SINGLE_CPU) -> torch.Tensor:
         """This process's part of the global batch of a step: every `world_size`-th row from its rank on.
 
         The global batch does not depend on the number of processes, and one that reaches past the end of an epoch is
@@ -76,32 +89,46 @@ class Loader:
 
         Args:
             step: 0 or more.
-            process: rank and world size; the world size must divide B.
+            process: rank and world size.
 
         Returns:
-            Inputs and targets, (B / world_size, T) int64 each, on the CPU.
-
-        Raises:
-            ValueError: B is no multiple of the world size.
+            (b, T + 1) int64 on the CPU: inputs and, one further, targets; b is B / world_size, rounded up for the first ranks
+            and down for the others.
         """
-        if self._num_sequences % process.world_size:
-            raise ValueError(f"train.batch_sequences: expected a multiple of the {process.world_size} processes, found "
-                             f"{self._num_sequences}; change it or the number of processes (NPROC)")
         first = step * self._num_sequences
         epochs, indices = np.divmod(np.arange(first + process.rank, first + self._num_sequences, process.world_size), self.num_rows)
-        sequences = []
+        sequences = [torch.empty(0, self._rows.width, dtype=torch.int64)]
         for epoch in np.unique(epochs):
-            phases, order = self._epoch(int(epoch))
-            sequences.append(self._rows.gather(order[indices[epochs == epoch]], phases))
-        tokens = torch.cat(sequences)  # (B / world_size, T + 1)
-        return tokens[:, :-1], tokens[:, 1:]
+            phases, start = self._epoch(int(epoch))
+            sequences.append(self._rows.gather((start + indices[epochs == epoch] * self._stride) % self.num_rows, phases))
+        return torch.cat(sequences)
 
-    def _epoch(self, epoch: int) -> tuple[Int64s, Int64s]:
+    def _epoch(self, epoch: int) -> tuple[Int64s, int]:
         if epoch not in self._epochs:
             self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}  # the one that a batch may begin in
             generator = np.random.default_rng([self._seed, epoch])
-            self._epochs[epoch] = generator.integers(self._rows.num_phases), generator.permutation(self.num_rows)
+            self._epochs[epoch] = generator.integers(self._rows.num_phases), int(generator.integers(self.num_rows))
         return self._epochs[epoch]
+
+
+class Prefetch:
+    """The batches of one process on its device, each made in the background while the one before is used."""
+
+    def __init__(self, loader: Loader, process: Process) -> None:
+        self._loader, self._process = loader, process
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._coming: tuple[int, Future[torch.Tensor]] | None = None
+
+    def of_step(self, step: int) -> torch.Tensor:
+        """(b, T + 1) int64, as `Loader.batch` gives it; cheap for the step after that of the last call."""
+        known, future = self._coming or (None, None)
+        tokens = future.result() if future is not None and known == step else self._make(step)
+        self._coming = step + 1, self._thread.submit(self._make, step + 1)
+        return tokens.to(self._process.device, non_blocking=True)
+
+    def _make(self, step: int) -> torch.Tensor:
+        tokens = self._loader.batch(step, self._process)
+        return tokens.pin_memory() if self._process.device.type == "cuda" else tokens
 
 
 def sample_sequences(split: Split, num_sequences: int, sequence_tokens: int, seed: int) -> torch.Tensor:

@@ -95,17 +95,24 @@ class Tokenizer:
         return num_bytes
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, bos_id: int | None = None) -> Tokenizer:
     """Read a SentencePiece model file.
 
+    Args:
+        path: of the file.
+        bos_id: the BOS token that the model expects, if there is a model.
+
     Raises:
-        ArtifactError: missing, or refused by `Tokenizer`.
+        ArtifactError: missing, refused by `Tokenizer`, or with another BOS token.
     """
     try:
         model = path.read_bytes()
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file; expected a SentencePiece model") from None
-    return Tokenizer(model, path)
+    tokenizer = Tokenizer(model, path)
+    if bos_id not in (None, tokenizer.bos_id):
+        raise ArtifactError(f"{path}: expected BOS token {bos_id} as in model.bos_id, found {tokenizer.bos_id}; set model.bos_id to it")
+    return tokenizer
 
 
 def _keeps_text(model: bytes) -> bool:

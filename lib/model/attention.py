@@ -1,7 +1,7 @@
 """Causal attention of both reference systems: grouped queries, normalised q and k, partial RoPE, query gains, exclusive self-attention.
 
 Shapes: B batch, T tokens, P attending positions, D model, H query heads, K key/value heads, G = H/K, E head dimension, R rotated
-dimensions, A tokens that a position attends to at most, N blocks of A positions.
+dimensions.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.model.config import ModelParams
+from lib.model.sdpa import Attend, Kernel, Sight
 
 ALL_POSITIONS = slice(None)
 
@@ -23,17 +24,33 @@ class Rotation(NamedTuple):
 
 
 class Scope(NamedTuple):
-    """Which positions attend, and to how much.
+    """Which positions attend, and how.
 
     Attributes:
         rotation: of all T positions.
         positions: the P positions whose output is wanted.
-        attention_tokens: how many tokens a position attends to at most, itself included; None for all before it.
+        attend: attention of these positions to the tokens that they may see.
     """
 
     rotation: Rotation
     positions: slice
-    attention_tokens: int | None
+    attend: Attend
+
+
+def make_scope(kernel: Kernel, rotation: Rotation, positions: slice, attention_tokens: int | None, starts: Tensor | None) -> Scope:
+    """The scope of some positions.
+
+    Args:
+        kernel: that computes attention.
+        rotation: of all T positions.
+        positions: the P positions whose output is wanted.
+        attention_tokens: how many tokens a position attends to at most, itself included; None for all before it.
+        starts: (B, T) bool, true where a document begins and at position 0; None if documents see each other.
+    """
+    first, last, _ = positions.indices(len(rotation.cos))
+    span = attention_tokens if attention_tokens is not None and attention_tokens < last else None
+    sight = Sight(first, last, span, None if starts is None else starts[:, :last])
+    return Scope(rotation, positions, kernel.within(sight, rotation.cos.device))
 
 
 def make_rotation(params: ModelParams, num_tokens: int, attention_tokens: int | None, device: torch.device) -> Rotation:
@@ -51,12 +68,17 @@ def make_rotation(params: ModelParams, num_tokens: int, attention_tokens: int | 
     return Rotation(angles.cos(), angles.sin())
 
 
+def rms_norm(x: Tensor) -> Tensor:
+    """`x` over its root mean square along the last dimension, in the dtype of `x` also where autocast computes in fp32."""
+    return F.rms_norm(x, x.shape[-1:]).to(x.dtype)
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the first R dimensions of each head of `x` (B, T, H, E), pairing dimension i with i + R/2; the rest passes through."""
     cos, sin = rotation.cos.to(x.dtype), rotation.sin.to(x.dtype)
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos, rest), dim=-1)
+    return torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos), rest), dim=-1)
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -72,48 +94,6 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
     direction = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
     grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, K, G, E)
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, first: int, attention_tokens: int | None) -> Tensor:
-    """Causal attention of some positions to all tokens up to their own, or to the latest of them.
-
-    Args:
-        q: queries of positions `first` .. T - 1, (B, H, P, E).
-        k: keys of positions 0 .. T - 1, (B, K, T, E).
-        v: values, (B, K, T, E).
-        first: T - P.
-        attention_tokens: A, how many tokens a position attends to at most, itself included (sliding-window attention,
-            arXiv:2004.05150); None for all.
-
-    Returns:
-        (B, H, P, E).
-    """
-    if attention_tokens is not None and attention_tokens < k.shape[2]:
-        return _attend_to_latest(q, k, v, first, attention_tokens)
-    gqa = q.shape[1] != k.shape[1]
-    if first == 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(first)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-
-
-def _attend_to_latest(q: Tensor, k: Tensor, v: Tensor, first: int, span: int) -> Tensor:
-    # Blocks of A queries; the keys that a block can see are those of the A positions before it and its own. Cost: 2 A keys a query.
-    num_queries = q.shape[2]
-    num_blocks = -(-num_queries // span)
-    after = num_blocks * span - num_queries
-    before = max(0, span - first)  # positions before the first token, which do not exist
-    q = F.pad(q, (0, 0, 0, after)).unflatten(2, (num_blocks, span)).transpose(1, 2)  # (B, N, H, A, E)
-    k, v = (F.pad(x[:, :, max(0, first - span):], (0, 0, before, after)).unflatten(2, (num_blocks + 1, span)).transpose(1, 2)
-            for x in (k, v))  # (B, N+1, K, A, E)
-    k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=3) for x in (k, v))  # (B, N, K, 2A, E)
-    query, key = torch.arange(span, device=q.device)[:, None], torch.arange(2 * span, device=q.device)
-    band = (key > query) & (key <= query + span)  # (A, 2A)
-    exists = key + span * torch.arange(num_blocks, device=q.device)[:, None] >= before  # (N, 2A)
-    mask = (band & exists[:, None])[:, None]  # (N, 1, A, 2A)
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask.repeat(q.shape[0], 1, 1, 1),
-                                       enable_gqa=q.shape[2] != k.shape[2])  # (B*N, H, A, E)
-    return y.unflatten(0, (-1, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :num_queries]
 
 
 class Attention(nn.Module):
@@ -140,16 +120,15 @@ class Attention(nn.Module):
         Returns:
             (B, P, D).
         """
-        rotation, positions, attention_tokens = scope
-        first, last, _ = positions.indices(x.shape[1])
+        rotation, positions, attend = scope
+        last = positions.indices(x.shape[1])[1]
         q = self.query(x[:, positions]).unflatten(-1, (self.num_heads, -1))  # (B, P, H, E)
         k = self.key(x).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, E)
         v = self.value(x)
         v = (v if added_value is None else v + added_value).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, E)
-        q = rotate(F.rms_norm(q, q.shape[-1:]), Rotation(*(part[positions] for part in rotation))) * self.q_gain.to(q.dtype)[:, None]
-        k = rotate(F.rms_norm(k, k.shape[-1:]), rotation)
-        y = attend(q.transpose(1, 2), k[:, :last].transpose(1, 2), v[:, :last].transpose(1, 2), first, attention_tokens)
-        y = y.transpose(1, 2)  # (B, P, H, E)
+        q = rotate(rms_norm(q), Rotation(*(part[positions] for part in rotation))) * self.q_gain.to(q.dtype)[:, None]
+        k = rotate(rms_norm(k), rotation)
+        y = attend(q, k[:, :last], v[:, :last])  # (B, P, H, E)
         if self.exclusive:
             y = remove_own_value(y, v[:, positions])
         return self.output(y.flatten(2))

@@ -1,17 +1,26 @@
 """Every architecture option, and the entry or paper that it comes from."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lib.params import NonNegative, Params, Positive, PositiveFloat
 
+KernelName = Literal["auto", "sdpa", "flash2", "flash3", "flash4"]
+
 
 class ModelParams(Params):
-    """Section ``model``. Sources: pr585 and pr410 are entries #585 and #410 of OpenAI's parameter-golf challenge."""
+    """Architecture, as checkpoints and artifacts hold it.
+
+    Sources: pr585 and pr410 are entries #585 and #410 of OpenAI's parameter-golf challenge.
+    """
 
     vocab_size: Annotated[int, Field(ge=2, le=65536)]
     """Rows of the token embedding; must equal the tokenizer's vocabulary."""
+    bos_id: NonNegative
+    """The token that begins every document; must equal the tokenizer's."""
+    document_mask: bool
+    """Documents do not see each other: attention, smear gate and bigrams treat a BOS as they treat the first position."""
     num_layers: Positive
     model_dim: Positive
     """Width of the residual stream; a multiple of num_heads."""
@@ -63,6 +72,8 @@ class ModelParams(Params):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.bos_id >= self.vocab_size:
+            raise ValueError(f"bos_id: expected a token below vocab_size {self.vocab_size}, found {self.bos_id}")
         if self.model_dim % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of model_dim {self.model_dim}, found {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
@@ -79,3 +90,15 @@ class ModelParams(Params):
         if list(layers) != sorted(set(layers)) or any(layer >= self.num_layers for layer in layers):
             raise ValueError(f"value_embedding_layers: expected ascending layers below {self.num_layers}, found {list(layers)}")
         return self
+
+
+class ModelSection(ModelParams):
+    """Section ``model``: the architecture, and what runs it on this machine."""
+
+    attention: KernelName
+    """Attention kernel, see lib/model/kernels.py; auto takes the best that this machine can use."""
+
+    @property
+    def architecture(self) -> ModelParams:
+        """The part that is a property of the model."""
+        return ModelParams(**self.model_dump(exclude={"attention"}))

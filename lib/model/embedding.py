@@ -11,18 +11,20 @@ from lib.model.config import ModelParams
 HASH_CURRENT, HASH_PREVIOUS = 36313, 27191  # pr585, pr410
 
 
-def bigram_rows(tokens: Tensor, num_rows: int) -> Tensor:
+def bigram_rows(tokens: Tensor, starts: Tensor | None, num_rows: int) -> Tensor:
     """Row of the bigram table for each position: a hash of the token and its predecessor; the first position has the last row.
 
     Args:
         tokens: (B, T) int64.
+        starts: (B, T) bool, which positions count as the first; None for position 0 alone.
         num_rows: rows of the table.
 
     Returns:
         (B, T) int64 in 0 .. `num_rows` - 1.
     """
     hashed = torch.bitwise_xor(HASH_CURRENT * tokens[:, 1:], HASH_PREVIOUS * tokens[:, :-1]) % (num_rows - 1)
-    return torch.cat((torch.full_like(tokens[:, :1], num_rows - 1), hashed), dim=1)
+    rows = torch.cat((torch.full_like(tokens[:, :1], num_rows - 1), hashed), dim=1)
+    return rows if starts is None else rows.masked_fill(starts, num_rows - 1)
 
 
 class BigramHash(nn.Module):
@@ -34,9 +36,9 @@ class BigramHash(nn.Module):
         self.projection = nn.Linear(params.bigram_dim, params.model_dim, bias=False)
         self.scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, D)."""
-        return self.projection(self.table(bigram_rows(tokens, self.table.num_embeddings))) * self.scale
+    def forward(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
+        """(B, T) int64, and `starts` as `bigram_rows` takes it -> (B, T, D)."""
+        return self.projection(self.table(bigram_rows(tokens, starts, self.table.num_embeddings))) * self.scale
 
 
 class SmearGate(nn.Module):
@@ -46,10 +48,12 @@ class SmearGate(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.empty(params.model_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, starts: Tensor | None) -> Tensor:
+        """(B, T, D), and (B, T) bool, which positions count as the first (None for position 0 alone) -> (B, T, D)."""
         gate = torch.sigmoid(self.gate).to(x.dtype)
         previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+        if starts is not None:
+            previous = previous.masked_fill(starts[..., None], 0)
         return torch.lerp(x, previous, gate)
 
 

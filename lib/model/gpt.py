@@ -2,7 +2,8 @@
 
 What it has that a plain transformer has not, each switched by a key of `ModelParams`: hashed bigram embedding, smear gate,
 U-Net skips, residual mix with the embedding, per-layer input scale, shared value embedding, partial RoPE with NTK scaling,
-query gains, exclusive self-attention, relu^2, tied head, soft-capped logits. RMSNorm has no parameters.
+query gains, exclusive self-attention, documents that do not see each other, relu^2, tied head, soft-capped logits. RMSNorm has no
+parameters. A position that does not see the one before it - the first of a sequence, and with the document mask a BOS - is a start.
 
 Shapes: B batch, T tokens, P wanted positions, D model, V vocabulary.
 """
@@ -14,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.model.attention import ALL_POSITIONS, Attention, Scope, make_rotation
+from lib.model.attention import ALL_POSITIONS, Attention, Scope, make_rotation, make_scope, rms_norm
 from lib.model.config import ModelParams
 from lib.model.embedding import BigramHash, SmearGate, ValueEmbedding
+from lib.model.loss import softcapped_cross_entropy
+from lib.model.sdpa import SDPA, Kernel
 from lib.params import parse_params
 
 VALUE_TABLE_STD = 0.01  # pr585, pr410
@@ -52,10 +55,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, added_value: Tensor | None, scope: Scope) -> Tensor:
         """One block: residual stream `x` and embedding `x0`, both (B, T, D) -> (B, P, D), at the positions of `scope`."""
         if self.residual_mix is not None:
-            x = self.residual_mix[0] * x + self.residual_mix[1] * x0
-        normalized = F.rms_norm(x, x.shape[-1:]) * self.input_scale
-        x = x[:, scope.positions] + self.attention_scale * self.attention(normalized, added_value, scope)
-        return x + self.mlp_scale * self.mlp(F.rms_norm(x, x.shape[-1:]) * self.input_scale)
+            mix = self.residual_mix.to(x.dtype)
+            x = torch.addcmul(mix[0] * x, mix[1], x0)
+        attended = self.attention(rms_norm(x) * self.input_scale, added_value, scope)
+        x = torch.addcmul(x[:, scope.positions], self.attention_scale.to(x.dtype), attended)
+        return torch.addcmul(x, self.mlp_scale.to(x.dtype), self.mlp(rms_norm(x) * self.input_scale))
 
 
 class TiedHead(nn.Module):
@@ -71,9 +75,10 @@ class GPT(nn.Module):
 
     skip_weights: nn.Parameter | None
 
-    def __init__(self, params: ModelParams) -> None:
+    def __init__(self, params: ModelParams, kernel: Kernel = SDPA) -> None:
         super().__init__()
         self.params = params
+        self.kernel = kernel
         self.token_embedding = nn.Embedding(params.vocab_size, params.model_dim)
         self.bigram = BigramHash(params) if params.bigram_rows else None
         self.smear_gate = SmearGate(params) if params.smear_gate else None
@@ -100,36 +105,49 @@ class GPT(nn.Module):
         Returns:
             (B, P) fp32 nats.
         """
-        logits = self.logits(tokens, positions, attention_tokens)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        z = self._head_outputs(tokens, positions, attention_tokens)
+        return softcapped_cross_entropy(z.flatten(0, 1), targets.flatten(), self.params.logit_softcap).view(targets.shape)
 
     def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None) -> Tensor:
         """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64."""
-        x = self._hidden(tokens, positions, attention_tokens)
-        z = self.head(x, self.token_embedding.weight) if self.params.tied_head else self.head(x)
         cap = self.params.logit_softcap
-        return cap * torch.tanh(z.float() / cap)
+        return cap * torch.tanh(self._head_outputs(tokens, positions, attention_tokens).float() / cap)
+
+    def _head_outputs(self, tokens: Tensor, positions: slice, attention_tokens: int | None) -> Tensor:
+        """(B, P, V) before the soft cap, in the dtype of matrix products."""
+        x = self._hidden(tokens, positions, attention_tokens)
+        return self.head(x, self.token_embedding.weight) if self.params.tied_head else self.head(x)
 
     def _hidden(self, tokens: Tensor, positions: slice, attention_tokens: int | None) -> Tensor:
         """The normalised residual stream after the last block, (B, P, D); that block computes nothing for other positions."""
+        starts = self._starts(tokens) if self.params.document_mask else None
         x = self.token_embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # then the residual stream is bf16 too: half the memory traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.bigram is not None:
-            x = x + self.bigram(tokens)
-        x = F.rms_norm(x, x.shape[-1:])
+            x = x + self.bigram(tokens, starts)
+        x = rms_norm(x)
         if self.smear_gate is not None:
-            x = self.smear_gate(x)
+            x = self.smear_gate(x, starts)
         x0 = x
         rotation = make_rotation(self.params, tokens.shape[1], attention_tokens, tokens.device)
+        everywhere = make_scope(self.kernel, rotation, ALL_POSITIONS, attention_tokens, starts)
+        at_positions = everywhere if positions == ALL_POSITIONS else make_scope(self.kernel, rotation, positions, attention_tokens, starts)
         added_values = self.value_embedding(tokens) if self.value_embedding is not None else {}
         skips: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             if self.skip_weights is not None and layer >= self.params.num_layers // 2 and skips:
-                x = x + self.skip_weights[len(self.skip_weights) - len(skips)] * skips.pop()
-            wanted = positions if layer == self.params.num_layers - 1 else ALL_POSITIONS
-            x = block(x, x0, added_values.get(layer), Scope(rotation, wanted, attention_tokens))
+                x = torch.addcmul(x, self.skip_weights[len(self.skip_weights) - len(skips)].to(x.dtype), skips.pop())
+            x = block(x, x0, added_values.get(layer), at_positions if layer == self.params.num_layers - 1 else everywhere)
             if self.skip_weights is not None and layer < self.params.num_layers // 2:
                 skips.append(x)
-        return F.rms_norm(x, x.shape[-1:])
+        return rms_norm(x)
+
+    def _starts(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T) bool: true at position 0 and where a document begins."""
+        starts = tokens == self.params.bos_id
+        starts[:, 0] = True
+        return starts
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -194,19 +212,20 @@ class GPT(nn.Module):
         return inputs
 
 
-def build_model(model: dict[str, Any], weights: dict[str, Tensor]) -> GPT:
+def build_model(model: dict[str, Any], weights: dict[str, Tensor], kernel: Kernel = SDPA) -> GPT:
     """A model for inference from its configuration and weights, as a checkpoint or an artifact holds them.
 
     Args:
         model: the fields of `ModelParams`.
         weights: parameter name -> tensor; names and shapes must be exactly the model's.
+        kernel: that computes attention.
 
     Raises:
         ParamsError: the configuration is not valid.
         ValueError: weights are missing, unexpected or of another shape.
     """
     with torch.device("meta"):
-        gpt = GPT(parse_params(model, ModelParams, "model configuration: "))
+        gpt = GPT(parse_params(model, ModelParams, "model configuration: "), kernel)
     expected = {name: tuple(parameter.shape) for name, parameter in gpt.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:

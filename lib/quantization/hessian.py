@@ -48,6 +48,17 @@ def draw_sequences(split: Split, num_sequences: int, sequence_tokens: int, seed:
     return sequences[::2], sequences[1::2]
 
 
+def check_reserve(seconds: float, reserve_seconds: float | None) -> None:
+    """Make sure that calibration, which counts as training, kept to the part of a training budget that was left for it.
+
+    Raises:
+        ValueError: it took longer.
+    """
+    if reserve_seconds is not None and seconds > reserve_seconds:
+        raise ValueError(f"calibrate: expected at most the {reserve_seconds:g} s that train.reserve_seconds left of the training budget, "
+                         f"took {seconds:.1f} s; lower calibrate.num_sequences, or raise train.reserve_seconds and train again")
+
+
 def matrix_inputs(model: GPT) -> dict[str, tuple[str, ...]]:
     """Every distinct input of linear layers and tables, and the matrices that read it."""
     return model.linear_inputs() | {name: (f"{name}.weight",) for name in _tables(model)}

@@ -1,10 +1,11 @@
 """Parameters of the train stage."""
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lib.params import Fraction, NonNegativeFloat, Params, Positive, PositiveFloat, Precision
+from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat, Precision
 from lib.quantization.grid_config import Bits, ByRole, ClipParams
 
 
@@ -60,12 +61,15 @@ class QatParams(Params):
 class TrainParams(Params):
     """Section ``train``."""
 
-    budget_steps: Positive | None
+    budget_steps: Positive | Annotated[tuple[tuple[NonNegative, Positive], ...], Field(min_length=1)] | None
+    """Optimizer steps; or, to repeat a run that was limited in seconds, what its metrics say under ``budget_steps``."""
     budget_seconds: PositiveFloat | None
-    """Exactly one of the two budgets is a number; schedules follow the fraction of it that is done."""
+    """Exactly one of the two budgets is given; schedules follow the fraction of it that is done."""
+    reserve_seconds: PositiveFloat | None
+    """Part of `budget_seconds` that is left for calibrate, which then fails if it takes longer; None if it has no limit."""
     sequence_tokens: Annotated[int, Field(ge=2)]
     batch_sequences: Positive
-    """Sequences per optimizer step, over all processes."""
+    """Sequences per optimizer step, over all processes, which need not divide it."""
     micro_batch_sequences: Positive
     """Sequences per forward pass of one process, at most; less memory, more passes."""
     precision: Precision
@@ -79,8 +83,16 @@ class TrainParams(Params):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.budget_steps is None) == (self.budget_seconds is None):
-            raise ValueError("budget_steps, budget_seconds: expected a number for exactly one and null for the other, "
+            raise ValueError("budget_steps, budget_seconds: expected a value for exactly one and null for the other, "
                              f"found {self.budget_steps} and {self.budget_seconds}")
+        if isinstance(self.budget_steps, tuple):
+            starts = [step for step, _ in self.budget_steps]
+            if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)) or any(step > end for step, end in self.budget_steps):
+                raise ValueError("budget_steps: expected pairs of a step, rising from 0, and planned numbers of steps from there on, found "
+                                 f"{[list(pair) for pair in self.budget_steps]}")
+        if self.reserve_seconds is not None and (self.budget_seconds is None or self.reserve_seconds >= self.budget_seconds):
+            raise ValueError(f"reserve_seconds: expected null, or a number below budget_seconds {self.budget_seconds}, "
+                             f"found {self.reserve_seconds}")
         if self.averaging.select == "swa" and self.averaging.swa_below_lr == 0:
             raise ValueError("averaging.select: swa needs averaging.swa_below_lr above 0")
         return self

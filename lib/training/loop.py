@@ -1,8 +1,10 @@
-"""The training run: budget, steps, averages, late QAT, interruption and exact resume, choice of the checkpoint.
+"""The training run: steps, averages, late QAT, interruption and exact resume.
 
-Shapes: B sequences of this process, T tokens.
+Within a step nothing waits for the device. Every few steps the processes synchronize: losses are read, the main process's
+clock, and whether to stop or to save. Shapes: B sequences of this process, T tokens, W weights.
 """
 
+import copy
 import math
 import signal
 import time
@@ -16,18 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.data.loader import Loader
+from lib.data.loader import Loader, Prefetch
 from lib.distributed import Process
 from lib.model.gpt import GPT
 from lib.progress import Progress, say
 from lib.training.averaging import Averages
+from lib.training.budget import Budget
 from lib.training.config import TrainParams
+from lib.training.flat import FlatParameters
 from lib.training.optim import Optimizers
 from lib.training.qat import FakeQuantization
 from lib.training.resume import load_resume, save_resume
 from lib.training.schedule import lr_multiplier, muon_momentum
 
-CURVE_STEPS = 10  # steps averaged into one point of the loss curve; losses are read from the device only then
+WARM_UP_STEPS = 3  # the first two compile and set up; the last is timed
+WARM_UP_SECONDS = 1e-3  # time of a step that is assumed before one is timed
+CURVE_STEPS = 10  # steps averaged into one point of the loss curve
+SYNC_STEPS = 10  # at most so many steps between two synchronizations,
+SYNC_SECONDS = 1.0  # and about this long, unless a step takes longer
 RESUME_INTERVAL_SECONDS = 1.0  # at least this long between two saved states,
 RESUME_SHARE = 0.02  # and long enough that saving takes no more than this share of the time
 INTERRUPTED_EXIT_CODE = 130
@@ -43,184 +51,210 @@ class TrainResult:
 
     Attributes:
         candidates: weights by name of average (``raw``, ``ema``, ``swa``), parameter name -> fp32 tensor.
-        loss_curve: (tokens seen, mean loss in nats per token over the last steps) rows.
-        num_steps: optimizer steps done.
+        losses: mean loss of each step's global batch, in nats per token.
+        plan: (step from which it held, planned number of steps) pairs, as `TrainParams.budget_steps` takes them.
         num_tokens: tokens trained on, over all processes.
         seconds: time spent in training steps, interruptions left out.
     """
 
     candidates: dict[str, dict[str, Tensor]]
-    loss_curve: list[tuple[int, float]]
-    num_steps: int
+    losses: list[float]
+    plan: list[tuple[int, int]]
     num_tokens: int
     seconds: float
 
     @property
-    def tokens_per_second(self) -> float:
-        """Training rate over all processes."""
-        return self.num_tokens / self.seconds
+    def loss_curve(self) -> list[tuple[int, float]]:
+        """(tokens seen, mean loss over the last `CURVE_STEPS` steps) rows."""
+        tokens_per_step = self.num_tokens // len(self.losses)
+        blocks = [(min(start + CURVE_STEPS, len(self.losses)), self.losses[start:start + CURVE_STEPS])
+                  for start in range(0, len(self.losses), CURVE_STEPS)]
+        return [(end * tokens_per_step, sum(losses) / len(losses)) for end, losses in blocks]
 
 
 class Run:
     """The state of one training run, between steps; `state_dict` is all that a continued run needs."""
 
     def __init__(self, model: GPT, params: TrainParams, loader: Loader, process: Process) -> None:
-        self.params, self.loader, self.process = params, loader, process
+        self.params, self.process = params, process
         self.model = model
         self.losses_of = torch.compile(model, fullgraph=True) if params.compile else model
-        self.optimizers = Optimizers(model, params.optimizer)
-        self.averages = Averages(model, params.averaging)
-        self.fake_quantization = FakeQuantization(model, params.qat)
+        self.batches = Prefetch(loader, process)
+        self.parameters = FlatParameters(model)
+        self.optimizers = Optimizers(self.parameters, params.optimizer, process)
+        self.averages = Averages(self.parameters.weights, params.averaging)
+        self.fake_quantization = FakeQuantization(self.parameters, params.qat)
+        self.budget = Budget(params)
         self.num_steps = 0
         self.seconds = 0.0
-        self.loss_curve: list[tuple[int, float]] = []
-        self._pending_losses: list[Tensor] = []
-
-    @property
-    def budget(self) -> float:
-        """The whole budget, in steps or seconds."""
-        budget = self.params.budget_steps if self.params.budget_seconds is None else self.params.budget_seconds
-        assert budget is not None
-        return budget
-
-    @property
-    def done(self) -> float:
-        """How much of the budget is done, in steps or seconds."""
-        return self.num_steps if self.params.budget_seconds is None else self.seconds
+        self.losses: list[float] = []
+        self._pending: list[Tensor] = []  # loss share and gradient norm (2,) of each step since the last synchronization
+        self._clock = time.monotonic()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the budget has no room for another step as long as the mean of those done."""
-        return self.num_steps > 0 and self.done * (self.num_steps + 1) > self.budget * self.num_steps
+        """Whether the budget leaves no further step."""
+        return self.budget.is_finished(self.num_steps)
 
     @property
     def num_tokens(self) -> int:
         """Tokens trained on so far, over all processes."""
         return self.num_steps * self.params.batch_sequences * self.params.sequence_tokens
 
+    @property
+    def is_sync_due(self) -> bool:
+        """Whether enough steps were made since the last synchronization."""
+        steps = min(SYNC_STEPS, int(SYNC_SECONDS * len(self.losses) / self.seconds)) if self.seconds else 1
+        return len(self._pending) >= steps or self.is_finished or self.budget.is_near_the_end(self.num_steps)
+
+    def warm_up(self) -> None:
+        """Make a few steps and undo them: compilation and a first look at the clock belong to no budget."""
+        state = copy.deepcopy(self.state_dict())
+        if not self.budget.has_plan:
+            self.budget.start(WARM_UP_SECONDS)
+        for _ in range(WARM_UP_STEPS):
+            self.process.synchronize()
+            start = time.monotonic()
+            self.step()
+            self.process.synchronize()
+        seconds = self.process.max(time.monotonic() - start)
+        self.load_state_dict(state)
+        if not self.budget.has_plan:
+            self.budget.start(seconds)
+
     def step(self) -> None:
         """One optimizer step on the next global batch."""
-        fraction = self.done / self.budget
-        multiplier = lr_multiplier(fraction, self.params.optimizer.warmdown)
-        momentum = muon_momentum(fraction, self.params.optimizer.momentum_start, self.params.optimizer.momentum,
-                                 self.params.optimizer.momentum_warmup)
+        optimizer = self.params.optimizer
+        fraction = self.budget.plan.fraction(self.num_steps)
+        multiplier = lr_multiplier(fraction, optimizer.warmdown)
         with self.fake_quantization.applied(self.fake_quantization.is_on(multiplier)):
-            self._pending_losses.append(self.backward())
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        if self.process.world_size > 1:
-            flat = self.process.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in
-                                             zip(flat.split([gradient.numel() for gradient in gradients]), gradients, strict=True)])
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.optimizer.grad_clip)
-        self._pending_losses[-1] += 0 * norm  # an infinite gradient makes the recorded loss NaN, before a spoilt state is saved
-        self.optimizers.step(multiplier, momentum)
-        self.model.zero_grad()
+            loss = self.backward()
+        self.parameters.collect()
+        gradients = self.process.sum(self.parameters.gradients)
+        norm = torch.linalg.vector_norm(gradients)
+        gradients.mul_((optimizer.grad_clip / (norm + 1e-6)).clamp(max=1))  # as torch.nn.utils.clip_grad_norm_
+        self._pending.append(torch.stack((loss, norm)))
+        self.optimizers.step(multiplier, muon_momentum(fraction, optimizer.momentum_start, optimizer.momentum, optimizer.momentum_warmup))
         self.num_steps += 1
         self.averages.update(self.num_steps, multiplier)
 
     def backward(self) -> Tensor:
         """Gradients of the mean loss over the global batch, this process's share of the sum; returns its share of the loss."""
-        inputs, targets = self.loader.batch(self.num_steps, self.process)  # (B, T) each
-        device = self.process.device
-        total = torch.zeros((), device=device)
-        size = self.params.micro_batch_sequences
-        for rows, row_targets in zip(inputs.to(device).split(size), targets.to(device).split(size), strict=True):
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.params.precision == "bf16"):
-                loss = self.losses_of(rows, row_targets).sum() / (self.params.batch_sequences * self.params.sequence_tokens)
-            loss.backward()
-            total += loss.detach()
+        tokens = self.batches.of_step(self.num_steps)  # (B, T+1)
+        total = torch.zeros((), device=self.process.device)
+        for rows in tokens.split(self.params.micro_batch_sequences):
+            if len(rows):  # a process has none when there are fewer rows than processes
+                with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.params.precision == "bf16"):
+                    losses = self.losses_of(rows[:, :-1], rows[:, 1:])
+                loss = losses.sum() / (self.params.batch_sequences * self.params.sequence_tokens)
+                loss.backward()
+                total += loss.detach()
         return total
 
-    def record_losses(self) -> float:
-        """Add the mean loss of the steps since the last call to the curve; the only read from the device within the run.
+    def sync(self, *, stop: bool = False, save: bool = False) -> tuple[bool, bool]:
+        """Wait for the device, read the losses and the clock, and agree with all processes.
+
+        Args:
+            stop: whether this process was asked to stop.
+            save: whether it is time to save, by the clock of the main process.
+
+        Returns:
+            Whether any process was asked to stop, and whether to save; the same in every process.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: a loss or a gradient was not finite.
         """
-        loss = self._mean_pending_loss()
-        self._pending_losses.clear()
-        self.loss_curve.append((self.num_tokens, loss))
-        return loss
+        figures = torch.stack(self._pending).double()  # (number of steps, 2)
+        main = float(self.process.is_main)
+        figures[:, 1] *= main  # all processes have the same norm; only losses are shared out
+        self.process.synchronize()  # the clock is read after the work
+        now = time.monotonic()
+        wishes = torch.tensor([stop, main * save, main * (now - self._clock)], dtype=torch.float64, device=self.process.device)
+        *values, num_stop, num_save, seconds = self.process.sum(torch.cat((figures.flatten(), wishes))).tolist()
+        self._clock = now
+        self._pending.clear()
+        for loss, norm in zip(values[::2], values[1::2], strict=True):
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise TrainingError(f"train: step {len(self.losses) + 1}: expected a finite loss and gradient, found a loss of {loss} and "
+                                    f"a norm of {norm}; lower the learning rates (train.optimizer) and rerun; the state of an earlier "
+                                    "step is kept")
+            self.losses.append(loss)
+        self.seconds += seconds
+        self.budget.revise(self.num_steps, self.seconds)
+        return num_stop > 0, num_save > 0
 
-    def _mean_pending_loss(self) -> float:
-        loss = float(self.process.sum(torch.stack(self._pending_losses).mean()))
-        if not math.isfinite(loss):
-            raise TrainingError(f"train: step {self.num_steps}: expected a finite loss, found {loss}; lower the learning rates "
-                                "(train.optimizer) and rerun: the last good state is kept")
-        return loss
+    def start_clock(self) -> None:
+        """Count the time from now on; what came since the last `sync` is not training."""
+        self._clock = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a continued run needs.
-
-        Raises:
-            TrainingError: a loss since the last curve point was not finite, so that this state is not worth keeping.
-        """
-        if self._pending_losses:
-            self._mean_pending_loss()
-        return {"pending_losses": self._pending_losses,
-                "model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "averages": self.averages.state_dict(),
-                "num_steps": self.num_steps, "seconds": self.seconds, "loss_curve": self.loss_curve}
+        """Everything that a continued run needs, after a synchronization; to be called by every process."""
+        assert not self._pending
+        return {"weights": self.parameters.weights, "optimizers": self.optimizers.state_dict(), "averages": self.averages.state_dict(),
+                "num_steps": self.num_steps, "seconds": self.seconds, "losses": self.losses, "budget": self.budget.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of `state_dict`."""
-        self.model.load_state_dict(state["model"])
+        self.parameters.weights.copy_(state["weights"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.averages.load_state_dict(state["averages"])
-        self.num_steps, self.seconds = state["num_steps"], state["seconds"]
-        self.loss_curve = [(tokens, loss) for tokens, loss in state["loss_curve"]]
-        self._pending_losses = state["pending_losses"]
+        self.budget.load_state_dict(state["budget"])
+        self.num_steps, self.seconds, self.losses = state["num_steps"], state["seconds"], state["losses"]
+        self._pending.clear()
 
 
 def train(model: GPT, params: TrainParams, loader: Loader, process: Process, resume_path: Path) -> TrainResult:
     """Train an initialised model on this process's device for the whole budget.
 
     On SIGINT or SIGTERM the state is saved and the process exits with status 130; the next call with the same `resume_path`
-    continues and, on a CPU, ends in the same weights bit for bit.
+    continues and, on a CPU, ends in the same weights bit for bit. The state of the finished run stays at `resume_path` until
+    the caller has written the result.
 
     Raises:
-        TrainingError: the loss became infinite or NaN.
+        TrainingError: the loss or the gradient became infinite or NaN, or the processes have different parameters or data.
+        ArtifactError: a saved state is damaged.
         SystemExit: interrupted.
     """
+    if len(set(process.gather(resume_path.name))) > 1:
+        raise TrainingError("train: expected the same params.yaml, seed and training text in every process, found different ones; "
+                            "nodes that do not share a folder need copies of params.yaml and artifacts/tokenize")
     run = Run(model, params, loader, process)
-    state = load_resume(resume_path, process.device)
+    state = process.broadcast(load_resume(resume_path) if process.is_main else None)
     if state is not None:
         run.load_state_dict(state)
         say(f"train: continuing after step {run.num_steps}", enabled=process.is_main)
-    if params.compile:
-        run.backward()  # compile before the clock starts; the gradients are thrown away
-        model.zero_grad()
-    next_save, loss = time.monotonic() + RESUME_INTERVAL_SECONDS, math.nan
-    unit = "step" if params.budget_steps is not None else "s"
-    with interruption() as is_interrupted, Progress("train", run.budget, unit, enabled=process.is_main) as progress:
-        progress.update(run.done)
+    if (params.compile and not run.is_finished) or not run.budget.has_plan:
+        run.warm_up()
+    with interruption() as is_interrupted, Progress("train", run.budget.plan.num_steps, "step", enabled=process.is_main,
+                                                    initial=run.num_steps) as progress:
+        next_save = time.monotonic() + RESUME_INTERVAL_SECONDS
+        run.start_clock()
         while not run.is_finished:
-            start, done = time.monotonic(), run.done
             run.step()
-            elapsed, stop, save = _agree(process, time.monotonic() - start, is_interrupted(), time.monotonic() > next_save)
-            run.seconds += elapsed
-            at_curve_point = run.num_steps % CURVE_STEPS == 0 or run.is_finished
-            if at_curve_point:
-                loss = run.record_losses()
-            progress.update(run.done - done, loss=loss, tokens_per_second=f"{run.num_tokens / run.seconds:,.0f}")
-            if stop or (save and at_curve_point):
-                save_start, resume_state = time.monotonic(), run.state_dict()
+            if not run.is_sync_due:
+                continue
+            num_known = len(run.losses)
+            stop, save = run.sync(stop=is_interrupted(), save=time.monotonic() > next_save)
+            progress.update(len(run.losses) - num_known, total=run.budget.plan.num_steps, loss=run.losses[-1],
+                            tokens_per_second=f"{run.num_tokens / run.seconds:,.0f}")
+            if stop or save or run.is_finished:
+                start, resume_state = time.monotonic(), run.state_dict()
                 if process.is_main:
-                    save_resume(resume_path, resume_state)
-                next_save = time.monotonic() + max(RESUME_INTERVAL_SECONDS, (time.monotonic() - save_start) / RESUME_SHARE)
-            if stop:
+                    _save(resume_path, resume_state)
+                next_save = time.monotonic() + max(RESUME_INTERVAL_SECONDS, (time.monotonic() - start) / RESUME_SHARE)
+                run.start_clock()
+            if stop and not run.is_finished:
                 say(f"train: interrupted after step {run.num_steps}; rerun to continue", enabled=process.is_main)
                 raise SystemExit(INTERRUPTED_EXIT_CODE)
-    return TrainResult(run.averages.candidates(), run.loss_curve, run.num_steps, run.num_tokens, run.seconds)
+    candidates = {kind: run.parameters.by_name(weights) for kind, weights in run.averages.candidates().items()}
+    return TrainResult(candidates, run.losses, run.budget.plan.revisions, run.num_tokens, run.seconds)
 
 
-def _agree(process: Process, elapsed: float, stop: bool, save: bool) -> tuple[float, bool, bool]:
-    """The main process's clock, and whether any process wants to stop or to save: the same answer in every process."""
-    if process.world_size == 1:
-        return elapsed, stop, save
-    main = process.is_main
-    wishes = torch.tensor([elapsed if main else 0.0, float(stop), float(save and main)], dtype=torch.float64, device=process.device)
-    elapsed, num_stop, num_save = process.sum(wishes).tolist()
-    return elapsed, num_stop > 0, num_save > 0
+def _save(path: Path, state: dict[str, Any]) -> None:
+    try:
+        save_resume(path, state)
+    except OSError as error:  # a full disk does not end the run: its end may find room again
+        say(f"train: the state after step {state['num_steps']} was not saved, an earlier one is kept: {error}")
 
 
 @contextmanager

@@ -8,25 +8,25 @@ folded into it, and no state of QAT can reach scoring or test-time training.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import nn
+from torch import Tensor
 
 from lib.model.roles import MATRIX_ROLES, role_of
 from lib.quantization.grid import fake_quantize
 from lib.quantization.grid_config import FLOAT_BITS
 from lib.training.config import QatParams
+from lib.training.flat import FlatParameters, group_of
 
 
 class FakeQuantization:
     """The matrices of a model that the export will quantize, with their bits."""
 
-    def __init__(self, model: nn.Module, params: QatParams) -> None:
+    def __init__(self, parameters: FlatParameters, params: QatParams) -> None:
         self._params = params
-        self._matrices: list[tuple[nn.Parameter, int]] = []
-        for name, parameter in model.named_parameters():
-            role = role_of(name, parameter.ndim)
+        self._matrices: list[tuple[Tensor, int]] = []  # rows (N*R, C) of all matrices of one shape and role, bits
+        kinds = parameters.parts(lambda name, p: (group_of(name, p.ndim), role_of(name, p.ndim), tuple(p.shape)))
+        for (_, role, shape), part in kinds.items():
             if role in MATRIX_ROLES and (bits := getattr(params.bits, role)) != FLOAT_BITS:
-                self._matrices.append((parameter, bits))
+                self._matrices.append((parameters.weights[part].view(-1, shape[-1]), bits))
 
     def is_on(self, lr_multiplier: float) -> bool:
         """Whether this step trains on the grid."""
@@ -35,13 +35,12 @@ class FakeQuantization:
     @contextmanager
     def applied(self, on: bool) -> Iterator[None]:
         """Within the context, if `on`, the matrices hold their quantized values; afterwards their float values, bit for bit."""
-        originals = [parameter.detach().clone() for parameter, _ in self._matrices] if on else []
-        with torch.no_grad():
-            if on:
-                for parameter, bits in self._matrices:
-                    parameter.data.copy_(fake_quantize(parameter.data, bits, self._params.clip))
+        originals = [rows.clone() for rows, _ in self._matrices] if on else []
+        if on:
+            for rows, bits in self._matrices:
+                rows.copy_(fake_quantize(rows, bits, self._params.clip))
         try:
             yield
         finally:
-            for original, (parameter, _) in zip(originals, self._matrices, strict=False):
-                parameter.data.copy_(original)
+            for original, (rows, _) in zip(originals, self._matrices, strict=False):
+                rows.copy_(original)

@@ -102,7 +102,7 @@ def test_a_legal_strategy_that_is_declared_transductive_is_reported(monkeypatch:
         raise_violations(report)
 
 
-def smear_ahead(gate: SmearGate, x: Tensor) -> Tensor:
+def smear_ahead(gate: SmearGate, x: Tensor, starts: Tensor | None) -> Tensor:
     following = torch.cat((x[:, 1:], torch.zeros_like(x[:, :1])), dim=1)
     return torch.lerp(x, following, torch.sigmoid(gate.gate))
 
@@ -116,7 +116,7 @@ def test_a_smear_gate_that_reads_ahead_is_caught(name: StrategyName, monkeypatch
 
 def test_rows_of_a_batch_that_leak_into_each_other_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = SmearGate.forward
-    monkeypatch.setattr(SmearGate, "forward", lambda gate, x: original(gate, x) + 0.1 * x.mean(0, keepdim=True))
+    monkeypatch.setattr(SmearGate, "forward", lambda gate, x, starts: original(gate, x, starts) + 0.1 * x.mean(0, keepdim=True))
     assert "causality" in violated(audit("sliding"), "sliding")
     report = audit("lora")
     assert "causality" in violated(report, "lora")

@@ -114,6 +114,13 @@ def test_tokenizer_without_byte_fallback_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "plain.model")
 
 
+def test_another_bos_than_the_model_expects_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "some.model").write_bytes(train())
+    assert load_tokenizer(tmp_path / "some.model", 1).bos_id == 1
+    with pytest.raises(ArtifactError, match=r"some\.model: expected BOS token 2 as in model\.bos_id, found 1; set model\.bos_id to it"):
+        load_tokenizer(tmp_path / "some.model", 2)
+
+
 def test_tokenizer_without_bos_is_refused() -> None:
     with pytest.raises(ArtifactError, match=r"some\.model: expected a BOS piece"):
         Tokenizer(train(bos_id=-1, pad_id=-1, unk_id=0, eos_id=1), Path("some.model"))

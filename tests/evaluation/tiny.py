@@ -25,6 +25,7 @@ MODEL: dict[str, Any] = {
     "rope_base": 10000.0, "rope_trained_tokens": 8, "q_gain_init": 1.5, "num_xsa_layers": 1, "smear_gate": True, "bigram_rows": 16,
     "bigram_dim": 4, "value_embedding_dim": 4, "value_embedding_layers": [1, 2], "unet_skips": True, "residual_mix": True,
     "ln_scale": True, "tied_head": True, "logit_softcap": 30.0, "embedding_init_std": 0.005,
+    "bos_id": 1, "document_mask": False,
 }
 ADAPTATION: dict[str, Any] = {
     "epochs": 2, "lr": 0.01, "lr_schedule": "cosine", "optimizer": "adamw", "momentum": 0.9, "weight_decay": 0.01, "grad_clip": 1.0,

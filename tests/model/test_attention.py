@@ -1,14 +1,9 @@
 """Properties of the parts of attention that the comparison of whole models could miss."""
 
-import math
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
-from lib.model.attention import Rotation, attend, make_rotation, remove_own_value, rotate
+from lib.model.attention import Rotation, make_rotation, remove_own_value, rotate
 from lib.model.config import ModelParams
 from lib.params import parse_params
 from tests.model.test_gpt import FULL
@@ -51,31 +46,3 @@ def test_own_value_is_removed_exactly() -> None:
     left = remove_own_value(y, v)
     torch.testing.assert_close((left * own).sum(-1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close((y - left).norm(dim=-1), ((y * own).sum(-1) / own.norm(dim=-1)).abs())
-
-
-def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, first: int, attention_tokens: int | None) -> Tensor:
-    """One query after the other: softmax over the tokens that it may see."""
-    rows = []
-    for n in range(q.shape[2]):
-        end = first + n + 1
-        seen = slice(0 if attention_tokens is None else max(0, end - attention_tokens), end)
-        keys, values = (x[:, :, seen].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, seen, E)
-        shares = (torch.einsum("bhe,bhse->bhs", q[:, :, n], keys) / math.sqrt(q.shape[-1])).softmax(-1)
-        rows.append(torch.einsum("bhs,bhse->bhe", shares, values))
-    return torch.stack(rows, dim=2)
-
-
-@given(st.integers(1, 40), st.sampled_from([(1, 1), (2, 1), (4, 2)]), st.integers(1, 2), st.data())
-def test_attention_and_its_gradients_are_those_of_one_softmax_per_query(
-        num_tokens: int, heads: tuple[int, int], batch: int, data: st.DataObject) -> None:
-    first = data.draw(st.integers(0, num_tokens - 1))
-    attention_tokens = data.draw(st.none() | st.integers(1, num_tokens + 2))
-    generator = torch.Generator().manual_seed(num_tokens)
-    shapes = (batch, heads[0], num_tokens - first, 4), (batch, heads[1], num_tokens, 4), (batch, heads[1], num_tokens, 4)
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    found, expected = (function(q, k, v, first, attention_tokens) for function in (attend, attend_by_hand))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    gradients = (torch.autograd.grad((weight * y).sum(), (q, k, v)) for y in (found, expected))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

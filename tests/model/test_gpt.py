@@ -10,15 +10,16 @@ import torch
 
 from lib.model.config import ModelParams
 from lib.model.gpt import GPT, TiedHead, build_model
+from lib.model.sdpa import SDPA, Attend, Kernel, Sight
 from lib.params import ParamsError, parse_params
 
 Array = npt.NDArray[np.float64]
 
 FULL: dict[str, Any] = {
-    "vocab_size": 40, "num_layers": 5, "model_dim": 24, "num_heads": 4, "num_kv_heads": 2, "mlp_hidden_dim": 20, "rope_dims": 4,
-    "rope_base": 10000.0, "rope_trained_tokens": 6, "q_gain_init": 1.5, "num_xsa_layers": 2, "smear_gate": True, "bigram_rows": 17,
-    "bigram_dim": 8, "value_embedding_dim": 8, "value_embedding_layers": [3, 4], "unet_skips": True, "residual_mix": True,
-    "ln_scale": True, "tied_head": True, "logit_softcap": 30.0, "embedding_init_std": 0.5,
+    "vocab_size": 40, "bos_id": 1, "document_mask": False, "num_layers": 5, "model_dim": 24, "num_heads": 4, "num_kv_heads": 2,
+    "mlp_hidden_dim": 20, "rope_dims": 4, "rope_base": 10000.0, "rope_trained_tokens": 6, "q_gain_init": 1.5, "num_xsa_layers": 2,
+    "smear_gate": True, "bigram_rows": 17, "bigram_dim": 8, "value_embedding_dim": 8, "value_embedding_layers": [3, 4],
+    "unet_skips": True, "residual_mix": True, "ln_scale": True, "tied_head": True, "logit_softcap": 30.0, "embedding_init_std": 0.5,
 }
 PLAIN = {**FULL, "num_kv_heads": 4, "rope_dims": 6, "num_xsa_layers": 0, "smear_gate": False, "bigram_rows": 0, "value_embedding_dim": 0,
          "value_embedding_layers": [], "unet_skips": False, "residual_mix": False, "ln_scale": False, "tied_head": False}
@@ -55,21 +56,27 @@ def weights_of(model: GPT) -> dict[str, Array]:
     return {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
 
 
+def document_begins(options: dict[str, Any], tokens: list[int]) -> list[int]:
+    """Where the document of each token begins."""
+    starts = [t for t, token in enumerate(tokens) if t == 0 or (options["document_mask"] and token == options["bos_id"])]
+    return [max(start for start in starts if start <= t) for t in range(len(tokens))]
+
+
 def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens: list[int], attention_tokens: int | None = None) -> Array:
     """(T, V) logits of one sequence, written from the published description with loops and no shared code."""
     w, num_tokens, layers = weights, len(tokens), options["num_layers"]
     heads, kv_heads, span = options["num_heads"], options["num_kv_heads"], min(num_tokens, attention_tokens or num_tokens)
     width = options["model_dim"] // heads
-    x = []
+    begin, x = document_begins(options, tokens), []
     for t, token in enumerate(tokens):
         embedded = w["token_embedding.weight"][token].copy()
         if options["bigram_rows"]:
-            row = options["bigram_rows"] - 1 if t == 0 else ((36313 * token) ^ (27191 * tokens[t - 1])) % (options["bigram_rows"] - 1)
+            row = -1 if begin[t] == t else ((36313 * token) ^ (27191 * tokens[t - 1])) % (options["bigram_rows"] - 1)
             embedded += w["bigram.projection.weight"] @ w["bigram.table.weight"][row] * w["bigram.scale"]
         x.append(rms(embedded))
     if options["smear_gate"]:
         gate = 1 / (1 + np.exp(-w["smear_gate.gate"]))
-        x = [(1 - gate) * x[t] + gate * (x[t - 1] if t else 0) for t in range(num_tokens)]
+        x = [(1 - gate) * x[t] + gate * (0 if begin[t] == t else x[t - 1]) for t in range(num_tokens)]
     x0 = list(x)
     stack: list[list[Array]] = []
     for layer in range(layers):
@@ -97,7 +104,7 @@ def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens:
         for t in range(num_tokens):
             outputs = []
             for n in range(heads):
-                group, seen = n // (heads // kv_heads), range(max(0, t + 1 - span), t + 1)
+                group, seen = n // (heads // kv_heads), range(max(begin[t], t + 1 - span), t + 1)
                 scores = np.array([queries[t][n] @ keys[s][group] / math.sqrt(width) for s in seen])
                 shares = np.exp(scores - scores.max())
                 y = sum(share / shares.sum() * values[s][group] for s, share in zip(seen, shares, strict=True))
@@ -117,15 +124,16 @@ def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens:
 ARCHITECTURES = {
     "full": FULL, "plain": PLAIN, "even": {**FULL, "num_layers": 4, "value_embedding_layers": [0]},
     "one layer": {**FULL, "num_layers": 1, "num_xsa_layers": 1, "value_embedding_layers": [0]},
-    "untied": {**FULL, "tied_head": False}}
+    "untied": {**FULL, "tied_head": False}, "documents": {**FULL, "document_mask": True}}
 
 
 @pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
 @pytest.mark.parametrize(("num_tokens", "attention_tokens"), [  # within and beyond the trained length, 6
-    (6, None), (9, None), (13, 1), (13, 4), (13, 8), (9, 9), (6, 9)])
+    (6, None), (9, None), (13, 1), (13, 4), (13, 8), (9, 8), (9, 9), (6, 9)])
 def test_logits_equal_the_published_description(options: dict[str, Any], num_tokens: int, attention_tokens: int | None) -> None:
     model = make_model(options)
     tokens = torch.randint(0, 40, (2, num_tokens), generator=torch.Generator().manual_seed(1))
+    tokens[:, 2::3] = options["bos_id"]  # an ordinary token without the document mask
     expected = np.stack([reference_logits(options, weights_of(model), row, attention_tokens) for row in tokens.tolist()])
     found = model.logits(tokens, attention_tokens=attention_tokens)
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-4, atol=2e-4)
@@ -202,6 +210,57 @@ def test_later_tokens_change_no_earlier_logit(options: dict[str, Any], attention
     assert not torch.equal(before[:, 5], after[:, 5])
 
 
+# Two sequences of three documents; the first begins within a document.
+DOCUMENT_TOKENS = torch.tensor([
+    [7, 8, 9, 20, 1, 30, 31, 9, 9, 12, 1, 14, 7, 8, 39, 2], [1, 1, 5, 6, 3, 3, 3, 8, 2, 9, 1, 4, 17, 18, 19, 20]])
+DOCUMENT_PLACES = [(0, slice(0, 4)), (0, slice(4, 10)), (0, slice(10, 16)), (1, slice(0, 1)), (1, slice(1, 10)), (1, slice(10, 16))]
+
+
+@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("attention_tokens", [None, 1, 3, 5])
+@pytest.mark.parametrize("positions", [slice(None), slice(7, 13), slice(15, None), slice(-1, None)], ids=str)
+def test_a_document_among_others_is_the_document_alone(
+        options: dict[str, Any], attention_tokens: int | None, positions: slice) -> None:
+    """Within the trained length, where the frequencies of RoPE do not depend on the number of tokens."""
+    model = make_model({**options, "document_mask": True, "rope_trained_tokens": 16}).double()
+    found = torch.full((2, 16, 40), torch.nan)
+    found[:, positions] = model.logits(DOCUMENT_TOKENS, positions, attention_tokens)
+    for row, place in DOCUMENT_PLACES:
+        alone = model.logits(DOCUMENT_TOKENS[row : row + 1, place], attention_tokens=attention_tokens)[0]
+        wanted = ~found[row, place, 0].isnan()
+        torch.testing.assert_close(found[row, place][wanted], alone[wanted], rtol=0, atol=2e-6)
+    assert (~found[..., 0].isnan()).sum() == 2 * len(range(16)[positions])
+
+
+@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("attention_tokens", [None, 3, 12])
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_changing_a_document_leaves_the_bits_of_others_if_they_are_masked(
+        options: dict[str, Any], attention_tokens: int | None, document_mask: bool) -> None:
+    model = make_model({**options, "document_mask": document_mask})
+    before = model.logits(DOCUMENT_TOKENS, attention_tokens=attention_tokens)
+    changed = DOCUMENT_TOKENS.clone()
+    changed[0, 5:10] = torch.tensor([22, 23, 24, 25, 26])
+    after = model.logits(changed, attention_tokens=attention_tokens)
+    assert torch.equal(before[0, :5], after[0, :5]) and torch.equal(before[1], after[1])
+    assert not torch.equal(before[0, 5:10], after[0, 5:10])
+    assert torch.equal(before[0, 10:], after[0, 10:]) == document_mask
+
+
+@pytest.mark.parametrize("attention_tokens", [None, 3])
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_no_gradient_flows_to_a_masked_document(attention_tokens: int | None, document_mask: bool) -> None:
+    """Tokens that only the first document has get gradient from the others' losses only without the mask."""
+    model = make_model({**FULL, "document_mask": document_mask, "tied_head": False})
+    model.logits(DOCUMENT_TOKENS[:1], slice(10, None), attention_tokens).sum().backward()
+    assert model.value_embedding is not None and model.bigram is not None
+    for table in (model.token_embedding, model.value_embedding.table):
+        gradient = table.weight.grad
+        assert gradient is not None and gradient[14].any()  # of the last document
+        assert gradient[12].any() == (not document_mask)  # next to it, in the second one
+        assert gradient[31].any() == (not document_mask)
+
+
 def test_initialisation_is_published_and_trainable() -> None:
     model = GPT(parse_params(FULL, ModelParams, ""))
     model.initialize(seed=3)
@@ -265,6 +324,21 @@ def test_a_tied_head_is_the_embedding_and_has_no_weight_of_its_own() -> None:
     torch.testing.assert_close(logits, 30 * torch.tanh(z / 30))
 
 
+def test_attention_is_computed_by_the_given_kernel_once_for_all_layers_but_the_last() -> None:
+    sights: list[Sight] = []
+
+    def within(sight: Sight, device: torch.device) -> Attend:
+        sights.append(sight)
+        return SDPA.within(sight, device)
+
+    weights = {name: parameter.detach() for name, parameter in make_model(FULL).named_parameters()}
+    model = build_model(FULL, weights, Kernel("flash2", "", within))
+    model.logits(torch.arange(18).view(2, 9), slice(4, 7), 5)
+    assert sights == [Sight(0, 9, 5, None), Sight(4, 7, 5, None)]
+    model.logits(torch.arange(18).view(2, 9), attention_tokens=9)
+    assert sights[2:] == [Sight(0, 9, None, None)]
+
+
 def test_build_model_restores_a_model_and_refuses_other_weights() -> None:
     model, tokens = make_model(FULL), torch.arange(6)[None]
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -278,6 +352,7 @@ def test_build_model_restores_a_model_and_refuses_other_weights() -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
+    ({"bos_id": 40}, "bos_id: expected a token below vocab_size 40, found 40"),
     ({"num_heads": 5}, "num_heads: expected a divisor of model_dim 24"),
     ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads 4"),
     ({"rope_dims": 2}, "rope_dims: expected an even number from 4 to the head dimension 6, found 2"),
@@ -292,3 +367,20 @@ def test_build_model_restores_a_model_and_refuses_other_weights() -> None:
 def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ParamsError, match=message):
         parse_params({**FULL, **change}, ModelParams, "")
+
+
+def test_under_autocast_the_residual_stream_is_bf16_and_losses_are_fp32() -> None:
+    model, tokens = make_model(FULL), torch.arange(16).view(2, 8)
+    seen: set[torch.dtype] = set()
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.update((inputs[0].dtype, inputs[1].dtype, output.dtype)))
+    exact = model(tokens, tokens)
+    assert seen == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(tokens, tokens)
+    assert seen == {torch.bfloat16}
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.2)
+    rounded.mean().backward()
+    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {torch.float32}

@@ -19,7 +19,7 @@ from lib.artifacts.tokens import Split
 from lib.distributed import SINGLE_CPU, Process
 from lib.model.gpt import GPT
 from lib.quantization.gptq import row_errors
-from lib.quantization.hessian import PRIOR_OCCURRENCES, collect_moments, draw_sequences, matrix_inputs
+from lib.quantization.hessian import PRIOR_OCCURRENCES, check_reserve, collect_moments, draw_sequences, matrix_inputs
 from tests.evaluation.tiny import MODEL, make_model
 from tests.processes import run_processes
 from tests.quantization.power_law import quadratic_error
@@ -268,3 +268,13 @@ def test_sets_are_disjoint_spread_over_the_shards_and_repeatable() -> None:
         assert {token // 1000 for token in tokens} == {0, 1, 2}
     assert all(torch.equal(*pair) for pair in zip(sets, draw_sequences(split, 30, 20, seed=3), strict=True))
     assert not torch.equal(sets[0], draw_sequences(split, 30, 20, seed=4)[0])
+
+
+@pytest.mark.parametrize(("seconds", "reserve"), [(5.0, 5.0), (5.0, None)])
+def test_calibration_within_its_part_of_the_budget(seconds: float, reserve: float | None) -> None:
+    check_reserve(seconds, reserve)
+
+
+def test_calibration_that_takes_longer_than_its_part_of_the_budget_fails() -> None:
+    with pytest.raises(ValueError, match=r"at most the 5 s that train\.reserve_seconds left of .*, took 5\.1 s; lower calibrate\."):
+        check_reserve(5.1, 5.0)

@@ -54,7 +54,8 @@ def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
         writer.close()
     model = make_model(vocab_size=VOCAB_SIZE)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    training = {"sequence_tokens": 16, "qat": qat, "calibration_seconds": None}
     save_checkpoint(folder / stage_folder("train", SEED) / "checkpoint.safetensors",
-                    Checkpoint(weights, MODEL | {"vocab_size": VOCAB_SIZE}, {"sequence_tokens": 16, "qat": qat}))
+                    Checkpoint(weights, MODEL | {"vocab_size": VOCAB_SIZE}, training))
     (folder / "stages").mkdir()
     (folder / "stages" / "evaluate.py").write_text("import sys\n", encoding="utf-8")

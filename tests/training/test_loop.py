@@ -1,5 +1,6 @@
 """Whole runs: reproducible, resumable after any interruption, the same with several processes."""
 
+import itertools
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ import lib.training.loop
 from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU, Process
 from lib.training.config import TrainParams
-from lib.training.loop import CURVE_STEPS, Run, TrainingError, TrainResult, train
+from lib.training.loop import Run, TrainingError, TrainResult, train
 from tests.processes import run_processes
 from tests.training.tiny import make_model, make_params, make_split
 
@@ -22,22 +23,27 @@ from tests.training.tiny import make_model, make_params, make_split
 @pytest.fixture(autouse=True)
 def _no_state_is_saved_because_the_machine_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lib.training.loop, "RESUME_INTERVAL_SECONDS", float("inf"))
+    monkeypatch.setattr(lib.training.loop, "SYNC_SECONDS", 1e9)
+    monkeypatch.setattr(lib.training.loop, "SYNC_STEPS", 4)  # after steps 1, 5, 9, ...
 
 
 def run_training(folder: Path, params: TrainParams | None = None, process: Process = SINGLE_CPU, resume: str = "resume.pt") -> TrainResult:
     params = params or make_params()
     split = make_split(folder / f"train{process.rank}")
     loader = Loader(split, params.sequence_tokens, params.batch_sequences, seed=5)
-    return train(make_model(), params, loader, process, folder / resume)
+    result = train(make_model(), params, loader, process, folder / resume)
+    if process.is_main:
+        (folder / resume).unlink()
+    return result
 
 
-def save_at_every_curve_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def save_at_every_synchronization(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lib.training.loop, "RESUME_INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr(lib.training.loop, "RESUME_SHARE", float("inf"))
 
 
 def assert_same(one: TrainResult, other: TrainResult) -> None:
-    assert (one.num_steps, one.num_tokens, one.loss_curve) == (other.num_steps, other.num_tokens, other.loss_curve)
+    assert (one.num_tokens, one.losses, one.plan) == (other.num_tokens, other.losses, other.plan)
     assert one.candidates.keys() == other.candidates.keys() == {"raw", "ema", "swa"}
     for kind, weights in one.candidates.items():
         assert all(torch.equal(weight, other.candidates[kind][name]) for name, weight in weights.items()), kind
@@ -46,14 +52,14 @@ def assert_same(one: TrainResult, other: TrainResult) -> None:
 def test_a_run_learns_and_repeats_bit_for_bit(tmp_path: Path) -> None:
     first = run_training(tmp_path)
     assert_same(first, run_training(tmp_path))
-    assert first.num_steps == 30
+    assert len(first.losses) == 30 and first.plan == [(0, 30)]
     assert first.num_tokens == 30 * 4 * 8
     assert [tokens for tokens, _ in first.loss_curve] == [320, 640, 960]
     assert first.loss_curve[-1][1] < first.loss_curve[0][1] - 0.3
-    assert not (tmp_path / "resume.pt").exists()
+    assert first.loss_curve[1][1] == sum(first.losses[10:20]) / 10
 
 
-@pytest.mark.parametrize("at_step", [1, 7, 20, 29])  # before, between and on points of the loss curve; with and without QAT
+@pytest.mark.parametrize("at_step", [1, 7, 21, 25])  # between and on synchronizations; with and without QAT
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int,
                                                          number: int) -> None:
@@ -75,11 +81,11 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path: Path, monkeyp
 
 def test_a_killed_run_continues_from_its_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run_training(tmp_path)
-    save_at_every_curve_point(monkeypatch)
+    save_at_every_synchronization(monkeypatch)
     step, steps_done = Run.step, []
 
     def die(run: Run) -> None:
-        if run.num_steps == 2 * CURVE_STEPS + 3:
+        if run.num_steps == 23:
             raise KeyboardInterrupt  # stands for a kill: nothing is saved on the way out
         step(run)
 
@@ -94,7 +100,7 @@ def test_a_killed_run_continues_from_its_last_state(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Run, "step", count)
     assert_same(run_training(tmp_path), expected)
-    assert steps_done[0] == 2 * CURVE_STEPS
+    assert steps_done[0] == 21
 
 
 def test_signals_are_handled_as_before_after_a_run(tmp_path: Path) -> None:
@@ -111,7 +117,7 @@ def test_micro_batches_give_the_same_gradients(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_at_every_curve_point(monkeypatch)
+    save_at_every_synchronization(monkeypatch)
     backward = Run.backward
 
     def poisoned(run: Run) -> torch.Tensor:
@@ -123,40 +129,110 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "backward", poisoned)
-        with pytest.raises(TrainingError, match="step 20: expected a finite loss, found nan; lower the learning rates"):
+        with pytest.raises(TrainingError, match=r"step 16: expected a finite loss .* a norm of inf; lower the learning rates"):
             run_training(tmp_path)
     state = torch.load(tmp_path / "resume.pt", weights_only=True)
-    assert state["num_steps"] == 10
-    assert all(weight.isfinite().all() for weight in state["model"].values())
+    assert state["num_steps"] == 13
+    assert state["weights"].isfinite().all()
 
 
-def test_a_budget_in_seconds_is_kept_and_schedules_follow_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(10**9))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock) * 0.25)
-    fractions: list[float] = []
+def test_a_run_by_seconds_is_repeated_by_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: next(clock) ** 1.2 * 0.25)  # steps become slower
+        by_seconds = run_training(tmp_path, make_params(budget_steps=None, budget_seconds=100.0, reserve_seconds=10.0))
+    assert 10 < len(by_seconds.losses) < 400
+    assert 0 < by_seconds.seconds <= 90.0
+    assert len(by_seconds.plan) > 3
+    assert_same(run_training(tmp_path, make_params(budget_steps=[list(pair) for pair in by_seconds.plan])), by_seconds)
+
+
+def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
+    params = make_params()
+    loader = Loader(make_split(tmp_path / "train"), params.sequence_tokens, params.batch_sequences, seed=5)
+    warm, cold = (Run(make_model(), params, loader, SINGLE_CPU) for _ in range(2))
+    warm.warm_up()
+    for run in (warm, cold):
+        for _ in range(3):
+            run.step()
+        run.sync()
+    assert warm.losses == cold.losses
+    for one, other in zip(warm.averages.candidates().values(), cold.averages.candidates().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_full_disk_costs_a_state_but_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    expected = run_training(tmp_path)
+    save_at_every_synchronization(monkeypatch)
+    full = tmp_path / ".resume.pt.tmp"
+    full.symlink_to("/dev/full")  # the first state meets a full disk; the link is gone afterwards
+    assert_same(run_training(tmp_path), expected)
+    assert "the state after step 1 was not saved, an earlier one is kept: [Errno 28] cannot be written (No space left on device)" in (
+        capsys.readouterr().err)
+    assert not full.is_symlink()
+
+
+def _compare(process: Process, folder: Path, expected: dict[str, Any], batch_sequences: int) -> None:
+    result = run_training(folder, make_params(batch_sequences=batch_sequences), process)
+    assert result.losses == pytest.approx(expected["losses"], abs=1e-4)
+    assert len({tuple(losses) for losses in process.gather(result.losses)}) == 1, "all processes know the same losses"
+    for kind, weights in result.candidates.items():
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[kind][name], atol=2e-3, rtol=0)
+            assert all(torch.equal(weight, other) for other in process.gather(weight)), "all processes have the same weights"
+
+
+@pytest.mark.parametrize(("num_processes", "batch_sequences"), [(2, 5), (4, 3)])  # uneven shares; the last of 4 processes has no sequence
+def test_several_processes_train_the_same_model(tmp_path: Path, num_processes: int, batch_sequences: int) -> None:
+    single = run_training(tmp_path, make_params(batch_sequences=batch_sequences))
+    (tmp_path / "several").mkdir()
+    run_processes(_compare, num_processes, tmp_path / "several", {"losses": single.losses, **single.candidates}, batch_sequences)
+
+
+def _interrupt_and_continue(process: Process, folder: Path, expected: list[float]) -> None:
     step = Run.step
 
-    def record(run: Run) -> None:
-        fractions.append(run.done / run.budget)
+    def interrupt(run: Run) -> None:
         step(run)
+        if run.num_steps == 7 and process.rank == 1:  # one process is told, all stop
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Run, "step", record)
-    result = run_training(tmp_path, make_params(budget_steps=None, budget_seconds=5.0, averaging={"select": "raw"}))
-    assert 0 < result.num_steps < 25
-    assert result.seconds <= 5.0  # stops before the limit, not after it
-    assert result.seconds + result.seconds / result.num_steps > 5.0  # and only when no further step fits
-    assert fractions[0] == 0 and fractions == sorted(fractions) and fractions[-1] < 1
-
-
-def _compare(process: Process, folder: Path, expected: dict[str, Any]) -> None:
-    result = run_training(folder, process=process)
-    for (tokens, loss), (_, other) in zip(expected["curve"], result.loss_curve, strict=True):
-        assert loss == pytest.approx(other, abs=1e-4), tokens
-    for name, weight in result.candidates["ema"].items():
-        torch.testing.assert_close(weight, expected["ema"][name], atol=2e-3, rtol=0)
+    lib.training.loop.SYNC_SECONDS = 1e9
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "step", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            run_training(folder, process=process)
+    assert stopped.value.code == 130
+    if not process.is_main:
+        (folder / "resume.pt").unlink(missing_ok=True)  # only the main process reads it; this one may have a disk of its own
+    assert run_training(folder, process=process).losses == pytest.approx(expected, abs=1e-4)
 
 
-def test_two_processes_train_the_same_model(tmp_path: Path) -> None:
-    single = run_training(tmp_path)
-    (tmp_path / "two").mkdir()
-    run_processes(_compare, 2, tmp_path / "two", {"curve": single.loss_curve, "ema": single.candidates["ema"]})
+def test_several_processes_stop_together_and_continue(tmp_path: Path) -> None:
+    run_processes(_interrupt_and_continue, 2, tmp_path, run_training(tmp_path).losses)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run_training(tmp_path)
+    step = Run.step
+
+    def interrupt(run: Run) -> None:
+        step(run)
+        if run.num_steps == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", interrupt)
+        with pytest.raises(SystemExit):
+            run_training(tmp_path)
+    run_processes(_compare, 2, tmp_path, {"losses": expected.losses, **expected.candidates}, 4)
+
+
+def _train_with_own_parameters(process: Process, folder: Path) -> None:
+    with pytest.raises(TrainingError, match=r"expected the same params\.yaml, seed and training text in every process"):
+        run_training(folder, process=process, resume=f"resume-{process.rank}.pt")
+
+
+def test_processes_with_different_parameters_do_not_start(tmp_path: Path) -> None:
+    run_processes(_train_with_own_parameters, 2, tmp_path)

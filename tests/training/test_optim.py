@@ -1,10 +1,15 @@
 """Muon against one plain matrix at a time, and the grouping of parameters."""
 
+import copy
+
 import pytest
 import torch
 
-from lib.training.config import OptimizerParams
+from lib.distributed import SINGLE_CPU, Process
+from lib.model.gpt import GPT
+from lib.training.flat import FlatParameters
 from lib.training.optim import Muon, Optimizers, orthogonalize
+from tests.processes import run_processes
 from tests.training.tiny import make_model, make_params
 
 
@@ -29,51 +34,108 @@ def test_a_zero_gradient_stays_finite() -> None:
     assert torch.equal(orthogonalize(torch.zeros(1, 4, 4), 5), torch.zeros(1, 4, 4))
 
 
-def test_muon_equals_the_published_update_of_single_matrices() -> None:
+SHAPES = [(6, 4), (4, 6), (5, 5)]
+MUON = make_params(optimizer={"weight_decay": 0.1}).optimizer
+
+
+def check_muon(process: Process, shape: tuple[int, int], num_matrices: int) -> None:
+    """Some steps of every matrix against the published update in float64; momentum handed over in between, as a resumed run does."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(6, 4), (4, 6), (6, 4)]
-    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-    expected = [parameter.detach().double() for parameter in parameters]
-    buffers = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    muon = Muon(parameters, lr=0.02, momentum=0.9, weight_decay=0.1, num_steps=5)
-    for _ in range(4):
-        for n, parameter in enumerate(parameters):
-            gradient = torch.randn(parameter.shape, generator=generator)
-            parameter.grad = gradient.clone()
-            buffers[n] = 0.9 * buffers[n] + gradient.double()
-            update = plain_newton_schulz(gradient.double() + 0.9 * buffers[n], 5)  # Nesterov
-            expected[n] = (1 - 0.02 * 0.1) * expected[n] - 0.02 * max(1, parameter.shape[0] / parameter.shape[1]) ** 0.5 * update
-        muon.step()
-    for parameter, value in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(parameter.detach().double(), value, atol=1e-4, rtol=1e-4)
+    weights = torch.randn(num_matrices, *shape, generator=generator)
+    expected, buffers = weights.double(), torch.zeros(num_matrices, *shape, dtype=torch.float64)
+    gradients = torch.empty_like(weights)
+    muon = Muon(weights, gradients, MUON, process)
+    for step in range(4):
+        gradients.copy_(torch.randn(gradients.shape, generator=generator))
+        buffers = 0.9 * buffers + gradients.double()
+        updates = torch.stack([plain_newton_schulz(matrix, 5) for matrix in gradients.double() + 0.9 * buffers])  # Nesterov
+        expected = (1 - 0.02 * 0.1) * expected - 0.02 * max(1, shape[0] / shape[1]) ** 0.5 * updates
+        muon.step(0.02, 0.9)
+        if step == 1:
+            state = muon.state().clone()
+            muon = Muon(weights, gradients, MUON, process)
+            muon.load_state(state)
+    torch.testing.assert_close(weights.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_every_parameter_is_in_one_group_with_its_learning_rate() -> None:
+@pytest.mark.parametrize("num_matrices", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_muon_equals_the_published_update_of_single_matrices(shape: tuple[int, int], num_matrices: int) -> None:
+    check_muon(SINGLE_CPU, shape, num_matrices)
+
+
+def _check_muon_of_all_shapes(process: Process) -> None:
+    for num_matrices, shape in zip((1, 2, 5), SHAPES, strict=True):
+        check_muon(process, shape, num_matrices)
+
+
+def test_processes_share_out_the_matrices_also_when_there_are_more_processes_than_matrices() -> None:
+    run_processes(_check_muon_of_all_shapes, 3)
+
+
+def gradients_of_one(model: GPT) -> FlatParameters:
+    parameters = FlatParameters(model)
+    parameters.gradients.fill_(1)
+    return parameters
+
+
+@pytest.mark.parametrize("group", ["matrix_lr", "embedding_lr", "vector_lr", "head_lr"])
+def test_each_learning_rate_moves_its_group_and_nothing_else(group: str) -> None:
     model = make_model(tied_head=False)
-    params: OptimizerParams = make_params(optimizer={"matrix_lr": 1.0, "embedding_lr": 2.0, "vector_lr": 3.0, "head_lr": 4.0}).optimizer
-    optimizers = Optimizers(model, params)
-    rates = {id(parameter): group["lr"] for groups in (optimizers.muon, optimizers.adam) for group in groups.param_groups
-             for parameter in group["params"]}
-    found = {name: rates.pop(id(parameter)) for name, parameter in model.named_parameters()}
-    assert not rates
-    for name, rate in found.items():
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rates = dict.fromkeys(("matrix_lr", "embedding_lr", "vector_lr", "head_lr"), 1e-30) | {group: 0.1}
+    optimizers = Optimizers(gradients_of_one(model), make_params(optimizer={**rates, "weight_decay": 0.0}).optimizer, SINGLE_CPU)
+    optimizers.step(1.0, 0.9)
+    for name, parameter in model.named_parameters():
         if name in ("token_embedding.weight", "bigram.table.weight", "value_embedding.table.weight"):
-            assert rate == 2.0, name
+            expected = "embedding_lr"
         elif name == "head.weight":
-            assert rate == 4.0, name
-        elif name.endswith(".weight"):
-            assert rate == 1.0, name
+            expected = "head_lr"
         else:
-            assert rate == 3.0, name
+            expected = "matrix_lr" if name.endswith(".weight") else "vector_lr"
+        assert torch.allclose(parameter, before[name], rtol=0, atol=1e-20) == (expected != group), name
+
+
+def test_everything_else_is_updated_as_by_adamw() -> None:
+    model = make_model(tied_head=False)
+    params = make_params(optimizer={"vector_lr": 0.1, "weight_decay": 0.3}).optimizer
+    twin = torch.nn.Parameter(model.get_parameter("blocks.1.residual_mix").detach().clone())
+    reference = torch.optim.AdamW([twin], lr=0.1, betas=params.adam_betas, eps=params.adam_eps, weight_decay=0.3)
+    parameters = FlatParameters(model)
+    optimizers = Optimizers(parameters, params, SINGLE_CPU)
+    for multiplier in (1.0, 0.5, 0.25):
+        parameters.gradients.copy_(torch.randn(parameters.gradients.shape, generator=torch.Generator().manual_seed(1)))
+        twin.grad = parameters.by_name(parameters.gradients)["blocks.1.residual_mix"]
+        optimizers.step(multiplier, 0.9)
+        reference.param_groups[0]["lr"] = 0.1 * multiplier
+        reference.step()
+    torch.testing.assert_close(model.get_parameter("blocks.1.residual_mix"), twin)
 
 
 def test_the_multiplier_scales_every_learning_rate() -> None:
     model = make_model()
-    optimizers = Optimizers(model, make_params(optimizer={"weight_decay": 0.0}).optimizer)
+    parameters = gradients_of_one(model)
+    optimizers = Optimizers(parameters, make_params(optimizer={"weight_decay": 0.0}).optimizer, SINGLE_CPU)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
     optimizers.step(0.0, 0.9)
     assert all(torch.equal(parameter, value) for parameter, value in zip(model.parameters(), before, strict=True))
     optimizers.step(0.5, 0.9)
     assert not any(torch.equal(parameter, value) for parameter, value in zip(model.parameters(), before, strict=True))
+
+
+def test_a_state_is_that_of_the_moment_it_was_taken() -> None:
+    model = make_model()
+    parameters = gradients_of_one(model)
+    params = make_params().optimizer
+    first = Optimizers(parameters, params, SINGLE_CPU)
+    first.step(1.0, 0.9)
+    weights, state = parameters.weights.clone(), copy.deepcopy(first.state_dict())
+    ends = []
+    for optimizers in (first, Optimizers(parameters, params, SINGLE_CPU)):
+        parameters.weights.copy_(weights)
+        optimizers.load_state_dict(copy.deepcopy(state))
+        parameters.gradients.fill_(0.5)
+        optimizers.step(0.7, 0.95)
+        ends.append(parameters.weights.clone())
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], weights)

@@ -5,6 +5,7 @@ import torch
 
 from lib.artifacts.quantized import QuantizedTensor, exponents_of
 from lib.quantization.grid import round_to_grid, row_scales
+from lib.training.flat import FlatParameters
 from lib.training.qat import FakeQuantization
 from tests.training.tiny import make_model, make_params
 
@@ -18,7 +19,7 @@ def test_a_compiled_model_changes_when_it_switches_on_and_not_before(backend: st
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    fake_quantization = FakeQuantization(model, make_params().qat)
+    fake_quantization = FakeQuantization(FlatParameters(model), make_params().qat)
     before = compiled(TOKENS, TOKENS).detach()
     with fake_quantization.applied(False):
         assert torch.equal(compiled(TOKENS, TOKENS), before)
@@ -32,7 +33,7 @@ def test_a_compiled_model_changes_when_it_switches_on_and_not_before(backend: st
 def test_weights_are_exactly_those_of_the_export_and_come_back_bit_for_bit() -> None:
     model, params = make_model(tied_head=False), make_params().qat
     originals = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with FakeQuantization(model, params).applied(True):
+    with FakeQuantization(FlatParameters(model), params).applied(True):
         for name, bits in (("blocks.0.attention.query.weight", 5), ("blocks.1.mlp.up.weight", 5), ("token_embedding.weight", 8)):
             weight = originals[name]
             scales = row_scales(weight, bits, params.clip)
@@ -46,7 +47,7 @@ def test_weights_are_exactly_those_of_the_export_and_come_back_bit_for_bit() -> 
 
 def test_gradients_are_straight_through() -> None:
     model, params = make_model(), make_params().qat
-    with FakeQuantization(model, params).applied(True):
+    with FakeQuantization(FlatParameters(model), params).applied(True):
         model(TOKENS, TOKENS).mean().backward()
         quantized = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     other = make_model()
@@ -60,12 +61,12 @@ def test_gradients_are_straight_through() -> None:
 def test_an_error_inside_restores_the_weights() -> None:
     model = make_model()
     before = model.token_embedding.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="inside"), FakeQuantization(model, make_params().qat).applied(True):
+    with pytest.raises(RuntimeError, match="inside"), FakeQuantization(FlatParameters(model), make_params().qat).applied(True):
         raise RuntimeError("inside")
     assert torch.equal(model.token_embedding.weight, before)
 
 
 @pytest.mark.parametrize(("below_lr", "on"), [(0.0, []), (0.4, [0.39, 0.001]), (2.0, [1.0, 0.4, 0.39, 0.001])])
 def test_the_threshold(below_lr: float, on: list[float]) -> None:
-    fake_quantization = FakeQuantization(make_model(), make_params(qat={"below_lr": below_lr}).qat)
+    fake_quantization = FakeQuantization(FlatParameters(make_model()), make_params(qat={"below_lr": below_lr}).qat)
     assert [multiplier for multiplier in (1.0, 0.4, 0.39, 0.001) if fake_quantization.is_on(multiplier)] == on

@@ -1,11 +1,11 @@
 """State files: named by what decides the result, read without executing anything."""
 
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
+from lib.artifacts.files import ArtifactError
 from lib.training.resume import load_resume, resume_file, save_resume
 
 
@@ -19,9 +19,9 @@ def test_another_run_has_another_file(tmp_path: Path) -> None:
 
 def test_state_round_trips_and_absence_is_none(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "resume.pt"
-    assert load_resume(path, torch.device("cpu")) is None
+    assert load_resume(path) is None
     save_resume(path, {"weights": torch.arange(3.0), "curve": [(1, 2.0)], "steps": 4})
-    state = load_resume(path, torch.device("cpu"))
+    state = load_resume(path)
     assert state is not None
     assert torch.equal(state.pop("weights"), torch.arange(3.0))
     assert state == {"curve": [(1, 2.0)], "steps": 4}
@@ -36,6 +36,16 @@ class _Bomb:
 def test_a_foreign_file_is_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "resume.pt"
     torch.save({"weights": _Bomb()}, path)
-    with pytest.raises(pickle.UnpicklingError):
-        load_resume(path, torch.device("cpu"))
+    with pytest.raises(ArtifactError, match="found a damaged file"):
+        load_resume(path)
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_a_damaged_file_is_named(tmp_path: Path, part: float) -> None:
+    path = tmp_path / "resume.pt"
+    save_resume(path, {"weights": torch.arange(1000.0)})
+    content = path.read_bytes()
+    path.write_bytes(content[:int(part * len(content))])
+    with pytest.raises(ArtifactError, match=r"resume\.pt: .* delete it to train from the beginning"):
+        load_resume(path)

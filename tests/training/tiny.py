@@ -13,8 +13,8 @@ from lib.training.config import TrainParams
 from tests.evaluation.tiny import MODEL
 
 TRAIN: dict[str, Any] = {
-    "budget_steps": 30, "budget_seconds": None, "sequence_tokens": 8, "batch_sequences": 4, "micro_batch_sequences": 4,
-    "precision": "fp32", "compile": False,
+    "budget_steps": 30, "budget_seconds": None, "reserve_seconds": None, "sequence_tokens": 8, "batch_sequences": 4,
+    "micro_batch_sequences": 4, "precision": "fp32", "compile": False,
     "optimizer": {"matrix_lr": 0.02, "embedding_lr": 0.02, "vector_lr": 0.01, "head_lr": 0.01, "weight_decay": 0.04, "momentum": 0.95,
                   "momentum_start": 0.85, "momentum_warmup": 0.3, "newton_schulz_steps": 5, "adam_betas": [0.9, 0.95], "adam_eps": 1e-8,
                   "grad_clip": 0.3, "warmdown": 0.5},
