@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+BENCH ?= baselines evaluate fuzz quantize train
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -19,8 +20,8 @@ lint: $(INSTALLED)
 	@ruff check .
 	@mypy
 
-bench: $(INSTALLED)  ## ratios measured in one run; see bench/RESULTS.md
-	@for script in bench/*.py; do python -m bench.$$(basename $$script .py) || exit 1; done
+bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; see bench/RESULTS.md
+	@for script in $(BENCH); do echo "bench.$$script" && python -m bench.$$script || exit 1; done
 
 audit: $(INSTALLED)  ## every check of a legal score, thoroughly, on the finished run
 	@python -m stages.audit

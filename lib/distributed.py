@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -108,7 +108,7 @@ class Process:
         padded[:len(own)] = own
         rows = own.new_empty(share * self.world_size, *own.shape[1:])
         with _collective():
-            dist.all_gather_into_tensor(rows, padded)
+            dist.all_gather(list(rows.split(share)), padded)
         return rows[:num_rows]
 
 
@@ -143,14 +143,22 @@ def start_process() -> Iterator[Process]:
     try:
         yield Process(rank, world_size, device)
     except ProcessLostError as error:
-        if store.add("albatross/processes that noticed", 1) == 1:
+        if _is_first(store, "processes that noticed"):
             reason = str(error).splitlines()[0]
             print(f"another process of this run is gone: its own messages or torchrun's report say why; rerun to continue ({reason})",
                   file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:  # what users can mend is often found by every process
-        if store.add(f"albatross/{type(error).__name__} {error}", 1) > 1:
+        if not _is_first(store, f"{type(error).__name__} {error}"):
             raise SystemExit(1) from None
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _is_first(store: Any, event: str) -> bool:
+    """Whether no other process has reported this event before; also where nobody can say, because the first node is gone."""
+    try:
+        return store.add(f"albatross/{event}", 1) == 1
+    except RuntimeError:
+        return True

@@ -24,17 +24,16 @@ from lib.training.selection import score_candidates, select
 
 def main(seed: int) -> None:
     """Run the stage for one seed."""
-    params, section = load_params("train", TrainParams), load_params("model", ModelSection)
-    folder, architecture = stage_folder("train", seed), section.architecture
     with start_process() as process:
+        params, section, folder = load_params("train", TrainParams), load_params("model", ModelSection), stage_folder("train", seed)
+        architecture = section.architecture
         tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model", architecture.bos_id)
         train_split, heldout = (load_split(TOKENIZE_FOLDER / name, architecture.vocab_size) for name in ("train", "heldout"))
         kernel = choose_kernel(section.attention, architecture, params.precision, process.device)
         say(f"train: attention by {kernel.reason}", enabled=process.is_main)
         model = GPT(architecture, kernel).to(process.device)
         model.initialize(seed)
-        resume_path = resume_file(folder, {"train": params.model_dump(), "model": architecture.model_dump(), "seed": seed,
-                                           "data": sha256_of(TOKENIZE_FOLDER / "train" / SPLIT_FILE)})
+        resume_path = resume_file(folder, params, architecture, seed, sha256_of(TOKENIZE_FOLDER / "train" / SPLIT_FILE))
         result = train(model, params, Loader(train_split, params.sequence_tokens, params.batch_sequences, seed), process, resume_path)
         score = partial(score_heldout, split=heldout, tokenizer=tokenizer, window_tokens=params.sequence_tokens,
                         batch_windows=params.micro_batch_sequences, precision=params.precision, process=process)

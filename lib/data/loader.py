@@ -122,7 +122,9 @@ class Prefetch:
     def of_step(self, step: int) -> torch.Tensor:
         """(b, T + 1) int64, as `Loader.batch` gives it; cheap for the step after that of the last call."""
         known, future = self._coming or (None, None)
-        tokens = future.result() if future is not None and known == step else self._make(step)
+        if future is None or known != step:
+            future = self._thread.submit(self._make, step)
+        tokens = future.result()
         self._coming = step + 1, self._thread.submit(self._make, step + 1)
         return tokens.to(self._process.device, non_blocking=True)
 

@@ -75,7 +75,7 @@ def _load(library: Library) -> FlashAttend:
 def _give_reason(name: str, wanted: KernelName, obstacles: dict[str, list[str]]) -> str:
     if name == wanted:
         return f"{name}: named by model.attention"
-    return "; ".join([f"{name}: the best that can be used here", *(f"{', '.join(names)} {text}" for text, names in obstacles.items())])
+    return "; ".join([f"{name}: the best that can be used here", *(f"{', '.join(names)}: {text}" for text, names in obstacles.items())])
 
 
 def _find_obstacle(name: KernelName, model: ModelParams, precision: Precision, device: torch.device) -> str | None:

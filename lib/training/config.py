@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat, Precision
 from lib.quantization.grid_config import Bits, ByRole, ClipParams
+from lib.training.schedule import lr_multiplier
 
 
 class OptimizerParams(Params):
@@ -93,6 +94,15 @@ class TrainParams(Params):
         if self.reserve_seconds is not None and (self.budget_seconds is None or self.reserve_seconds >= self.budget_seconds):
             raise ValueError(f"reserve_seconds: expected null, or a number below budget_seconds {self.budget_seconds}, "
                              f"found {self.reserve_seconds}")
-        if self.averaging.select == "swa" and self.averaging.swa_below_lr == 0:
-            raise ValueError("averaging.select: swa needs averaging.swa_below_lr above 0")
+        if self.averaging.select == "swa" and not self._takes_snapshots():
+            raise ValueError("averaging.select: swa needs a snapshot, and none is taken; raise averaging.swa_below_lr or lower "
+                             "averaging.swa_every_steps")
         return self
+
+    def _takes_snapshots(self) -> bool:
+        """Whether SWA has anything to average; where the number of steps is not known, whether it may."""
+        every, below = self.averaging.swa_every_steps, self.averaging.swa_below_lr
+        if not isinstance(self.budget_steps, int):
+            return below > 0
+        last = self.budget_steps // every * every  # the learning rate is never lower when a snapshot could be taken
+        return last > 0 and lr_multiplier((last - 1) / self.budget_steps, self.optimizer.warmdown) < below

@@ -183,6 +183,16 @@ class Run:
         self.budget.revise(self.num_steps, self.seconds)
         return num_stop > 0, num_save > 0
 
+    def check_weights(self) -> None:
+        """A loss tells of the weights before its step; those after it must be finite to be kept.
+
+        Raises:
+            TrainingError: they are not.
+        """
+        if not self.parameters.weights.isfinite().all():
+            raise TrainingError(f"train: step {self.num_steps}: expected finite weights, found infinite ones or NaN; lower the "
+                                "learning rates (train.optimizer) and rerun; the state of an earlier step is kept")
+
     def start_clock(self) -> None:
         """Count the time from now on; what came since the last `sync` is not training."""
         self._clock = time.monotonic()
@@ -238,6 +248,7 @@ def train(model: GPT, params: TrainParams, loader: Loader, process: Process, res
             progress.update(len(run.losses) - num_known, total=run.budget.plan.num_steps, loss=run.losses[-1],
                             tokens_per_second=f"{run.num_tokens / run.seconds:,.0f}")
             if stop or save or run.is_finished:
+                run.check_weights()
                 start, resume_state = time.monotonic(), run.state_dict()
                 if process.is_main:
                     _save(resume_path, resume_state)

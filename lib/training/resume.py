@@ -4,16 +4,31 @@ import hashlib
 import io
 import json
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lib.artifacts.files import ArtifactError, write_bytes
+from lib.model.config import ModelParams
+from lib.training.config import TrainParams
+
+CHECKSUM_BYTES = 4  # CRC-32 at the end; torch.load checks none
 
 
-def resume_file(folder: Path, identity: dict[str, Any]) -> Path:
-    """The file for the run with this identity (parameters, seed, checksums of the data); another run gets another name."""
+def resume_file(folder: Path, params: TrainParams, model: ModelParams, seed: int, data_sha256: str) -> Path:
+    """The file for one run; a run with anything else that matters gets another name.
+
+    Args:
+        folder: where such files lie.
+        params: of the run; which of the averages is selected at its end does not matter.
+        model: the architecture.
+        seed: of initialisation and data order.
+        data_sha256: checksum of the description of the training split, which has those of its shards.
+    """
+    identity = {"train": params.model_dump(mode="json", exclude={"averaging": {"select"}}), "model": model.model_dump(mode="json"),
+                "seed": seed, "data": data_sha256}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return folder / f"resume-{digest[:16]}.pt"
 
@@ -26,6 +41,7 @@ def save_resume(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    buffer.write(zlib.crc32(buffer.getbuffer()).to_bytes(CHECKSUM_BYTES, "little"))
     write_bytes(path, buffer.getbuffer())
 
 
@@ -38,7 +54,10 @@ def load_resume(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = memoryview(path.read_bytes())
+        if zlib.crc32(content[:-CHECKSUM_BYTES]) != int.from_bytes(content[-CHECKSUM_BYTES:], "little"):
+            raise ValueError("wrong checksum")
+        state: dict[str, Any] = torch.load(io.BytesIO(content[:-CHECKSUM_BYTES]), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtifactError(f"{path}: expected the state of an unfinished training run, found a damaged file ({reason}); delete it to "

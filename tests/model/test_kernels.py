@@ -208,13 +208,13 @@ def test_documents_are_found_without_knowing_their_number(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("installed", "capability", "expected", "reason"), [
     (NAMES, (9, 0), "flash3", "flash3: the best that can be used here"),
-    (("flash2", "flash4"), (9, 0), "flash4", "flash3 cannot be imported (import of flash_attn_interface halted; None in sys.modules): "),
-    (NAMES, (10, 0), "flash4", "flash3 needs compute capability 9.x, found 10.0"),
-    (("flash2",), (10, 3), "flash2", "flash4 cannot be imported (import of flash_attn.cute.interface halted; None in sys.modules): pip"),
-    (NAMES, (12, 0), "flash2", "flash4 needs compute capability 9.x or 10.x or 11.x, found 12.0"),
-    (NAMES, (8, 9), "flash2", "flash3 needs compute capability 9.x, found 8.9; flash4 needs"),
-    ((), (9, 0), "sdpa", "flash2 cannot be imported (import of flash_attn.flash_attn_interface halted; None in sys.modules): pip"),
-    (NAMES, (7, 5), "sdpa", "flash2 needs compute capability 8.x or 9.x or 10.x or 11.x or 12.x, found 7.5")])
+    (("flash2", "flash4"), (9, 0), "flash4", "flash3: cannot be imported (import of flash_attn_interface halted; None in sys.modules): "),
+    (NAMES, (10, 0), "flash4", "flash3: needs compute capability 9.x, found 10.0"),
+    (("flash2",), (10, 3), "flash2", "flash4: cannot be imported (import of flash_attn.cute.interface halted; None in sys.modules): pip"),
+    (NAMES, (12, 0), "flash2", "flash4: needs compute capability 9.x or 10.x or 11.x, found 12.0"),
+    (NAMES, (8, 9), "flash2", "flash3: needs compute capability 9.x, found 8.9; flash4: needs"),
+    ((), (9, 0), "sdpa", "flash2: cannot be imported (import of flash_attn.flash_attn_interface halted; None in sys.modules): pip"),
+    (NAMES, (7, 5), "sdpa", "flash2: needs compute capability 8.x or 9.x or 10.x or 11.x or 12.x, found 7.5")])
 def test_auto_takes_the_best_and_says_why(installed: tuple[str, ...], capability: tuple[int, int], expected: str, reason: str,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, *installed, capability=capability)
@@ -292,7 +292,7 @@ def test_sdpa_can_always_be_named(precision: Precision, device: torch.device, mo
 
 def test_auto_on_a_cpu_is_one_sentence() -> None:
     reason = choose_kernel("auto", MODEL, "fp32", CPU).reason
-    assert reason == "sdpa: the best that can be used here; flash3, flash4, flash2 needs a CUDA device, found cpu"
+    assert reason == "sdpa: the best that can be used here; flash3, flash4, flash2: needs a CUDA device, found cpu"
 
 
 def test_the_section_holds_the_kernel_and_the_architecture_does_not() -> None:

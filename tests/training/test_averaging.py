@@ -1,9 +1,13 @@
 """Averages against their closed forms."""
 
+import pytest
 import torch
 
+from lib.params import ParamsError
 from lib.training.averaging import Averages
 from lib.training.config import AveragingParams
+from lib.training.schedule import lr_multiplier
+from tests.training.tiny import make_params
 
 
 def test_ema_and_swa_are_their_closed_forms() -> None:
@@ -33,3 +37,24 @@ def test_without_snapshots_there_is_no_swa() -> None:
     averages = Averages(torch.zeros(3), params)
     averages.update(1, 0.5)
     assert set(averages.candidates()) == {"raw", "ema"}
+
+
+@pytest.mark.parametrize(("changes", "fits"), [
+    ({"swa_below_lr": 0.5, "swa_every_steps": 30}, True),  # after the last of 30 steps
+    ({"swa_below_lr": 0.5, "swa_every_steps": 31}, False),
+    ({"swa_below_lr": 0.07, "swa_every_steps": 1}, True),  # warmdown 0.5: the last step is made at 1/15
+    ({"swa_below_lr": 0.06, "swa_every_steps": 1}, False),
+    ({"swa_below_lr": 0.2, "swa_every_steps": 29}, True),  # the step before it at 2/15
+    ({"swa_below_lr": 0.13, "swa_every_steps": 29}, False),
+    ({"swa_below_lr": 0.0, "swa_every_steps": 1}, False),
+])
+def test_choosing_swa_needs_a_snapshot_in_the_budget(changes: dict[str, float], fits: bool) -> None:
+    taken = Averages(torch.zeros(3), make_params(averaging=changes).averaging)
+    for step in range(30):
+        taken.update(step + 1, lr_multiplier(step / 30, 0.5))
+    assert ("swa" in taken.candidates()) == fits
+    if fits:
+        make_params(averaging=changes | {"select": "swa"})
+    else:
+        with pytest.raises(ParamsError, match=r"averaging\.select: swa needs a snapshot, and none is taken"):
+            make_params(averaging=changes | {"select": "swa"})

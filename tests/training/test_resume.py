@@ -7,14 +7,16 @@ import torch
 
 from lib.artifacts.files import ArtifactError
 from lib.training.resume import load_resume, resume_file, save_resume
+from tests.training.tiny import make_model, make_params
 
 
 def test_another_run_has_another_file(tmp_path: Path) -> None:
-    identity = {"train": {"lr": 0.1, "steps": 3}, "seed": 1}
-    same = {"seed": 1, "train": {"steps": 3, "lr": 0.1}}
-    assert resume_file(tmp_path, identity) == resume_file(tmp_path, same)
-    assert resume_file(tmp_path, identity) != resume_file(tmp_path, {**identity, "seed": 2})
-    assert resume_file(tmp_path, identity) != resume_file(tmp_path, {**identity, "train": {"lr": 0.2, "steps": 3}})
+    params, model = make_params(), make_model().params
+    names = [resume_file(tmp_path, params, model, 1, "a"), resume_file(tmp_path, params, model, 2, "a"),
+             resume_file(tmp_path, params, model, 1, "b"), resume_file(tmp_path, make_params(budget_steps=31), model, 1, "a"),
+             resume_file(tmp_path, params, make_model(num_layers=2, value_embedding_layers=[1]).params, 1, "a")]
+    assert len(set(names)) == len(names)
+    assert resume_file(tmp_path, make_params(averaging={"select": "raw"}), make_model(seed=3).params, 1, "a") == names[0]
 
 
 def test_state_round_trips_and_absence_is_none(tmp_path: Path) -> None:
