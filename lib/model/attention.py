@@ -78,7 +78,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = rotation.cos.to(x.dtype), rotation.sin.to(x.dtype)
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos), rest), dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos, rest), dim=-1)
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:

@@ -56,10 +56,10 @@ class Block(nn.Module):
         """One block: residual stream `x` and embedding `x0`, both (B, T, D) -> (B, P, D), at the positions of `scope`."""
         if self.residual_mix is not None:
             mix = self.residual_mix.to(x.dtype)
-            x = torch.addcmul(mix[0] * x, mix[1], x0)
+            x = mix[0] * x + mix[1] * x0
         attended = self.attention(rms_norm(x) * self.input_scale, added_value, scope)
-        x = torch.addcmul(x[:, scope.positions], self.attention_scale.to(x.dtype), attended)
-        return torch.addcmul(x, self.mlp_scale.to(x.dtype), self.mlp(rms_norm(x) * self.input_scale))
+        x = x[:, scope.positions] + self.attention_scale.to(x.dtype) * attended
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale)
 
 
 class TiedHead(nn.Module):
@@ -137,7 +137,7 @@ class GPT(nn.Module):
         skips: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             if self.skip_weights is not None and layer >= self.params.num_layers // 2 and skips:
-                x = torch.addcmul(x, self.skip_weights[len(self.skip_weights) - len(skips)].to(x.dtype), skips.pop())
+                x = x + self.skip_weights[len(self.skip_weights) - len(skips)].to(x.dtype) * skips.pop()
             x = block(x, x0, added_values.get(layer), at_positions if layer == self.params.num_layers - 1 else everywhere)
             if self.skip_weights is not None and layer < self.params.num_layers // 2:
                 skips.append(x)
