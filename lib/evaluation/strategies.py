@@ -59,6 +59,9 @@ def _one_pass(end: int, params: EvaluateParams, first: int = 0) -> Windows:
     return one_pass_windows(end, params.window_tokens, params.segment_tokens, first=first)
 
 
+CHUNK_WINDOWS = {"sliding": _sliding, "one_pass": _one_pass}  # ways to score a chunk
+
+
 def _chunks(num_targets: int, params: EvaluateParams) -> Iterator[tuple[int, int]]:
     size = params.score_first.chunk_tokens
     return ((first, min(first + size, num_targets)) for first in range(0, num_targets, size))
@@ -67,7 +70,7 @@ def _chunks(num_targets: int, params: EvaluateParams) -> Iterator[tuple[int, int
 def _score_first(job: Job) -> None:
     """pr585: score a chunk, then train on it, never on the last one."""
     settings, limit = job.params.score_first, job.limit
-    adapter, windows = Adapter(job, settings), {"sliding": _sliding, "one_pass": _one_pass}[settings.windows]
+    adapter, windows = Adapter(job, settings), CHUNK_WINDOWS[settings.windows]
     *trained, _ = chunks = list(_chunks(job.num_targets, job.params))
     num_epochs = 0
     for number, (first, end) in enumerate(chunks):
@@ -83,7 +86,7 @@ def _score_first(job: Job) -> None:
 
 def _score_first_work(documents: Documents, params: EvaluateParams) -> int:
     settings = params.score_first
-    windows = {"sliding": _sliding, "one_pass": _one_pass}[settings.windows]
+    windows = CHUNK_WINDOWS[settings.windows]
     *trained, last = chunks = list(_chunks(_num_targets(documents), params))
     scoring = sum(windows(end, params, first).work for first, end in chunks)
     return scoring + settings.epochs * training_work(last[0] if trained else 0)

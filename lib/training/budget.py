@@ -7,7 +7,7 @@ from lib.training.config import TrainParams
 
 REVISIONS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 """Fractions of a budget in seconds after which the plan is revised."""
-CAREFUL_STEPS = 20  # so many steps before the end of a budget in seconds the clock is read after each
+CAREFUL_STEPS = 20  # so many steps before the end of a budget in seconds the plan is revised after each
 
 
 class Plan:
@@ -59,7 +59,7 @@ class Budget:
         self._seconds = None if params.budget_seconds is None else params.budget_seconds - (params.reserve_seconds or 0.0)
         steps = params.budget_steps
         self.plan = Plan([] if steps is None else [(0, steps)] if isinstance(steps, int) else steps)
-        self._revised = 0, 0.0  # steps and seconds at the last revision
+        self._revised = 0, 0.0  # steps and seconds at the last of `REVISIONS`, from which steps are timed
 
     @property
     def has_plan(self) -> bool:
@@ -84,12 +84,11 @@ class Budget:
         if self._seconds is None:
             return
         last_steps, last_seconds = self._revised
-        per_step = (seconds - last_seconds) / (num_steps - last_steps)
-        left = self._seconds - seconds
-        fits = (self.plan.num_steps - num_steps) * per_step <= left
-        passed = [sum(time >= part * self._seconds for part in REVISIONS) for time in (last_seconds, seconds)]
-        if not fits or passed[0] < passed[1] or (self.plan.num_steps <= num_steps and left >= per_step):
-            self.plan.revise(num_steps, num_steps + max(0, int(left / per_step)))
+        is_due = any(last_seconds < part * self._seconds <= seconds for part in REVISIONS)
+        if is_due or self.is_near_the_end(num_steps):
+            per_step = (seconds - last_seconds) / (num_steps - last_steps)
+            self.plan.revise(num_steps, num_steps + max(0, int((self._seconds - seconds) / per_step)))
+        if is_due:
             self._revised = num_steps, seconds
 
     def state_dict(self) -> dict[str, Any]:

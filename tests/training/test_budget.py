@@ -1,11 +1,12 @@
 """The plan of a run: what fraction is done at each step, by steps and by a clock."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.params import ParamsError
-from lib.training.budget import Budget, Plan
+from lib.training.budget import CAREFUL_STEPS, REVISIONS, Budget, Plan
 from tests.training.tiny import make_params
 
 
@@ -66,6 +67,13 @@ def test_steps_that_become_slower_are_noticed() -> None:
     seconds = run_with_clock(budget, [0.1] * 1000 + [0.3] * 10000, 0.1)
     assert 299 < seconds <= 300
     assert budget.plan.fraction(budget.plan.num_steps - 1) > 0.99
+
+
+def test_a_long_run_has_few_revisions() -> None:
+    budget = Budget(make_params(budget_steps=None, budget_seconds=600.0))
+    generator = np.random.default_rng(0)
+    run_with_clock(budget, generator.uniform(0.09, 0.11, 7000).tolist(), 0.1)
+    assert 5 < len(budget.plan.revisions) <= len(REVISIONS) + CAREFUL_STEPS
 
 
 def test_a_run_by_seconds_is_repeated_by_steps() -> None:
