@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lib.training.loop
 from lib.data.loader import Loader
@@ -159,6 +160,30 @@ def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
     assert warm.losses == cold.losses
     for one, other in zip(warm.averages.candidates().values(), cold.averages.candidates().values(), strict=True):
         assert torch.equal(one, other)
+
+
+class Waiting(TorchDispatchMode):
+    """Refuses what reads a value from the device, or asks it for a shape."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_nothing_waits_for_the_device_within_a_step(tmp_path: Path, precision: str, document_mask: bool) -> None:
+    clip = {"rule": "percentile", "percentiles": [0.9, 1.0], "num_candidates": 8, "num_std": 4.0}
+    params = make_params(precision=precision, micro_batch_sequences=3, qat={"below_lr": 2.0, "clip": clip})
+    loader = Loader(make_split(tmp_path / "train"), params.sequence_tokens, params.batch_sequences, seed=5)
+    run = Run(make_model(document_mask=document_mask), params, loader, SINGLE_CPU)
+    with Waiting():  # type: ignore[no-untyped-call]
+        for _ in range(3):
+            run.step()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            float(run.parameters.weights[0])
+    run.sync()
+    assert len(run.losses) == 3
 
 
 def test_a_full_disk_costs_a_state_but_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
