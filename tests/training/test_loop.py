@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,15 @@ def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
     assert warm.losses == cold.losses
     for one, other in zip(warm.averages.candidates().values(), cold.averages.candidates().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while quantization-aware training swaps the weights, which are views of one tensor."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
+    changes: dict[str, Any] = {"budget_steps": 8, "micro_batch_sequences": 3, "qat": {"below_lr": 0.6}}
+    eager, compiled = (run_training(tmp_path, make_params(**changes, compile=is_compiled)) for is_compiled in (False, True))
+    assert compiled.losses == pytest.approx(eager.losses, abs=1e-4)
+    assert compiled.losses != eager.losses
 
 
 class Waiting(TorchDispatchMode):
