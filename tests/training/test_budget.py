@@ -69,6 +69,12 @@ def test_steps_that_become_slower_are_noticed() -> None:
     assert budget.plan.fraction(budget.plan.num_steps - 1) > 0.99
 
 
+def test_the_last_steps_are_watched_one_by_one() -> None:
+    budget = Budget(make_params(budget_steps=None, budget_seconds=100.0))
+    seconds = run_with_clock(budget, [0.125] * 796 + [0.5] * 100, 0.125)  # slower just after the last regular revision
+    assert 99 < seconds <= 100
+
+
 def test_a_long_run_has_few_revisions() -> None:
     budget = Budget(make_params(budget_steps=None, budget_seconds=600.0))
     generator = np.random.default_rng(0)
