@@ -239,12 +239,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", type=Path, default=PARAMS_FILE, help="parameter file whose sections model and train are used")
     parser.add_argument("--sequences", type=int, help="sequences per step on this device; train.batch_sequences where not given")
+    parser.add_argument("--compile", action="store_true", help="as if train.compile were true")
     parser.add_argument("--steps", type=int, default=100, help="measured steps of each loop, in blocks")
     parser.add_argument("--device-peak-tflops", type=float, help="that utilisation is a share of")
     options = parser.parse_args()
     section, params = load_params("model", ModelSection, options.preset), load_params("train", TrainParams, options.preset)
-    if options.sequences:
-        params = params.model_copy(update={"batch_sequences": options.sequences})
+    params = params.model_copy(update={"batch_sequences": options.sequences or params.batch_sequences,
+                                       "compile": options.compile or params.compile})
     with start_process() as process:
         kernel = choose_kernel(section.attention, section, params.precision, process.device)
         measured = measure(make_loops(section.architecture, params, kernel, process), process, options.steps)
