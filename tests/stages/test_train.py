@@ -222,16 +222,17 @@ def test_a_run_that_diverges_names_the_step_and_keeps_finite_weights(here: Path,
 
 
 def test_an_average_that_was_not_made_costs_no_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_params(here, "train", budget_steps=FEW_STEPS, averaging={"select": "raw", "swa_every_steps": 1000})
+    plan = [[0, FEW_STEPS]]  # that of a run by seconds, of which nobody knows beforehand whether snapshots will be taken
+    write_params(here, "train", budget_steps=plan, averaging={"select": "raw", "swa_every_steps": 1000})
     train.main(SEED)
     expected = read_results(here)
     shutil.rmtree(RESULT)
-    write_params(here, "train", budget_steps=FEW_STEPS, averaging={"select": "swa", "swa_every_steps": 1000})
+    write_params(here, "train", budget_steps=plan, averaging={"select": "swa", "swa_every_steps": 1000})
     with pytest.raises(ValueError, match=r"^train\.averaging\.select: expected one of raw, ema, found swa; no snapshot was taken"):
         train.main(SEED)
     assert read_results(here).keys() == {find_state(here).name}
     monkeypatch.delattr(Run, "step")
-    write_params(here, "train", budget_steps=FEW_STEPS, averaging={"select": "raw", "swa_every_steps": 1000})
+    write_params(here, "train", budget_steps=plan, averaging={"select": "raw", "swa_every_steps": 1000})
     train.main(SEED)
     assert read_results(here) == expected
 
