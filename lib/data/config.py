@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lib.params import NonNegative, Params, Positive
+from lib.params import NonNegative, Params, Positive, PositiveFloat
 
 SourceName = Literal["embedded", "jsonl"]
 
@@ -12,6 +12,30 @@ NUM_RESERVED_PIECES = 4 + 256
 """Control and unknown pieces (pad 0, bos 1, eos 2, unk 3) and one piece for each byte value."""
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class HubParams(Params):
+    """``tokenize.hub``: a dataset of the Hugging Face Hub, laid out as that of the parameter-golf challenge."""
+
+    repo: Annotated[str, Field(min_length=1)]
+    """Owner and name of the dataset repository."""
+    revision: Annotated[str, Field(min_length=1)]
+    """Commit, 40 hexadecimal digits; or a branch or tag, which is resolved to a commit that the manifest records."""
+    dataset: Annotated[str, Field(min_length=1)]
+    """Name of a dataset in the repository's ``manifest.json``; it names the tokenizer too."""
+    start: Literal["shards", "documents"]
+    """What is downloaded: the dataset's token shards, or the raw documents, which are tokenized here."""
+    train_shards: Positive
+    """Training shards to download, the first so many."""
+
+
+class ExpectParams(Params):
+    """``tokenize.expect``: known facts about the validation text; null = not checked."""
+
+    val_documents: Positive | None
+    """Number of validation documents."""
+    val_bytes_per_token: PositiveFloat | None
+    """Bytes of text per target token, to five digits after the point."""
 
 
 class TokenizeParams(Params):
@@ -25,25 +49,33 @@ class TokenizeParams(Params):
     """jsonl: which files inside the folder, as a glob; not used for a single file."""
     packages: tuple[str, ...]
     """embedded: distributions that are harvested beside the standard library."""
+    hub: HubParams
+    """hub: what is downloaded."""
     min_document_bytes: NonNegative
     """Documents with fewer UTF-8 bytes are left out."""
     heldout_fraction: OpenFraction
     """Expected fraction of the documents that is held out of training for model selection."""
-    val_fraction: OpenFraction
-    """Expected fraction of the documents that only the evaluation sees."""
+    val_fraction: OpenFraction | None
+    """Expected fraction of the documents that only the evaluation sees; null where `val_documents` or the shards say which."""
+    val_documents: Positive | None
+    """jsonl, hub from documents: the first so many documents are those that only the evaluation sees; or null."""
     tokenizer: Annotated[str, Field(min_length=1)] | None
     """A SentencePiece model file, or null to train one on training documents."""
     vocab_size: Annotated[int, Field(gt=NUM_RESERVED_PIECES, le=65536)]
     """Number of pieces; a given model must have exactly as many."""
+    case_transform: bool
+    """Capitals are written as operators and small letters, without loss; a given tokenizer must have the operators as pieces."""
     tokenizer_training_bytes: Positive
     """The tokenizer is trained on the first training documents, up to this many UTF-8 bytes."""
     shard_tokens: Annotated[int, Field(gt=0, lt=2**31)]
     """Tokens in each shard file but the last of a split; the file's header holds them as int32."""
+    expect: ExpectParams
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.heldout_fraction + self.val_fraction >= 1:
-            raise ValueError(f"heldout_fraction: expected less than 1 - val_fraction = {1 - self.val_fraction:g}, so that training "
+        val_fraction = self.val_fraction or 0
+        if self.heldout_fraction + val_fraction >= 1:
+            raise ValueError(f"heldout_fraction: expected less than 1 - val_fraction = {1 - val_fraction:g}, so that training "
                              f"documents remain, found {self.heldout_fraction:g}")
         if len(set(self.packages)) != len(self.packages):
             raise ValueError(f"packages: expected each distribution once, found {list(self.packages)}")

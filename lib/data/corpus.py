@@ -69,7 +69,7 @@ class Selection:
             reason = self._flaw(text)
             if reason is None:
                 digest = normalized_hash(text)
-                split = split_of(digest, self.params.heldout_fraction, self.params.val_fraction)
+                split = split_of(digest, self.params.heldout_fraction, self.params.val_fraction or 0)
                 key = digest[:KEY_BYTES]
                 if key not in self.keys[split]:
                     self.keys[split].add(key)
