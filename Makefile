@@ -6,7 +6,7 @@ BENCH ?= baselines evaluate fuzz quantize train
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint audit bench sweep clean
+.PHONY: repro test lint audit bench compare preset sweep clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
 	@python -m lib.schema
@@ -25,6 +25,12 @@ bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; se
 
 audit: $(INSTALLED)  ## every check of a legal score, thoroughly, on the finished run
 	@python -m stages.audit
+
+preset: $(INSTALLED)  ## make a preset the parameters: make preset NAME=pr585
+	@python -m lib.presets $(NAME)
+
+compare: $(INSTALLED)  ## parameters that differ, and figures: make compare REVS="HEAD~1 my-branch"; alone: HEAD, workspace, experiments
+	@python -m lib.reporting.revisions $(REVS)
 
 sweep: $(INSTALLED)  ## rate-distortion curve: make sweep TARGETS="400000 600000"
 	@python -m lib.reporting.sweep $(TARGETS)

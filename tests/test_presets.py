@@ -1,5 +1,6 @@
 """Every parameter file of the repository is complete and valid, and the presets are the published systems."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from lib.model.gpt import GPT
-from lib.params import parse_params, read_params
+from lib.params import ParamsError, parse_params, read_params
+from lib.presets import apply_preset, list_presets
 from lib.schema import PipelineParams
 
 ROOT = Path(__file__).parents[1]
@@ -73,3 +75,41 @@ def test_the_target_is_below_the_limit(tmp_path: Path) -> None:
     path.write_text(text.replace(f"target_bytes: {target}", f"target_bytes: {limit + 1}"))
     with pytest.raises(ValueError, match=rf"quantize\.target_bytes: expected at most compress\.limit_bytes {limit}, found {limit + 1}"):
         load(path)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository with params.yaml and the presets."""
+    shutil.copytree(ROOT / "presets", tmp_path / "presets")
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    for command in ("init --quiet", "add --all", "-c user.name=test -c user.email=test@example.org commit --quiet --message start"):
+        subprocess.run(["git", *command.split()], check=True)
+    return tmp_path
+
+
+def test_a_preset_replaces_what_git_or_another_preset_has(workspace: Path) -> None:
+    for name, path in list_presets().items():
+        apply_preset(name)
+        assert (workspace / "params.yaml").read_bytes() == path.read_bytes()
+    (workspace / "params.yaml").unlink()
+    apply_preset("pr585")
+    assert (workspace / "params.yaml").read_bytes() == (ROOT / "presets/pr585.yaml").read_bytes()
+
+
+def test_a_preset_does_not_replace_work(workspace: Path) -> None:
+    edited = (workspace / "params.yaml").read_text().replace("damping: 0.003", "damping: 0.004")
+    (workspace / "params.yaml").write_text(edited)
+    with pytest.raises(ParamsError, match=r"found some that are not committed; commit them, or drop them with `git restore params\.yaml`"):
+        apply_preset("pr585")
+    assert (workspace / "params.yaml").read_text() == edited
+
+
+def test_a_preset_that_is_unknown_or_wrong_changes_nothing(workspace: Path) -> None:
+    before = (workspace / "params.yaml").read_bytes()
+    with pytest.raises(ParamsError, match=r"NAME: expected one of jsonl, .*pr585, found 'pr584'"):
+        apply_preset("pr584")
+    (workspace / "presets/pr585.yaml").write_text((workspace / "presets/pr585.yaml").read_text().replace("num_layers: 11", "num_layers: 0"))
+    with pytest.raises(ParamsError, match=r"presets/pr585\.yaml: model\.num_layers"):
+        apply_preset("pr585")
+    assert (workspace / "params.yaml").read_bytes() == before

@@ -1,0 +1,72 @@
+"""The commands in the README's chapter on experiments, run as they stand there in a clone, and what they run again."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.clone import Clone, stages_run
+
+pytestmark = pytest.mark.xdist_group("commands")
+
+ROOT = Path(__file__).parents[1]
+SEEDS = [1337, 42]
+OF_A_SEED = ("train", "calibrate", "quantize", "compress", "evaluate")
+AFTER_QUANTIZE = {f"{stage}@{seed}" for stage in ("quantize", "compress", "evaluate") for seed in SEEDS} | {"report"}
+COMMANDS: dict[str, set[str]] = {  # what runs again; in this order
+    "dvc repro evaluate@42": {"tokenize", *(f"{stage}@42" for stage in OF_A_SEED)},
+    "dvc repro --single-item quantize@42": set(),
+    "dvc repro": {*(f"{stage}@1337" for stage in OF_A_SEED), "report"},
+    'git add --all && git commit --message "Run"': set(),
+    "dvc exp run --set-param quantize.bits.mlp=4": AFTER_QUANTIZE,
+    'git add --all && git commit --message "Four bits"': set(),
+    'make compare REVS="HEAD~1 HEAD"': set(),
+    "dvc params diff HEAD~1": set(),
+    "dvc metrics diff HEAD~1": set(),
+    "dvc plots diff HEAD~1": set(),
+    "dvc exp run --queue --name grid --set-param quantize.method=gptq,rtn": set(),
+    "dvc queue start": set(),
+    "dvc queue status": set(),
+    "make compare": set(),
+    "dvc exp apply grid-2": set(),
+    "git restore --source HEAD~1 params.yaml && dvc repro": set(),
+    "git checkout --force --detach HEAD~1 && dvc checkout --force": set(),
+}
+
+
+def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path) -> None:
+    chapter = (ROOT / "README.md").read_text().split("## Experiments\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```\n(.*?)```", chapter, re.DOTALL)
+    assert [re.split(r"  +#", line)[0].strip() for block in blocks for line in block.splitlines()] == list(COMMANDS)
+
+    evaluate = {"strategies": ["plain", "sliding"], "strategy": "sliding", "audit": False}
+    clone = Clone(tmp_path, {"seeds": SEEDS, "evaluate": evaluate})
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/installed").touch()  # so that make uses the environment of this test
+    shown = {}
+    for command, expected in COMMANDS.items():
+        shown[command] = clone.run("sh", "-c", command)
+        assert stages_run(shown[command]) == expected, command
+        if command == "dvc queue start":
+            wait_for_queue(clone)
+
+    compared = shown['make compare REVS="HEAD~1 HEAD"'].splitlines()
+    assert compared[1].split() == ["quantize.bits.mlp", "free", "4"]
+    assert compared[2].split()[0] == "val_bpb" and "-" not in compared[2].split()[1:3]
+    assert re.search(r"quantize\.bits\.mlp +free +4", shown["dvc params diff HEAD~1"])
+    assert re.search(r"seed1337/metrics\.json +val_bpb +\d", shown["dvc metrics diff HEAD~1"])
+    assert (tmp_path / "dvc_plots/index.html").exists()
+    grid = {line.split()[0]: line.split()[1:] for line in shown["make compare"].splitlines()[1:]}
+    assert {name: cells[0] for name, cells in grid.items()} == {"HEAD": "gptq", "workspace": "gptq", "grid-1": "gptq", "grid-2": "rtn"}
+    assert grid["grid-1"] == grid["HEAD"]
+    assert grid["grid-2"][1:] != grid["HEAD"][1:]
+    assert clone.run("git", "status", "--porcelain", "--untracked-files=no") == ""
+
+
+def wait_for_queue(clone: Clone) -> None:
+    deadline = time.monotonic() + 300
+    while any(state in (status := clone.run("dvc", "queue", "status")) for state in ("Queued", "Running")):
+        assert time.monotonic() < deadline, status
+        time.sleep(0.5)
+    assert "Failed" not in status
