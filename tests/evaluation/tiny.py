@@ -1,7 +1,7 @@
 """A model, tokens and parameters small enough to check by brute force."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib.distributed import SINGLE_CPU, Process
-from lib.evaluation.config import EvaluateParams
+from lib.evaluation.config import EvaluateParams, StrategyName
 from lib.evaluation.evaluation import Text
 from lib.evaluation.job import Job
 from lib.evaluation.limit import TimeLimit
@@ -30,7 +30,7 @@ MODEL: dict[str, Any] = {
 ADAPTATION: dict[str, Any] = {
     "epochs": 2, "lr": 0.01, "lr_schedule": "cosine", "optimizer": "adamw", "momentum": 0.9, "weight_decay": 0.01, "grad_clip": 1.0,
     "batch_sequences": 2, "trainable": ["last_1_blocks", "scales"]}
-STRATEGIES = ("plain", "sliding", "one_pass", "score_first", "lora", "phased", "two_phase")
+STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 EVALUATE: dict[str, Any] = {
     "strategies": list(STRATEGIES), "strategy": "score_first", "window_tokens": 8, "stride_tokens": 2, "segment_tokens": 16,
     "batch_tokens": 32, "precision": "fp32", "compile": False, "limit_seconds": 60.0, "when_late": "fail", "audit": True,
