@@ -17,7 +17,7 @@ from typing import Any
 import brotli
 
 from lib.compression import head
-from lib.compression.closure import import_closure
+from lib.compression.closure import import_closure, imported_packages
 
 ENTRY = Path("stages/score.py")
 """What the submitted program runs."""
@@ -56,6 +56,11 @@ def code_bytes(root: Path) -> int:
 def bundle_sources(root: Path) -> dict[str, str]:
     """Path -> text of the source files that `ENTRY` needs, as they are bundled; argument as of `make_bundle`."""
     return {path.as_posix(): strip_source((root / path).read_text(encoding="utf-8")) for path in import_closure(ENTRY, root)}
+
+
+def list_packages(root: Path) -> dict[str, str]:
+    """Distributions that ``train_gpt.py`` imports from, name -> installed version; argument as of `make_bundle`."""
+    return imported_packages(import_closure(ENTRY, root), root)
 
 
 def strip_source(source: str) -> str:

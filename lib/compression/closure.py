@@ -35,11 +35,14 @@ def import_closure(entry: Path, root: Path) -> tuple[Path, ...]:
 
 
 def imported_packages(paths: Iterable[Path], root: Path) -> dict[str, str]:
-    """Installed distributions that source files below `root` import from, name -> version, sorted; the standard library left out."""
+    """Installed distributions that source files below `root` import from, name -> version, sorted; the standard library left out.
+
+    Versions are without the suffix of a build for one kind of device (``+cpu``), which no package index but torch's own has.
+    """
     distributions = packages_distributions()
     modules = {name.split(".")[0] for path in paths for name in _imported_names(path, root)} - sys.stdlib_module_names
     names = {name for module in modules if not _files_of(module, root) for name in distributions.get(module, ())}
-    return {name: version(name) for name in sorted(names, key=str.lower)}
+    return {name: version(name).partition("+")[0] for name in sorted(names, key=str.lower)}
 
 
 def _files_of(name: str, root: Path) -> list[Path]:
