@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lib.compression.bundle import SETTINGS_BYTES, bundle_sources, code_bytes, make_bundle, strip_source
+from lib.compression.bundle import SETTINGS_BYTES, bundle_sources, code_bytes, list_packages, make_bundle, strip_source
 from lib.compression.closure import import_closure
 from lib.params import read_params
 
@@ -116,6 +116,8 @@ def test_everything_that_the_real_program_imports_is_bundled() -> None:
     sources = bundle_sources(ROOT)
     assert list(sources) == [path.as_posix() for path in import_closure(Path("stages/score.py"), ROOT)]
     assert sum(map(len, sources.values())) > 100_000 > 2 * code_bytes(ROOT)
+    assert set(list_packages(ROOT)) == {"brotli", "constriction", "numpy", "pydantic", "pydantic_core", "ruamel.yaml", "safetensors",
+                                        "sentencepiece", "torch", "tqdm", "zstandard"}
 
 
 def without_docstrings(tree: ast.Module) -> ast.Module:
