@@ -4,7 +4,6 @@ The closure follows every import statement, also those inside functions, without
 """
 
 import ast
-import sys
 from collections.abc import Iterable
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -35,12 +34,12 @@ def import_closure(entry: Path, root: Path) -> tuple[Path, ...]:
 
 
 def imported_packages(paths: Iterable[Path], root: Path) -> dict[str, str]:
-    """Installed distributions that source files below `root` import from, name -> version, sorted; the standard library left out.
+    """Installed distributions that source files below `root` import from, name -> version, sorted.
 
     Versions are without the suffix of a build for one kind of device (``+cpu``), which no package index but torch's own has.
     """
     distributions = packages_distributions()
-    modules = {name.split(".")[0] for path in paths for name in _imported_names(path, root)} - sys.stdlib_module_names
+    modules = {name.split(".")[0] for path in paths for name in _imported_names(path, root)}
     names = {name for module in modules if not _files_of(module, root) for name in distributions.get(module, ())}
     return {name: version(name).partition("+")[0] for name in sorted(names, key=str.lower)}
 

@@ -1,10 +1,11 @@
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
 
+from lib.compression import closure
 from lib.compression.closure import import_closure, imported_packages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +39,10 @@ def test_imports_of_packages_count(tmp_path: Path) -> None:
     assert Path("lib/unused.py") in import_closure(Path("stages/run.py"), tmp_path)
 
 
-def test_packages_are_those_that_are_imported_and_installed(tmp_path: Path) -> None:
+def test_packages_are_those_that_are_imported_and_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_project(tmp_path)
+    distributions = {**packages_distributions(), "lib": ["pytest"]}  # as where this project itself is installed
+    monkeypatch.setattr(closure, "packages_distributions", lambda: distributions)
     write(tmp_path, lib__a="import json, ruamel.yaml\nimport lib.d\n", lib__d="def f():\n    from tqdm import tqdm\n    import absent\n")
     paths = import_closure(Path("stages/run.py"), tmp_path)
     assert imported_packages(paths, tmp_path) == {name: version(name) for name in ("numpy", "ruamel.yaml", "tqdm")}

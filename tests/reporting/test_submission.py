@@ -69,7 +69,8 @@ def test_readme_says_how_to_repeat_the_score_and_what_it_is_made_of() -> None:
     assert readme.startswith("# A run\n\nSmall & quick.\n\n")
     for line in ("| val_bpb | 1.65000000 | 1.66000000 | 1.65500000 | 0.00707107 |", "| seconds, train | 240.0 | 240.0 | 240.0 | 0.0 |",
                  "pip install torch==2.13.0 ruamel.yaml==0.19.1", "val_bpb: 1.65000000", "| mlp | 600 | 500,000 |", "| code |  | 61,000 |",
-                 "| all | | 812,345 |", "| C1 | A score depends on the artifact and earlier tokens only. | passed |"):
+                 "| all | | 812,345 |", "| C1 | A score depends on the artifact and earlier tokens only. | passed |",
+                 "| C3 | What is trained on has been scored before, and no score comes after training on its target. | passed |"):
         assert line in readme.splitlines()
     assert re.search(r"^two_phase +1\.6050 .* no: trains before scoring", readme, re.MULTILINE)
     assert "Audit: legal (21 passed, 1 not checked)." in readme
