@@ -74,7 +74,7 @@ def test_readme_says_how_to_repeat_the_score_and_what_it_is_made_of() -> None:
         assert line in readme.splitlines()
     assert re.search(r"^two_phase +1\.6050 .* no: trains before scoring", readme, re.MULTILINE)
     assert "Audit: legal (21 passed, 1 not checked)." in readme
-    assert "\n\n\n" not in readme
+    assert "\n\n\n" not in readme and "A dash" not in readme
 
 
 def test_readme_without_an_audit_says_so() -> None:
@@ -108,7 +108,8 @@ def test_a_time_that_was_not_measured_is_no_number() -> None:
     metrics = read_metrics([7])[0]
     (stage_folder("train", 7) / "metrics.json").write_text(json.dumps(metrics["train"]))  # from the cache: other bytes
     assert "seconds: not measured, from cache" in make_log(7, metrics).split("== calibrate")[0]
-    assert "| seconds, train | - | 240.0 | - | - |" in write([7, 8])["README.md"].decode()
+    readme = write([7, 8])["README.md"].decode()
+    assert "| seconds, train | - | 240.0 | - | - |" in readme and "A dash stands for" in readme
 
 
 @pytest.mark.parametrize(("key", "name"), [("code_bytes", "train_gpt.py"), ("blob_bytes", "model.ptz")])
