@@ -20,7 +20,7 @@ from lib.artifacts.checkpoint import Checkpoint
 from lib.artifacts.hessians import Hessians
 from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.tokens import load_split
-from lib.compression.code_size import EVALUATE, code_bytes
+from lib.compression.bundle import code_bytes
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.data.loader import Loader
@@ -81,7 +81,7 @@ class Bench:
                                    batch_sequences=calibrate.batch_sequences, process=self.process, description=name)
                    for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
         hessians = Hessians(matrix_inputs(reference), *moments)
-        code, coding = code_bytes(EVALUATE, Path()), load_params("compress", CompressParams)
+        code, coding = code_bytes(Path()), load_params("compress", CompressParams)
         grid: dict[str, Any] = {"target_bytes": None, "bits": train_params.qat.bits.model_dump(),
                                 "clip": train_params.qat.clip.model_dump(mode="json"), "scale_factors": [1.0], "rate_weight": 0.0}
         changes = {"nearest": grid | {"method": "rtn"}, "GPTQ": grid, "free": {}}

@@ -15,8 +15,7 @@ from lib.compression.container import load_artifact
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
 from lib.evaluation.config import EvaluateParams
-from lib.evaluation.evaluation import Text
-from lib.model.gpt import build_model
+from lib.evaluation.inputs import open_inputs
 from lib.params import load_params, read_params
 
 
@@ -30,11 +29,9 @@ def main(arguments: list[str] | None = None, *, confined: bool = False) -> None:
         confinement = confine_to_inputs(seeds, "audit", process) if confined else unchecked("the audit ran inside another program")
         for number in seeds:
             scores = stage_folder("evaluate", number)
-            artifact = load_artifact(stage_folder("compress", number) / "model.ptz")
-            model = build_model(artifact.model, artifact.weights()).to(process.device)
             tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model")
-            split = load_split(TOKENIZE_FOLDER / "val", model.params.vocab_size)
-            text = Text.of(split.tokens(), tokenizer.target_bytes(split.tokens()), tokenizer.bos_id)
+            split = load_split(TOKENIZE_FOLDER / "val", tokenizer.vocab_size)
+            model, text = open_inputs(load_artifact(stage_folder("compress", number) / "model.ptz"), tokenizer, split, process.device)
             ledgers = {name: load_ledger(scores, name) for name in params.strategies}
             audit = audit_scores(model, text, params, ledgers, data=check_data(load_metrics(scores), split, tokenizer),
                                  confinement=confinement, process=process, thorough=True)

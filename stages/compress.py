@@ -8,7 +8,7 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import stage_folder
 from lib.artifacts.quantized import load_quantized
 from lib.compression.budget import Part, check_limit, list_parts, summarize
-from lib.compression.code_size import EVALUATE, code_bytes
+from lib.compression.bundle import code_bytes
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.model.roles import role_of
@@ -21,7 +21,7 @@ def main(seed: int) -> None:
     quantized = load_quantized(stage_folder("quantize", seed) / "quantized.safetensors")
     roles = {name: role_of(name, weight.ndim) for name, weight in quantized.weights().items()}
     packed = pack(quantized, params.codec, params.level)
-    parts = list_parts(quantized, packed, roles, code_bytes(EVALUATE, Path()))
+    parts = list_parts(quantized, packed, roles, code_bytes(Path()))
     check_limit(parts, params.limit_bytes)
     write_bytes(folder / "model.ptz", packed.blob)
     write_csv(folder / "sizes.csv", Part._fields, parts)

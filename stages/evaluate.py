@@ -11,11 +11,10 @@ from lib.audit.verdict import NOT_AUDITED, audit_scores, raise_violations
 from lib.compression.container import load_artifact
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
-from lib.evaluation.bpb import check_bytes
 from lib.evaluation.config import EvaluateParams
-from lib.evaluation.evaluation import Text, evaluate
+from lib.evaluation.evaluation import evaluate
+from lib.evaluation.inputs import open_inputs
 from lib.evaluation.limit import TimeLimit
-from lib.model.gpt import build_model
 from lib.params import load_params, parse_seed
 
 
@@ -26,12 +25,9 @@ def main(seed: int, *, confined: bool = False) -> None:
         limit = TimeLimit(params.limit_seconds, process)
         confinement = (confine_to_inputs([seed], "evaluate", process) if confined and params.audit
                        else unchecked("evaluate ran inside another program"))
-        artifact = load_artifact(stage_folder("compress", seed) / "model.ptz")
-        model = build_model(artifact.model, artifact.weights()).to(process.device)
         tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model")
-        split = load_split(TOKENIZE_FOLDER / "val", model.params.vocab_size)
-        text = Text.of(split.tokens(), tokenizer.target_bytes(split.tokens()), tokenizer.bos_id)
-        check_bytes(text.target_bytes, split.accounted_bytes, str(split.folder))
+        split = load_split(TOKENIZE_FOLDER / "val", tokenizer.vocab_size)
+        model, text = open_inputs(load_artifact(stage_folder("compress", seed) / "model.ptz"), tokenizer, split, process.device)
         evaluation = evaluate(model, text, params, process=process, limit=limit, keep=partial(save_unfinished, folder))
         timing, metrics = evaluation.timing(limit, process), evaluation.metrics()
         ledgers = {name: each.events for name, each in evaluation.outcomes.items()}

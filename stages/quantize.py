@@ -11,7 +11,7 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.quantized import save_quantized
 from lib.artifacts.tokens import load_split
-from lib.compression.code_size import EVALUATE, code_bytes
+from lib.compression.bundle import code_bytes
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.data.tokenizer import load_tokenizer
@@ -30,7 +30,7 @@ BATCH_WINDOWS = 16  # changes speed, not results
 def main(seed: int) -> None:
     """Run the stage for one seed."""
     params, folder, start = load_params("quantize", QuantizeParams), stage_folder("quantize", seed), time.monotonic()
-    coding, code = load_params("compress", CompressParams), code_bytes(EVALUATE, Path())
+    coding, code = load_params("compress", CompressParams), code_bytes(Path())
     with start_process() as process:
         checkpoint = load_checkpoint(stage_folder("train", seed) / "checkpoint.safetensors")
         hessians = load_hessians(stage_folder("calibrate", seed) / "hessians.safetensors")

@@ -1,11 +1,15 @@
-"""Report on all seeds: figures, curves and tables of every stage -> report.html, metrics.json."""
+"""Report on all seeds: figures, curves and tables of every stage -> report.html, metrics.json, submission/."""
+
+from pathlib import Path
 
 from lib.artifacts.files import write_bytes, write_json
 from lib.artifacts.metrics import METRICS_FILE
 from lib.artifacts.paths import REPORT_FOLDER
+from lib.compression.bundle import list_packages, make_bundle
 from lib.params import load_params, read_params
 from lib.reporting.config import ReportParams
 from lib.reporting.html import make_metrics, make_report
+from lib.reporting.submission import Program, write_submission
 from lib.reporting.summary import read_metrics
 
 
@@ -15,6 +19,8 @@ def main() -> None:
     metrics = read_metrics(params["seeds"])
     write_bytes(REPORT_FOLDER / "report.html", make_report(report.title, params, metrics).encode())
     write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(metrics))
+    program = Program(make_bundle(params["evaluate"], Path()), list_packages(Path()))
+    write_submission(REPORT_FOLDER / "submission", report, params, metrics, program)
 
 
 if __name__ == "__main__":

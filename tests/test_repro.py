@@ -49,6 +49,17 @@ def test_every_stage_writes_its_figures(clone: Clone) -> None:
     assert (clone.folder / "artifacts/report/report.html").stat().st_size > 1000
 
 
+def test_the_submission_repeats_the_score_in_another_place(clone: Clone, tmp_path: Path) -> None:
+    metrics = metrics_of(clone)
+    submission = shutil.copytree(clone.folder / "artifacts/report/submission", tmp_path / "submission")
+    assert (submission / "train_gpt.py").stat().st_size == metrics["compress"]["code_bytes"]
+    assert json.loads((submission / "submission.json").read_text())["val_bpb"] == metrics["evaluate"]["val_bpb"]
+    command = [sys.executable, "-I", "train_gpt.py", "--data", str(clone.folder / "artifacts/tokenize/val")]
+    output = subprocess.run(command, cwd=submission, env=clone.environment, capture_output=True, text=True, check=True).stdout
+    assert output.endswith(f"\nval_bpb: {metrics['evaluate']['val_bpb']:.8f}\n")
+    assert output.splitlines()[-1] in (submission / "README.md").read_text().splitlines()
+
+
 def test_only_what_depends_on_a_change_runs_again_and_going_back_restores(clone: Clone) -> None:
     original, lock = metrics_of(clone), clone.lock()
     assert clone.repro() == set()

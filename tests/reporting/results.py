@@ -18,7 +18,10 @@ calibrate: {{}}
 quantize: {{bits: {{mlp: 5, head: 8}}}}
 compress: {{}}
 evaluate: {{}}
-report: {{title: A run & its <numbers>}}
+report:
+  title: A run & its <numbers>
+  record: {{loss: null, margin: 0.005, p_value: 0.01}}
+  submission: {{author: null, github_id: null, blurb: null}}
 """
 SECONDS = {"train": 240.0, "calibrate": 2.0, "quantize": 1.0, "compress": 3.0, "evaluate": 60.0}
 BPB = {"plain": 1.72, "sliding": 1.68, "one_pass": 1.67, "score_first": 1.65, "lora": 1.64, "two_phase": 1.6}

@@ -37,7 +37,7 @@ def write_params(folder: Path, section: str | None = None, **changes: Any) -> No
 
 
 def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
-    """What tokenize and train leave in their folders, and a file that stands for the code of evaluate."""
+    """What tokenize and train leave in their folders, and a file that stands for the submitted code."""
     write_params(folder)
     generator = np.random.default_rng(0)
     words = ["".join(map(chr, generator.integers(97, 123, generator.integers(2, 8)))) for _ in range(60)]
@@ -58,4 +58,4 @@ def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
     save_checkpoint(folder / stage_folder("train", SEED) / "checkpoint.safetensors",
                     Checkpoint(weights, MODEL | {"vocab_size": VOCAB_SIZE}, training))
     (folder / "stages").mkdir()
-    (folder / "stages" / "evaluate.py").write_text("import sys\n", encoding="utf-8")
+    (folder / "stages" / "score.py").write_text("import sys\n", encoding="utf-8")

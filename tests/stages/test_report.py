@@ -3,16 +3,32 @@ from pathlib import Path
 
 import pytest
 
+from lib.artifacts.files import write_json
+from lib.artifacts.metrics import load_metrics
+from lib.artifacts.paths import stage_folder
+from lib.compression.bundle import code_bytes
 from stages import report
 from tests.reporting.results import write_results
 
 
-def test_the_stage_writes_the_same_two_files_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def outputs() -> dict[str, bytes]:
+    folder = Path("artifacts/report")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_stage_writes_the_same_files_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_results([1, 2])
+    Path("stages").mkdir()
+    Path("stages/score.py").write_text("import sys\n", encoding="utf-8")
+    Path("artifacts/tokenize/tokenizer.model").touch()
+    for folder in (stage_folder("compress", seed) for seed in (1, 2)):
+        (folder / "model.ptz").touch()
+        write_json(folder / "metrics.json", load_metrics(folder) | {"code_bytes": code_bytes(Path()), "blob_bytes": 0})
     report.main()
-    first = {path.name: path.read_bytes() for path in Path("artifacts/report").iterdir()}
-    assert first.keys() == {"report.html", "metrics.json"}
+    first = outputs()
+    assert {name.split("/")[0] for name in first} == {"report.html", "metrics.json", "submission"}
     assert json.loads(first["metrics.json"])["evaluate"]["sliding_bpb"]["mean"] == 1.685
+    assert len(first["submission/train_gpt.py"]) == code_bytes(Path())
     report.main()
-    assert first == {path.name: path.read_bytes() for path in Path("artifacts/report").iterdir()}
+    assert first == outputs()

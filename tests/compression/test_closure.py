@@ -1,10 +1,12 @@
 import subprocess
 import sys
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
 
-from lib.compression.code_size import code_bytes, import_closure
+from lib.compression import closure
+from lib.compression.closure import import_closure, imported_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,23 +33,19 @@ def test_closure_follows_every_kind_of_import(tmp_path: Path) -> None:
                      "stages/__init__.py", "stages/run.py"]
 
 
-def test_the_audit_and_what_only_it_needs_do_not_count(tmp_path: Path) -> None:
-    make_project(tmp_path)
-    write(tmp_path, lib__audit__verdict="from lib import unused\n", lib__d="from lib.audit import verdict\n")
-    assert not {Path("lib/audit/verdict.py"), Path("lib/unused.py")} & set(import_closure(Path("stages/run.py"), tmp_path))
-
-
 def test_imports_of_packages_count(tmp_path: Path) -> None:
     make_project(tmp_path)
     (tmp_path / "lib/b/__init__.py").write_text("from lib.unused import x\n")
     assert Path("lib/unused.py") in import_closure(Path("stages/run.py"), tmp_path)
 
 
-def test_bytes_are_those_of_the_files(tmp_path: Path) -> None:
+def test_packages_are_those_that_are_imported_and_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_project(tmp_path)
-    closure = import_closure(Path("stages/run.py"), tmp_path)
-    assert code_bytes(Path("stages/run.py"), tmp_path) == sum(len((tmp_path / path).read_bytes()) for path in closure)
-    assert code_bytes(Path("lib/d.py"), tmp_path) == len("# é\n".encode())
+    distributions = {**packages_distributions(), "lib": ["pytest"]}  # as where this project itself is installed
+    monkeypatch.setattr(closure, "packages_distributions", lambda: distributions)
+    write(tmp_path, lib__a="import json, ruamel.yaml\nimport lib.d\n", lib__d="def f():\n    from tqdm import tqdm\n    import absent\n")
+    paths = import_closure(Path("stages/run.py"), tmp_path)
+    assert imported_packages(paths, tmp_path) == {name: version(name) for name in ("numpy", "ruamel.yaml", "tqdm")}
 
 
 def test_missing_entry_is_an_error(tmp_path: Path) -> None:
@@ -56,9 +54,10 @@ def test_missing_entry_is_an_error(tmp_path: Path) -> None:
 
 
 def test_closure_is_what_python_loads() -> None:
-    """Nothing that importing this project's own evaluate stage loads is missing, apart from the audit."""
-    script = ("import sys, stages.evaluate\n"
+    """Nothing that importing the submitted program loads is missing, and the audit, which computes no score, is no part of it."""
+    script = ("import sys, stages.score\n"
               "print(*(module.__file__ for name, module in sys.modules.items() if name.split('.')[0] in ('lib', 'stages')), sep='\\n')")
     output = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    loaded = {path for path in (Path(file).relative_to(ROOT) for file in output) if path.parts[:2] != ("lib", "audit")}
-    assert sorted(loaded) == list(import_closure(Path("stages/evaluate.py"), ROOT))
+    loaded = sorted(Path(file).relative_to(ROOT) for file in output)
+    assert loaded == list(import_closure(Path("stages/score.py"), ROOT))
+    assert not any(path.is_relative_to("lib/audit") for path in loaded)

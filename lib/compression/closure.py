@@ -1,17 +1,16 @@
-"""How many bytes of this project's own code a stage needs: part of the artifact, as the challenge counts it.
+"""What of this project's own code a program needs, and which packages.
 
 The closure follows every import statement, also those inside functions, without importing anything.
 """
 
 import ast
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
-
-EVALUATE = Path("stages/evaluate.py")  # the stage whose code is submitted
-NOT_SUBMITTED = Path("lib/audit")  # judges scores and computes none
 
 
 def import_closure(entry: Path, root: Path) -> tuple[Path, ...]:
-    """The project's source files that running `entry` may import, `entry` and the packages on the way included, the audit left out.
+    """The project's source files that running `entry` may import, `entry` and the packages on the way included.
 
     Args:
         entry: a Python file, relative to `root`.
@@ -27,16 +26,22 @@ def import_closure(entry: Path, root: Path) -> tuple[Path, ...]:
     waiting = [entry, *_files_of(".".join(entry.with_suffix("").parts), root)]
     while waiting:
         path = waiting.pop()
-        if path not in found and not path.is_relative_to(NOT_SUBMITTED):
+        if path not in found:
             found.add(path)
             for name in _imported_names(path, root):
                 waiting += _files_of(name, root)
     return tuple(sorted(found))
 
 
-def code_bytes(entry: Path, root: Path) -> int:
-    """Bytes of all files of the closure of `entry` together."""
-    return sum((root / path).stat().st_size for path in import_closure(entry, root))
+def imported_packages(paths: Iterable[Path], root: Path) -> dict[str, str]:
+    """Installed distributions that source files below `root` import from, name -> version, sorted.
+
+    Versions are without the suffix of a build for one kind of device (``+cpu``), which no package index but torch's own has.
+    """
+    distributions = packages_distributions()
+    modules = {name.split(".")[0] for path in paths for name in _imported_names(path, root)}
+    names = {name for module in modules if not _files_of(module, root) for name in distributions.get(module, ())}
+    return {name: version(name).partition("+")[0] for name in sorted(names, key=str.lower)}
 
 
 def _files_of(name: str, root: Path) -> list[Path]:
