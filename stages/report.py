@@ -6,15 +6,17 @@ from lib.artifacts.paths import REPORT_FOLDER
 from lib.params import load_params, read_params
 from lib.reporting.config import ReportParams
 from lib.reporting.html import make_metrics, make_report
+from lib.reporting.runs import check_runs
 from lib.reporting.summary import read_metrics
 
 
 def main() -> None:
     """Run the stage."""
     report, params = load_params("report", ReportParams), read_params()
+    check_runs(params)
     metrics = read_metrics(params["seeds"])
-    write_bytes(REPORT_FOLDER / "report.html", make_report(report.title, params, metrics).encode())
-    write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(metrics))
+    write_bytes(REPORT_FOLDER / "report.html", make_report(report, params, metrics).encode())
+    write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(report, metrics))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 Curve = Sequence[tuple[float, float]]
 
 SIZE_INCHES = (7.2, 3.2)
+ROW_INCHES = 0.24
 COLORS = ("#1f5fa8", "#d9661f", "#3b8a4a", "#8a4f9e", "#c0284f", "#0e8f93", "#6b6b6b")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "albatross", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
@@ -76,6 +77,26 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], x_label: str, *, log:
             axes.legend()
         axes.set(xlabel=x_label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        return _render(figure)
+
+
+def plot_dots(panels: Mapping[str, Mapping[str, Mapping[str, float]]], rows: Sequence[str]) -> str:
+    """Figures beside each other with common rows, one dot for each value, one colour for each kind of value; axes are logarithmic.
+
+    Args:
+        panels: label of the horizontal axis -> kind -> row -> value; what is not above 0 is left out.
+        rows: top to bottom.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(SIZE_INCHES[0], 1.1 + ROW_INCHES * len(rows)), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (x_label, kinds) in zip(all_axes, panels.items(), strict=True):
+            for color, (kind, values) in zip(cycle(COLORS), kinds.items(), strict=False):
+                shown = {row: value for row, value in values.items() if value > 0}
+                axes.plot(list(shown.values()), list(map(rows.index, shown)), "o", color=color, markersize=4.5, alpha=0.85, label=kind)
+            axes.set(xscale="log", xlabel=x_label)
+        all_axes[0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return _render(figure)
 
 

@@ -1,13 +1,16 @@
 import base64
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from lib.artifacts.files import ArtifactError
+from lib.artifacts.metrics import save_metrics
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
-from lib.params import read_params
+from lib.params import load_params, read_params
+from lib.reporting.config import ReportParams
 from lib.reporting.html import make_metrics, make_report
 from lib.reporting.summary import read_metrics
 from tests.reporting import results
@@ -24,7 +27,7 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def report() -> str:
     params = read_params()
-    return make_report(params["report"]["title"], params, read_metrics(params["seeds"]))
+    return make_report(load_params("report", ReportParams), params, read_metrics(params["seeds"]))
 
 
 def visible(html: str) -> str:
@@ -46,7 +49,7 @@ def test_the_report_holds_every_result(seeds: list[int]) -> None:
                  "blocks.2.mlp.up.weight", "10 × 20 gptq free + rank 2 0.012 95 3.80 1500.00 0.00300 0.30",
                  "token_embedding.weight 16 × 10 gptq 8 0.5 130 6.50 100.00 0.00010 1.00",
                  "head.weight 4 × 10 fp16 16 0.00 0.00000", "its sum is 0.00310 nats per token", "on held-out text 0.00340",
-                 "num_layers 2", "bits.mlp 5", "packages numpy, scipy", "tied_head true", "budget_steps null",
+                 "num_layers 2", "bits.mlp 5", "bits_of {}", "packages numpy, scipy", "tied_head true", "budget_steps null",
                  f"seeds {', '.join(map(str, seeds))}", "mlp 3 600 free 500,000 4.50 61.6%"):
         assert part in text
 
@@ -66,8 +69,8 @@ def test_figures_show_every_strategy() -> None:
     assert list(found) == [
         "Bits per byte after each step", "Training loss against training tokens", "Running bits per byte against scored tokens",
         "Difference of running bits per byte against scored tokens", "Loss against number of inputs",
-        "Difference of bits per byte against length of document"]
-    for of_figure in list(found.values())[2:]:
+        "Difference of bits per byte against length of document", "Predicted loss and relative error of every matrix"]
+    for of_figure in list(found.values())[2:6]:
         assert sorted(text for text in of_figure if text in STRATEGIES) == sorted(STRATEGIES)
 
 
@@ -136,13 +139,65 @@ def test_the_report_is_one_file_the_same_each_time() -> None:
     assert re.findall(r'(?:src|href)="(?!data:)|url\(|https?://', html) == []
 
 
-def test_times_are_not_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_stand_beside_their_limits() -> None:
+    write_results([1, 2])
+    save_metrics(Path("artifacts/evaluate/seed2"), results.make_metrics(1)["evaluate"], {"seconds": 90.0, "peak_memory_mib": 1024.0})
+    save_metrics(Path("artifacts/compress/seed1"), {}, {"seconds": 1.0})
+    Path("artifacts/compress/seed1/metrics.json").write_text(json.dumps(results.make_metrics(0)["compress"]))  # as from the cache
+    text = visible(report())
+    assert "seed 1 seed 2 mean std seconds, tokenize 4.0 4.0 4.0 0.0 seconds, train 240.0 240.0 240.0 0.0 82.8% of the limit of 290 " in text
+    assert "seconds, calibrate 2.0 2.0 2.0 0.0 20.0% of the limit of 10 seconds, quantize" in text
+    assert "seconds, compress - 3.0 - - from cache seconds, evaluate 60.0 90.0 75.0 21.2 15.0% of the limit of 600 " in text
+    assert "peak memory of evaluate, MiB 512 1,024 768 362" in text
+
+
+def test_every_seed_has_its_line() -> None:
+    write_results([5, 7])
+    assert ("seed val_loss val_bpb held-out bpb, float held-out bpb, quantized artifact, bytes train, s evaluate, s "
+            "5 2.4000 1.6500 1.7000 1.7086 812,345 240.0 60.0 7 2.4100 1.6600 1.7100 1.7186 812,346 240.0 60.0 "
+            "mean 2.4050 1.6550 1.7050 1.7136 812,346 240.0 60.0 std 0.0071 0.0071 0.0071 0.0071 1 0.0 0.0") in visible(report())
+
+
+def test_the_test_against_the_record_is_told_with_its_numbers() -> None:
+    write_results([1, 2], record=2.9)
+    text = visible(report())
+    assert ("record 2.9000 nats per token, mean of the seeds 2.4050, std 0.0071, t = -98.00, p = 0.0032, true mean below 2.5641 "
+            "at 0.99 confidence. Result: beats the record by at least 0.005 nats at p &lt; 0.01.") in text
+    write_results([1, 2])
+    assert "Record: no record stated" in visible(report())
+
+
+def test_stages_are_listed_by_what_they_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_results([1, 2])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    save_metrics(Path("artifacts/train/seed2"), results.make_metrics(1)["train"], {"seconds": 9.0})
+    Path("artifacts/quantize/seed1/timing.json").unlink()
+    text = visible(report())
+    assert re.search(r"stage ran on tokenize, train@1, calibrate, quantize@2, compress, evaluate Python 3\.\S+, torch \S+, numpy \S+, "
+                     r"sentencepiece \S+, .+, 1 process train@2 Python 3.+, 8 processes quantize@1 from cache "
+                     r"Attention kernel in training: sdpa\.", text)
+
+
+def test_an_imported_checkpoint_has_no_curve_and_says_where_it_is_from() -> None:
     write_results([1])
+    path = Path("artifacts/train/seed1")
+    save_metrics(path, {"heldout_bpb": 1.7, "num_parameters": 10000, "imported": "final_model.pt"}, {"seconds": 1.0})
+    (path / "loss.csv").write_text("tokens,loss\n")
     html = report()
-    monkeypatch.setattr(results, "SECONDS", dict.fromkeys(results.SECONDS, 1234.5))
-    monkeypatch.setattr(results, "STRATEGY_SECONDS", dict.fromkeys(results.STRATEGY_SECONDS, 1234.5))
-    write_results([1])
-    assert report() == html
+    assert "Training The checkpoint was imported: final_model.pt." in visible(html)
+    assert "Training loss against training tokens" not in figures(html)
+
+
+def test_seeds_have_their_own_training_curves() -> None:
+    write_results([1, 2])
+    assert {"seed 1", "seed 2"} <= set(figures(report())["Training loss against training tokens"])
+
+
+def test_errors_are_drawn_by_layer_and_kind() -> None:
+    write_results([1], num_tensors=12)
+    found = [text for text in figures(report())["Predicted loss and relative error of every matrix"] if text and text[0].isalpha()]
+    assert found == ["token_embedding", "head", *(f"layer {n}" for n in range(12)), "predicted loss, nats per token",
+                     "relative error of the outputs", "mlp.up", "in no layer"]
 
 
 def test_names_are_escaped() -> None:
@@ -158,9 +213,13 @@ def test_a_missing_table_is_an_error_with_its_path() -> None:
 
 
 def test_figures_of_all_seeds_become_mean_and_deviation() -> None:
-    write_results([1, 2])
-    metrics = make_metrics(read_metrics([1, 2]))
+    write_results([1, 2], record=2.9)
+    metrics = make_metrics(load_params("report", ReportParams), read_metrics([1, 2]))
     assert metrics["evaluate"]["val_bpb"] == {"mean": 1.655, "std": round(0.01 / 2**0.5, 8)}
     assert "plain_legal" not in metrics["evaluate"]  # true is no number
     assert metrics["train"].keys() == {"heldout_bpb", "num_parameters", "num_steps"}  # `selected` is no number
-    assert make_metrics(read_metrics([1]))["evaluate"]["val_bpb"] == {"mean": 1.65}
+    assert metrics["record"]["verdict"] == "beats the record by at least 0.005 nats at p < 0.01"
+    write_results([1])
+    metrics = make_metrics(load_params("report", ReportParams), read_metrics([1]))
+    assert metrics["evaluate"]["val_bpb"] == {"mean": 1.65}
+    assert metrics["record"] == {"verdict": "no record stated"}

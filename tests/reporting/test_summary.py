@@ -7,8 +7,10 @@ import pytest
 from lib.artifacts.metrics import save_metrics
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
-from lib.reporting.summary import format_table, headline_rows, main, read_metrics, timing_rows
-from tests.reporting.results import make_metrics, write_evaluation, write_results
+from lib.params import read_params
+from lib.reporting.summary import format_table, headline_rows, main, read_metrics
+from lib.reporting.timing import timing_rows
+from tests.reporting.results import make_lock, make_metrics, write_evaluation, write_lock, write_results
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +24,7 @@ def test_one_seed_shows_its_values_and_what_to_compare_them_with(capsys: pytest.
     assert capsys.readouterr().out == """\
                                seed 1337
 validation bpb (val_bpb)          1.6500  score_first, 1,000,000 bytes of text
+validation loss (val_loss)        2.4000  nats per token
 artifact, bytes                  812,345  5.1% of the limit of 16,000,000
 held-out bpb, float model         1.7000
 held-out bpb, quantized model     1.7086  +0.0086
@@ -39,11 +42,11 @@ audit: legal (21 passed, 1 not checked)
 
                               seed 1337
 seconds, tokenize                   4.0
-seconds, train                    240.0
-seconds, calibrate                  2.0
+seconds, train                    240.0  82.8% of the limit of 290
+seconds, calibrate                  2.0  20.0% of the limit of 10
 seconds, quantize                   1.0
 seconds, compress                   3.0
-seconds, evaluate                  60.0
+seconds, evaluate                  60.0  10.0% of the limit of 600
 seconds, all stages               310.0
 peak memory of evaluate, MiB        512
 """
@@ -53,8 +56,8 @@ def test_several_seeds_end_with_mean_and_sample_deviation() -> None:
     write_results([5, 7, 9])
     table = format_table(headline_rows(read_metrics([5, 7, 9])), [5, 7, 9]).splitlines()
     assert table[0].split() == ["seed", "5", "seed", "7", "seed", "9", "mean", "std"]
-    assert table[3].split()[-5:] == ["1.7000", "1.7100", "1.7200", "1.7100", "0.0100"]
-    assert {line.index("1.7") for line in table[3:5]} == {table[1].index("1.6500")}  # columns stand under each other
+    assert table[4].split()[-5:] == ["1.7000", "1.7100", "1.7200", "1.7100", "0.0100"]
+    assert {line.index("1.7") for line in table[4:6]} == {table[1].index("1.6500")}  # columns stand under each other
 
 
 def test_outputs_from_the_cache_have_no_time_of_their_own() -> None:
@@ -62,7 +65,7 @@ def test_outputs_from_the_cache_have_no_time_of_their_own() -> None:
     save_metrics(Path("artifacts/train/seed1"), {"heldout_bpb": 1.0}, {"seconds": 9.0})
     Path("artifacts/train/seed1/metrics.json").write_text('{"heldout_bpb": 2.0}')  # as DVC checks it out; timing.json stays
     Path("artifacts/quantize/seed1/timing.json").unlink()
-    rows = {row.label: row for row in timing_rows([1])}
+    rows = {row.label: row for row in timing_rows(read_params())}
     for stage in ("train", "quantize"):
         assert (rows[f"seconds, {stage}"].cells(), rows[f"seconds, {stage}"].note) == (["-"], "from cache")
     assert rows["seconds, evaluate"].cells() == ["60.0"]
@@ -80,6 +83,7 @@ def test_the_headline_knows_no_times() -> None:
 def test_a_run_without_audit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     write_results([1])
     save_audit(Path("artifacts/evaluate/seed1"), NOT_AUDITED)
+    write_lock(make_lock([1]))
     main()
     assert "\naudit: not audited\n" in capsys.readouterr().out
 
@@ -87,6 +91,7 @@ def test_a_run_without_audit_says_so(capsys: pytest.CaptureFixture[str]) -> None
 def test_only_the_strategies_that_ran_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     write_results([1])
     write_evaluation(1, 0, ("plain", "score_first"))
+    write_lock(make_lock([1]))
     main()
     table = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert [line.split()[:3] for line in table[1:3]] == [["plain", "1.7200", "yes"], ["score_first", "1.6500", "yes"]]  # no difference
