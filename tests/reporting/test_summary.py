@@ -114,7 +114,7 @@ def test_only_the_seeds_of_the_parameter_file_count() -> None:
 def test_results_that_are_missing_end_with_their_path(capsys: pytest.CaptureFixture[str]) -> None:
     write_results([1])
     Path("artifacts/evaluate/seed1/metrics.json").unlink()
-    with pytest.raises(SystemExit, match=r"artifacts/evaluate/seed1/metrics.json: no such file; `dvc repro` makes it"):
+    with pytest.raises(SystemExit, match=r"`dvc repro`.*\n  evaluate@1: artifacts/evaluate/seed1/metrics.json: .* found nothing on disk"):
         main()
     assert not capsys.readouterr().out
 
