@@ -24,14 +24,14 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def plot_curves(curves: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, *, unsettled: float = 0,
+def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, *, unsettled: float = 0,
                 dashes: Mapping[str, str] = MappingProxyType({}), octaves: bool = False) -> str:
-    """Named groups of curves in one figure, one colour for each name and one line for each seed.
+    """Named curves in one figure.
 
     The names stand beside the figure in the order in which their curves end, top to bottom.
 
     Args:
-        curves: name -> curves, each a sequence of points (x, y).
+        curves: name -> points (x, y).
         x_label: of the horizontal axis.
         y_label: of the vertical axis.
         unsettled: first fraction of the points, which may leave the figure at the top or bottom, so that the rest can be told apart.
@@ -42,13 +42,12 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], x_label: str, y_label: st
         figure, axes = _make_axes()
         settled: list[float] = []
         lines: dict[str, tuple[float, Line2D]] = {}
-        for color, (name, group) in zip(cycle(COLORS), curves.items(), strict=False):
-            for curve in group:
-                x, y = zip(*curve, strict=True)
-                line, = axes.plot(x, y, color=color, linewidth=1.3, alpha=1 if len(group) == 1 else 0.6, linestyle=dashes.get(name, "-"),
-                                  marker="o" if octaves else None, markersize=3)
-                lines.setdefault(name, (y[-1], line))
-                settled += y[round(unsettled * len(y)):]
+        for color, (name, curve) in zip(cycle(COLORS), curves.items(), strict=False):
+            x, y = zip(*curve, strict=True)
+            line, = axes.plot(x, y, color=color, linewidth=1.3, linestyle=dashes.get(name, "-"), marker="o" if octaves else None,
+                              markersize=3)
+            lines[name] = (y[-1], line)
+            settled += y[round(unsettled * len(y)):]
         margin = 0.05 * (max(settled) - min(settled))
         axes.set(ylim=(min(settled) - margin, max(settled) + margin) if margin else None, xlabel=x_label, ylabel=y_label)
         if octaves:

@@ -29,8 +29,8 @@ from lib.reporting.scoring import (
 )
 from lib.reporting.statistics import compare_with_record
 from lib.reporting.strategies import REFERENCE, WITHOUT_ADAPTATION, Strategy, find_strategies
-from lib.reporting.summary import headline_rows, loss_row
-from lib.reporting.table import Row, column_names
+from lib.reporting.summary import headline_rows, loss_row, seed_lines
+from lib.reporting.table import Row, column_names, statistics_names
 from lib.reporting.timing import list_environments, timing_rows
 
 TEMPLATE = "report.html.j2"
@@ -38,11 +38,6 @@ TENSOR_COLUMNS = ("name", "role", "method", "rows", "columns", "bits", "step", "
                   "relative_error_rtn", "sensitivity", "predicted_loss", "rank")
 ERRORS = {"predicted_loss": "predicted loss, nats per token", "relative_error": "relative error of the outputs"}
 """Columns of the table of matrices that are drawn -> label of the axis."""
-COLUMNS_BY_SEED = {
-    "validation loss (val_loss)": "val_loss", "validation bpb (val_bpb)": "val_bpb", "held-out bpb, float model": "held-out bpb, float",
-    "held-out bpb, quantized model": "held-out bpb, quantized", "artifact, bytes": "artifact, bytes", "seconds, train": "train, s",
-    "seconds, evaluate": "evaluate, s"}
-"""Row of the summary or of the times -> title of its column in the table of seeds."""
 SIZE_COLUMNS = ("part", "num_tensors", "num_weights", "bits", "coded_bits", "num_bytes")
 
 
@@ -64,10 +59,9 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
     audits = [load_audit(folder) for folder in folders]
     tensors = read_csv(stage_folder("quantize", seeds[0]) / "tensors.csv", TENSOR_COLUMNS)
     sizes = read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS)
-    loss: Curves = {f"seed {seed}": [load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss"))] for seed in seeds}
+    loss: Curves = {f"seed {seed}": load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds}
     change = f"bits per byte, difference to {REFERENCE}"
     headline, times = headline_rows(metrics), timing_rows(params)
-    rows = {row.label: row for row in (*headline, *times)}
 
     def plot(curves: Curves, x_label: str, y_label: str, *, unsettled: float = 0, octaves: bool = False) -> Markup | None:
         if not curves:
@@ -80,14 +74,14 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
         title=report.title,
         seeds=seeds,
         columns=column_names(seeds),
+        statistics=statistics_names(seeds),
         headline=headline,
-        by_seed=[rows[label] for label in COLUMNS_BY_SEED],
-        column_labels=list(COLUMNS_BY_SEED.values()),
+        by_seed=seed_lines([*headline, *times], seeds),
         test=compare_with_record(loss_row(metrics), report.record),
         strategies=strategies,
         reference=REFERENCE,
         budget=_image(plot_steps(_budget(metrics, strategies), "bits per byte")),
-        loss=plot({name: curves for name, curves in loss.items() if curves[0]}, "training tokens", "nats per token"),
+        loss=plot({name: curve for name, curve in loss.items() if curve}, "training tokens", "nats per token"),
         running=plot(running, "validation tokens scored", "bits per byte of all so far", unsettled=0.1),
         gains=plot(differences(running), "validation tokens scored", change, unsettled=0.1),
         context=plot(context_curves(folders, strategies), "inputs, at most", "nats per token", octaves=True),

@@ -34,15 +34,17 @@ class RecordTest(NamedTuple):
         return {key: float(f"{value:.8g}") if isinstance(value, float) else value for key, value in values.items() if value is not None}
 
     @property
+    def headline(self) -> str:
+        """Record and verdict, as one line."""
+        return self.verdict if self.record.loss is None else f"record of {self.record.loss:.4f} nats per token: {self.verdict}"
+
+    @property
     def evidence(self) -> str:
-        """The numbers behind the verdict, as one line; empty where no record is stated."""
-        if self.record.loss is None:
+        """The numbers behind the verdict, as one line; empty where nothing was tested."""
+        if self.t is None:
             return ""
-        text = f"record {self.record.loss:.4f} nats per token, mean of the seeds {self.mean:.4f}"
-        if self.t is not None:
-            text += (f", std {self.std:.4f}, t = {self.t:.2f}, p = {self.p:.2g}, true mean below {self.bound:.4f} "
-                     f"at {1 - self.record.p_value:.4g} confidence")
-        return text
+        return (f"mean {self.mean:.4f}, std {self.std:.4f}, t = {self.t:.2f}, p = {self.p:.2g}, "
+                f"true mean below {self.bound:.4f} with {1 - self.record.p_value:.4g} confidence")
 
 
 def compare_with_record(losses: Row, record: RecordParams) -> RecordTest:

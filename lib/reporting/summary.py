@@ -1,4 +1,4 @@
-"""The figures of a run, all seeds side by side: ``python -m lib.reporting.summary`` prints the tables that end ``make repro``.
+"""The figures of a run, their means and each seed's: ``python -m lib.reporting.summary`` prints the tables that end ``make repro``.
 
 Numbers come from the stages' figures only. Nothing heavy is imported: the tables appear at once.
 """
@@ -16,10 +16,14 @@ from lib.reporting.config import RecordParams, ReportParams
 from lib.reporting.runs import check_runs
 from lib.reporting.statistics import compare_with_record
 from lib.reporting.strategies import format_strategies
-from lib.reporting.table import Row, align, column_names, difference, ratio
+from lib.reporting.table import Row, align, column_names, difference, ratio, statistics_names
 from lib.reporting.timing import timing_rows
 
 STAGES_WITH_FIGURES = ("train", "quantize", "compress", "evaluate")
+SEED_COLUMNS = {"validation bpb (val_bpb)": "val_bpb", "validation loss (val_loss)": "val_loss",
+                "held-out bpb, quantized model": "held-out bpb", "artifact, bytes": "bytes", "seconds, train": "train, s",
+                "seconds, evaluate": "evaluate, s"}
+"""Row of the headline or of the times -> title of its column in the table of seeds."""
 
 
 def read_metrics(seeds: Sequence[int]) -> list[dict[str, dict[str, Any]]]:
@@ -58,6 +62,18 @@ def loss_row(metrics: Sequence[dict[str, dict[str, Any]]]) -> Row:
     return Row("validation loss (val_loss)", tuple(figures["evaluate"]["val_loss"] for figures in metrics), 4, "nats per token")
 
 
+def seed_lines(rows: Sequence[Row], seeds: Sequence[int]) -> list[list[str]]:
+    """Titles, then one line for each seed; with several followed by mean and standard deviation.
+
+    Args:
+        rows: those of `SEED_COLUMNS` among others.
+        seeds: what the values of `rows` belong to.
+    """
+    named = {row.label: row for row in rows}
+    columns = [[title, *named[label].cells()] for label, title in SEED_COLUMNS.items()]
+    return [list(line) for line in zip(["", *column_names(seeds)], *columns, strict=True)]
+
+
 def format_summary(params: Mapping[str, Any], record: RecordParams) -> str:
     """All tables, from the files of the working directory.
 
@@ -73,14 +89,16 @@ def format_summary(params: Mapping[str, Any], record: RecordParams) -> str:
     test = compare_with_record(loss_row(metrics), record)
     strategies = format_strategies([of_seed["evaluate"] for of_seed in metrics], [load_timing(folder) for folder in folders])
     audit = f"audit: {format_verdicts([load_audit(folder) for folder in folders])}"
+    headline, times = headline_rows(metrics), timing_rows(params)
+    by_seed = seed_lines([*headline, *times], seeds)[:1 + len(seeds)]
     return "\n\n".join([
-        format_table(headline_rows(metrics), seeds), *([f"{test.evidence}\n{test.verdict}"] if test.evidence else []),
-        f"{strategies}\n{audit}", format_table(timing_rows(params), seeds)])
+        format_table(headline, seeds), *([align(by_seed, "l" + "r" * len(SEED_COLUMNS))] if len(seeds) > 1 else []),
+        *([f"{test.headline}\n{test.evidence}".strip()] if record.loss else []), f"{strategies}\n{audit}", format_table(times, seeds)])
 
 
 def format_table(rows: Sequence[Row], seeds: Sequence[int]) -> str:
-    """Rows as aligned lines of text under the names of the columns."""
-    lines = [["", *column_names(seeds), ""], *([row.label, *row.cells(), row.note] for row in rows)]
+    """The one seed's values, or mean and standard deviation, as aligned lines of text under the names of the columns."""
+    lines = [["", *statistics_names(seeds), ""], *([row.label, *row.statistics_cells(), row.note] for row in rows)]
     return align(lines, "l" + "r" * (len(lines[0]) - 2) + "l")
 
 

@@ -154,18 +154,23 @@ def test_times_stand_beside_their_limits() -> None:
 
 def test_every_seed_has_its_line() -> None:
     write_results([5, 7])
-    assert ("seed val_loss val_bpb held-out bpb, float held-out bpb, quantized artifact, bytes train, s evaluate, s "
-            "5 2.4000 1.6500 1.7000 1.7086 812,345 240.0 60.0 7 2.4100 1.6600 1.7100 1.7186 812,346 240.0 60.0 "
-            "mean 2.4050 1.6550 1.7050 1.7136 812,346 240.0 60.0 std 0.0071 0.0071 0.0071 0.0071 1 0.0 0.0") in visible(report())
+    assert ("val_bpb val_loss held-out bpb bytes train, s evaluate, s seed 5 1.6500 2.4000 1.7086 812,345 240.0 60.0 "
+            "seed 7 1.6600 2.4100 1.7186 812,346 240.0 60.0 mean 1.6550 2.4050 1.7136 812,346 240.0 60.0 "
+            "std 0.0071 0.0071 0.0071 1 0.0 0.0") in visible(report())
 
 
 def test_the_test_against_the_record_is_told_with_its_numbers() -> None:
     write_results([1, 2], record=2.9)
     text = visible(report())
-    assert ("record 2.9000 nats per token, mean of the seeds 2.4050, std 0.0071, t = -98.00, p = 0.0032, true mean below 2.5641 "
-            "at 0.99 confidence. Result: beats the record by at least 0.005 nats at p &lt; 0.01.") in text
+    assert text.count("Record of 2.9000 nats per token: beats the record by at least 0.005 nats at p &lt; 0.01.") == 2
+    assert ("against the record less 0.005 nats: mean 2.4050, std 0.0071, t = -98.00, p = 0.0032, true mean below 2.5641 "
+            "with 0.99 confidence.") in text
+    write_results([1], record=2.9)
+    assert "Record of 2.9000 nats per token: needs at least two seeds." in visible(report())
     write_results([1, 2])
-    assert "Record: no record stated" in visible(report())
+    text = visible(report())
+    assert "No record stated. Audit:" in text
+    assert "No record is stated that they are tested against" in text
 
 
 def test_stages_are_listed_by_what_they_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:

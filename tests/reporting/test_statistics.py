@@ -57,17 +57,16 @@ def test_the_record_is_beaten_where_the_bound_is_below_it_by_the_margin(losses: 
 def test_without_a_deviation_there_is_no_test(losses: tuple[float, ...], verdict: str) -> None:
     found = compare(*losses)
     assert (found.verdict, found.mean, found.t, found.p, found.bound) == (verdict, losses[0], None, None, None)
-    assert found.evidence == f"record 1.1250 nats per token, mean of the seeds {losses[0]:.4f}"
+    assert (found.headline, found.evidence) == (f"record of 1.1250 nats per token: {verdict}", "")
 
 
 def test_without_a_record_there_is_nothing_to_say() -> None:
     found = compare(1.1, 1.2, record=RecordParams(loss=None, margin=0.005, p_value=0.01))
-    assert (found.figures(), found.evidence) == ({"verdict": "no record stated"}, "")
+    assert (found.figures(), found.headline, found.evidence) == ({"verdict": "no record stated"}, "no record stated", "")
 
 
 def test_figures_and_evidence_hold_the_same_numbers() -> None:
     found = compare(1.119, 1.120)
     assert found.figures() == {"verdict": found.verdict, "record": 1.125, "mean": 1.1195, "std": 0.00070710678, "t": -1.0, "p": 0.25,
                                "bound": 1.1354103}
-    assert found.evidence == ("record 1.1250 nats per token, mean of the seeds 1.1195, std 0.0007, t = -1.00, p = 0.25, "
-                              "true mean below 1.1354 at 0.99 confidence")
+    assert found.evidence == "mean 1.1195, std 0.0007, t = -1.00, p = 0.25, true mean below 1.1354 with 0.99 confidence"

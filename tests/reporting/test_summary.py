@@ -8,7 +8,7 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
 from lib.params import read_params
-from lib.reporting.summary import format_table, headline_rows, main, read_metrics
+from lib.reporting.summary import headline_rows, main, read_metrics
 from lib.reporting.timing import timing_rows
 from tests.reporting.results import make_lock, make_metrics, write_evaluation, write_lock, write_results
 
@@ -52,12 +52,36 @@ peak memory of evaluate, MiB        512
 """
 
 
-def test_several_seeds_end_with_mean_and_sample_deviation() -> None:
-    write_results([5, 7, 9])
-    table = format_table(headline_rows(read_metrics([5, 7, 9])), [5, 7, 9]).splitlines()
-    assert table[0].split() == ["seed", "5", "seed", "7", "seed", "9", "mean", "std"]
-    assert table[4].split()[-5:] == ["1.7000", "1.7100", "1.7200", "1.7100", "0.0100"]
-    assert {line.index("1.7") for line in table[4:6]} == {table[1].index("1.6500")}  # columns stand under each other
+def test_several_seeds_have_means_and_sample_deviations_then_a_line_each_and_the_test(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results([5, 7, 1337], record=2.5)
+    main()
+    headline, seeds, test, strategies, times = capsys.readouterr().out.split("\n\n")
+    assert headline.splitlines()[:5] == [
+        "                                  mean      std",
+        "validation bpb (val_bpb)        1.6600   0.0100  score_first, 1,000,000 bytes of text",
+        "validation loss (val_loss)      2.4100   0.0100  nats per token",
+        "artifact, bytes                812,346        1  5.1% of the limit of 16,000,000",
+        "held-out bpb, float model       1.7100   0.0100"]
+    assert seeds == """\
+           val_bpb  val_loss  held-out bpb    bytes  train, s  evaluate, s
+seed 5      1.6500    2.4000        1.7086  812,345     240.0         60.0
+seed 7      1.6600    2.4100        1.7186  812,346     240.0         60.0
+seed 1337   1.6700    2.4200        1.7286  812,347     240.0         60.0"""
+    assert test == """\
+record of 2.5000 nats per token: beats the record by at least 0.005 nats at p < 0.01
+mean 2.4100, std 0.0100, t = -14.72, p = 0.0023, true mean below 2.4502 with 0.99 confidence"""
+    assert strategies.startswith("strategy ")
+    assert [line.split()[:3] for line in times.splitlines()[:2]] == [["mean", "std"], ["seconds,", "tokenize", "4.0"]]
+
+
+def test_results_of_several_runs_are_not_summarized(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results([1, 2])
+    lock = make_lock([1, 2])
+    lock["stages"]["evaluate@2"]["params"]["params.yaml"]["evaluate"] = {"limit_seconds": 60.0}
+    write_lock(lock)
+    with pytest.raises(SystemExit, match=r"evaluate@2: evaluate\.limit_seconds: expected 600\.0 as in params\.yaml, found 60\.0"):
+        main()
+    assert not capsys.readouterr().out
 
 
 def test_outputs_from_the_cache_have_no_time_of_their_own() -> None:
