@@ -117,17 +117,17 @@ def write_lock(lock: dict[str, Any]) -> None:
     YAML(typ="safe", pure=True).dump(lock, Path("dvc.lock"))
 
 
-def write_results(seeds: list[int], num_tensors: int = 3, record: float | None = None) -> None:
+def write_results(seeds: list[int], num_tensors: int = 3, record: float | None = None, names: tuple[str, ...] = tuple(BPB)) -> None:
     """Write params.yaml, artifacts/ and dvc.lock of a finished run into the working directory."""
     Path("params.yaml").write_text(PARAMS.format(seeds=seeds, record="null" if record is None else record))
     save_metrics(Path("artifacts/tokenize"), {}, {"seconds": 4.0})
     for number, seed in enumerate(seeds):
         folders = {stage: Path("artifacts", stage, f"seed{seed}") for stage in SECONDS}
-        metrics = make_metrics(number)
+        metrics = make_metrics(number, names)
         for stage in ("train", "calibrate", "quantize", "compress"):
             save_metrics(folders[stage], metrics[stage], {"seconds": SECONDS[stage]})
-        write_evaluation(seed, number)
-        save_audit(folders["evaluate"], make_audit())
+        write_evaluation(seed, number, names)
+        save_audit(folders["evaluate"], make_audit(names))
         loss = [(20000 * n, 3 + 4 / math.sqrt(n) + number / 50) for n in range(1, 151)]
         write_csv(folders["train"] / "loss.csv", ("tokens", "loss"), loss)
         sizes = [("mlp", num_tensors, 200 * num_tensors, None, 4.5, 500000), ("vectors", None, None, None, None, 251345 + number),

@@ -1,6 +1,7 @@
 import base64
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def report() -> str:
     return make_report(load_params("report", ReportParams), params, read_metrics(params["seeds"]))
 
 
+@cache
+def standard_report(*seeds: int) -> str:
+    """The report on results as they are written for `seeds`."""
+    write_results(list(seeds))
+    return report()
+
+
 def visible(html: str) -> str:
     return " ".join(re.sub(r"(?s)<style>.*?</style>|<[^>]*>", " ", html).split())
 
@@ -42,8 +50,7 @@ def figures(html: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("seeds", [[1337], [1, 2]])
 def test_the_report_holds_every_result(seeds: list[int]) -> None:
-    write_results(seeds)
-    text = visible(report())
+    text = visible(standard_report(*seeds))
     for part in (f"Seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))} ·", "1.7086", "5.1% of the limit",
                  "812,345 of 16,000,000 bytes",
                  "blocks.2.mlp.up.weight", "10 × 20 gptq free + rank 2 0.012 95 3.80 1500.00 0.00300 0.30",
@@ -55,8 +62,7 @@ def test_the_report_holds_every_result(seeds: list[int]) -> None:
 
 
 def test_strategies_are_compared_and_the_one_that_counts_stands_out() -> None:
-    write_results([1337])
-    html = report()
+    html = standard_report(1337)
     assert ("strategy bits per byte to sliding trains on the text legal plain 1.7200 +0.0400 no yes sliding 1.6800 no yes "
             "one_pass 1.6700 -0.0100 no yes score_first 1.6500 -0.0300 after scoring it yes lora 1.6400 -0.0400 after scoring it yes "
             "two_phase 1.6000 -0.0800 before scoring it no: trains before scoring") in visible(html)
@@ -64,8 +70,7 @@ def test_strategies_are_compared_and_the_one_that_counts_stands_out() -> None:
 
 
 def test_figures_show_every_strategy() -> None:
-    write_results([1337])
-    found = figures(report())
+    found = figures(standard_report(1337))
     assert list(found) == [
         "Bits per byte after each step", "Training loss against training tokens", "Running bits per byte against scored tokens",
         "Difference of running bits per byte against scored tokens", "Loss against number of inputs",
@@ -75,8 +80,7 @@ def test_figures_show_every_strategy() -> None:
 
 
 def test_the_budget_goes_from_the_float_model_to_the_strategy_that_counts() -> None:
-    write_results([1, 2])
-    found = figures(report())["Bits per byte after each step"]
+    found = figures(standard_report(1, 2))["Bits per byte after each step"]
     assert [text for text in found if ":" in text] == [
         "held-out: float", "held-out: quantized",
         "validation: plain", "validation: sliding", "validation: one_pass", "validation: score_first"]
@@ -85,8 +89,7 @@ def test_the_budget_goes_from_the_float_model_to_the_strategy_that_counts() -> N
 
 
 def test_documents_by_length_have_the_bits_per_byte_of_every_strategy() -> None:
-    write_results([1, 2])
-    text = visible(report())
+    text = visible(standard_report(1, 2))
     assert "tokens, at most documents bytes plain sliding one_pass score_first lora two_phase" in text
     assert "256 3 1,500 2.0250 1.9850 1.9750 1.9550 1.9450 1.9050 4,096 2 9,000 1.9250 1.8850" in text  # means of both seeds
 
@@ -100,8 +103,7 @@ def test_without_sliding_there_are_no_differences() -> None:
 
 
 def test_the_audit_tells_each_condition_of_each_strategy_and_why_something_was_not_checked() -> None:
-    write_results([1337])
-    html = report()
+    html = standard_report(1337)
     text = visible(html)
     assert "Audit: legal (21 passed, 1 not checked)." in text
     assert "strategy C1 C2 C3 C4 legal plain passed passed passed passed yes" in text
@@ -133,8 +135,8 @@ def test_a_run_without_audit_says_so() -> None:
 
 
 def test_the_report_is_one_file_the_same_each_time() -> None:
+    html = standard_report(1, 2)
     write_results([1, 2])
-    html = report()
     assert html == report()
     assert re.findall(r'(?:src|href)="(?!data:)|url\(|https?://', html) == []
 
@@ -153,10 +155,9 @@ def test_times_stand_beside_their_limits() -> None:
 
 
 def test_every_seed_has_its_line() -> None:
-    write_results([5, 7])
-    assert ("val_bpb val_loss held-out bpb bytes train, s evaluate, s seed 5 1.6500 2.4000 1.7086 812,345 240.0 60.0 "
-            "seed 7 1.6600 2.4100 1.7186 812,346 240.0 60.0 mean 1.6550 2.4050 1.7136 812,346 240.0 60.0 "
-            "std 0.0071 0.0071 0.0071 1 0.0 0.0") in visible(report())
+    assert ("val_bpb val_loss held-out bpb bytes train, s evaluate, s seed 1 1.6500 2.4000 1.7086 812,345 240.0 60.0 "
+            "seed 2 1.6600 2.4100 1.7186 812,346 240.0 60.0 mean 1.6550 2.4050 1.7136 812,346 240.0 60.0 "
+            "std 0.0071 0.0071 0.0071 1 0.0 0.0") in visible(standard_report(1, 2))
 
 
 def test_the_test_against_the_record_is_told_with_its_numbers() -> None:
@@ -167,8 +168,7 @@ def test_the_test_against_the_record_is_told_with_its_numbers() -> None:
             "with 0.99 confidence.") in text
     write_results([1], record=2.9)
     assert "Record of 2.9000 nats per token: needs at least two seeds." in visible(report())
-    write_results([1, 2])
-    text = visible(report())
+    text = visible(standard_report(1, 2))
     assert "No record stated. Audit:" in text
     assert "No record is stated that they are tested against" in text
 
@@ -195,8 +195,7 @@ def test_an_imported_checkpoint_has_no_curve_and_says_where_it_is_from() -> None
 
 
 def test_seeds_have_their_own_training_curves() -> None:
-    write_results([1, 2])
-    assert {"seed 1", "seed 2"} <= set(figures(report())["Training loss against training tokens"])
+    assert {"seed 1", "seed 2"} <= set(figures(standard_report(1, 2))["Training loss against training tokens"])
 
 
 def test_errors_are_drawn_by_layer_and_kind() -> None:
@@ -207,8 +206,7 @@ def test_errors_are_drawn_by_layer_and_kind() -> None:
 
 
 def test_names_are_escaped() -> None:
-    write_results([1])
-    assert "<h1>A run &amp; its &lt;numbers&gt;</h1>" in report()
+    assert "<h1>A run &amp; its &lt;numbers&gt;</h1>" in standard_report(1337)
 
 
 def test_a_missing_table_is_an_error_with_its_path() -> None:

@@ -17,7 +17,7 @@ SEEDS = [1337, 42, 7]
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The stages that dvc.lock records of a run that is in order."""
     monkeypatch.chdir(tmp_path)
-    write_results(SEEDS)
+    write_results(SEEDS, names=("lora",))
     made = make_lock(SEEDS)
     stages: dict[str, Any] = made["stages"]
     return stages
