@@ -6,7 +6,7 @@ and outputs. While the report is made within ``dvc repro``, the stages before it
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from lib.artifacts.files import ArtifactError
+from lib.artifacts.metrics import load_metrics
+from lib.artifacts.paths import stage_folder
 from lib.params import PARAMS_FILE
 
 LOCK_FILE = Path("dvc.lock")
@@ -42,7 +44,7 @@ def check_runs(params: Mapping[str, Any]) -> None:
         raise ArtifactError(f"{LOCK_FILE}: expected a record of every stage and seed, found none of {', '.join(missing)}; "
                             "run `dvc repro`: results of stages that were started by hand are not reported")
     entries = {name: recorded[name] for name in names}
-    differences = [*_list_settings(entries, params), *_list_inputs(entries, seeds[0]), *_list_files(entries)]
+    differences = [*_list_settings(entries, params), *_list_inputs(entries, seeds[0]), *_list_files(entries)] or list(_list_origins(seeds))
     if differences:
         more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
         raise ArtifactError("\n  ".join(["results do not belong together; run `dvc repro`, which makes those anew that differ:",
@@ -106,6 +108,15 @@ def _list_files(entries: Entries) -> Iterator[str]:
             path = Path(out["path"])
             if "@" in name and (path.suffix in READ_HERE or out["md5"].endswith(".dir")) and (found := _checksum(path)) != out["md5"]:
                 yield f"{name}: {path}: expected {out['md5']} as in {LOCK_FILE}, found {found} on disk"
+
+
+def _list_origins(seeds: Sequence[int]) -> Iterator[str]:
+    """Seeds that were imported where the first was trained, or the reverse, which DVC knows nothing of."""
+    origins = ["imported" if "imported" in load_metrics(stage_folder("train", seed)) else "trained" for seed in seeds]
+    for seed, origin in zip(seeds, origins, strict=True):
+        if origin != origins[0]:
+            yield (f"train@{seed}: expected a checkpoint that was {origins[0]} as that of train@{seeds[0]}, found one that was {origin}; "
+                   f"import it for every seed, or train it anew (`dvc repro --force train@{seed}`)")
 
 
 def _checksum(path: Path) -> str:

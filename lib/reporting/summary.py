@@ -90,9 +90,9 @@ def format_summary(params: Mapping[str, Any], record: RecordParams) -> str:
     strategies = format_strategies([of_seed["evaluate"] for of_seed in metrics], [load_timing(folder) for folder in folders])
     audit = f"audit: {format_verdicts([load_audit(folder) for folder in folders])}"
     headline, times = headline_rows(metrics), timing_rows(params)
-    by_seed = seed_lines([*headline, *times], seeds)[:1 + len(seeds)]
+    by_seed = seed_lines([*headline, *times], seeds)[:1 + len(seeds)] if len(seeds) > 1 else []
     return "\n\n".join([
-        format_table(headline, seeds), *([align(by_seed, "l" + "r" * len(SEED_COLUMNS))] if len(seeds) > 1 else []),
+        format_table(headline, seeds), *([align(by_seed, "l" + "r" * len(SEED_COLUMNS))] if by_seed else []),
         *([f"{test.headline}\n{test.evidence}".strip()] if record.loss else []), f"{strategies}\n{audit}", format_table(times, seeds)])
 
 
@@ -106,7 +106,8 @@ def main() -> None:
     """Print the figures of all seeds of params.yaml."""
     try:
         params = read_params()
-        check_runs(params)
+        if len(params["seeds"]) > 1:  # so that no mean is of runs that differ; one seed's figures are shown as they are
+            check_runs(params)
         print(format_summary(params, load_params("report", ReportParams).record))
     except (ArtifactError, ParamsError) as error:
         sys.exit(str(error))

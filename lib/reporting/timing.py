@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.artifacts.metrics import load_environment, load_timing
+from lib.artifacts.metrics import METRICS_FILE, load_environment, load_timing
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.reporting.runs import STAGES
 from lib.reporting.table import Row
@@ -14,7 +14,7 @@ TIMED = ("tokenize", *STAGES)
 
 
 def timing_rows(params: Mapping[str, Any]) -> list[Row]:
-    """Seconds of each stage and of all, memory of evaluate; a stage whose outputs came from the cache has none.
+    """Seconds of each stage that has run and of all, memory of evaluate; a stage whose outputs came from the cache has none.
 
     Args:
         params: all of params.yaml.
@@ -23,7 +23,7 @@ def timing_rows(params: Mapping[str, Any]) -> list[Row]:
         timings = [load_timing(_folder(stage, seed)) for seed in params["seeds"]]
         return tuple(None if timing is None else timing[key] for timing in timings)
 
-    columns, limits = {stage: column(stage) for stage in TIMED}, _limits(params)
+    columns, limits = {stage: column(stage) for stage in TIMED if _has_run(stage, params["seeds"])}, _limits(params)
     total = tuple(_total(times) for times in zip(*columns.values(), strict=True))
     rows = [Row(f"seconds, {stage}", times, 1, _note(times, limits.get(stage))) for stage, times in columns.items()]
     return [*rows, Row("seconds, all stages", total, 1), Row("peak memory of evaluate, MiB", column("evaluate", "peak_memory_mib"), 0)]
@@ -47,6 +47,10 @@ def _environment(folder: Path) -> str:
 
 def _folder(stage: str, seed: int) -> Path:
     return TOKENIZE_FOLDER if stage == "tokenize" else stage_folder(stage, seed)
+
+
+def _has_run(stage: str, seeds: Sequence[int]) -> bool:
+    return any((_folder(stage, seed) / METRICS_FILE).exists() for seed in seeds)
 
 
 def _limits(params: Mapping[str, Any]) -> dict[str, float | None]:

@@ -6,6 +6,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from lib.artifacts.files import ArtifactError
+from lib.artifacts.metrics import load_metrics, save_metrics
 from lib.params import read_params
 from lib.reporting.runs import check_runs, flatten
 from tests.reporting.results import make_lock, write_lock, write_results
@@ -97,6 +98,20 @@ def test_folders_are_those_of_the_recorded_run(lock: dict[str, Any], change: str
     else:
         (folder / ("lora.csv" if change == "edited" else "new.csv")).write_text("tokens,bpb\n")
     assert differences(lock) == [f"evaluate@7: {folder}: expected MD5 as in dvc.lock, found MD5 on disk"]
+
+
+def test_trained_and_imported_checkpoints_do_not_go_together() -> None:
+    path = Path("artifacts/train/seed42")
+    metrics = load_metrics(path)
+    save_metrics(path, metrics | {"imported": "final_model.pt"}, {"seconds": 1.0})
+    lock = make_lock(SEEDS)
+    found = differences(lock["stages"])
+    assert [line.split(";")[0] for line in found] == [
+        "train@42: expected a checkpoint that was trained as that of train@1337, found one that was imported"]
+    for seed in SEEDS:
+        save_metrics(Path(f"artifacts/train/seed{seed}"), {"imported": f"final_model.{seed}.pt"}, {"seconds": 1.0})
+    write_lock(make_lock(SEEDS))
+    check_runs(read_params())
 
 
 def test_stages_that_were_not_run_by_dvc_are_named(lock: dict[str, Any]) -> None:
