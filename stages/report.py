@@ -9,6 +9,7 @@ from lib.compression.bundle import list_packages, make_bundle
 from lib.params import load_params, read_params
 from lib.reporting.config import ReportParams
 from lib.reporting.html import make_metrics, make_report
+from lib.reporting.runs import check_runs
 from lib.reporting.submission import Program, write_submission
 from lib.reporting.summary import read_metrics
 
@@ -16,9 +17,10 @@ from lib.reporting.summary import read_metrics
 def main() -> None:
     """Run the stage."""
     report, params = load_params("report", ReportParams), read_params()
+    check_runs(params)
     metrics = read_metrics(params["seeds"])
-    write_bytes(REPORT_FOLDER / "report.html", make_report(report.title, params, metrics).encode())
-    write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(metrics))
+    write_bytes(REPORT_FOLDER / "report.html", make_report(report, params, metrics).encode())
+    write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(report, metrics))
     program = Program(make_bundle(params["evaluate"], Path()), list_packages(Path()))
     write_submission(REPORT_FOLDER / "submission", report, params, metrics, program)
 

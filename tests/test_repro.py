@@ -49,6 +49,9 @@ def test_every_stage_writes_its_figures(clone: Clone) -> None:
     assert 0.99 * target <= metrics["compress"]["artifact_bytes"] <= target
     assert metrics["compress"]["blob_bytes"] == (clone.folder / f"artifacts/compress/seed{SEED}/model.ptz").stat().st_size
     assert (clone.folder / "artifacts/report/report.html").stat().st_size > 1000
+    shown = clone.run("dvc", "metrics", "show", "--md")
+    assert "tokens_per_second" in shown
+    assert "environment" not in shown  # a list, which DVC passes over
 
 
 def test_the_submission_repeats_the_score_in_another_place(clone: Clone, tmp_path: Path) -> None:
@@ -74,6 +77,16 @@ def test_only_what_depends_on_a_change_runs_again_and_going_back_restores(clone:
     clone.change({"quantize": {"bits": {"mlp": "free"}}})
     assert clone.repro() == set()
     assert (metrics_of(clone), clone.lock()) == (original, lock)
+
+
+def test_a_report_alone_refuses_results_of_other_settings(clone: Clone) -> None:
+    clone.change({"evaluate": {"stride_tokens": 8}})
+    command = ("dvc", "repro", "--single-item", "report")
+    result = subprocess.run(command, cwd=clone.folder, env=clone.environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert f"evaluate@{SEED}: evaluate.stride_tokens: expected 8 as in params.yaml, found 16 in dvc.lock" in result.stderr
+    clone.change({"evaluate": {"stride_tokens": 16}})
+    assert clone.repro() == set()
 
 
 def test_a_sweep_is_one_experiment_per_size_and_leaves_the_workspace_alone(clone: Clone) -> None:

@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 Curve = Sequence[tuple[float, float]]
 
 SIZE_INCHES = (7.2, 3.2)
+ROW_INCHES = 0.24
 COLORS = ("#1f5fa8", "#d9661f", "#3b8a4a", "#8a4f9e", "#c0284f", "#0e8f93", "#6b6b6b")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "albatross", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
@@ -23,14 +24,14 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def plot_curves(curves: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, *, unsettled: float = 0,
+def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, *, unsettled: float = 0,
                 dashes: Mapping[str, str] = MappingProxyType({}), octaves: bool = False) -> str:
-    """Named groups of curves in one figure, one colour for each name and one line for each seed.
+    """Named curves in one figure.
 
     The names stand beside the figure in the order in which their curves end, top to bottom.
 
     Args:
-        curves: name -> curves, each a sequence of points (x, y).
+        curves: name -> points (x, y).
         x_label: of the horizontal axis.
         y_label: of the vertical axis.
         unsettled: first fraction of the points, which may leave the figure at the top or bottom, so that the rest can be told apart.
@@ -41,13 +42,12 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], x_label: str, y_label: st
         figure, axes = _make_axes()
         settled: list[float] = []
         lines: dict[str, tuple[float, Line2D]] = {}
-        for color, (name, group) in zip(cycle(COLORS), curves.items(), strict=False):
-            for curve in group:
-                x, y = zip(*curve, strict=True)
-                line, = axes.plot(x, y, color=color, linewidth=1.3, alpha=1 if len(group) == 1 else 0.6, linestyle=dashes.get(name, "-"),
-                                  marker="o" if octaves else None, markersize=3)
-                lines.setdefault(name, (y[-1], line))
-                settled += y[round(unsettled * len(y)):]
+        for color, (name, curve) in zip(cycle(COLORS), curves.items(), strict=False):
+            x, y = zip(*curve, strict=True)
+            line, = axes.plot(x, y, color=color, linewidth=1.3, linestyle=dashes.get(name, "-"), marker="o" if octaves else None,
+                              markersize=3)
+            lines[name] = (y[-1], line)
+            settled += y[round(unsettled * len(y)):]
         margin = 0.05 * (max(settled) - min(settled))
         axes.set(ylim=(min(settled) - margin, max(settled) + margin) if margin else None, xlabel=x_label, ylabel=y_label)
         if octaves:
@@ -76,6 +76,26 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], x_label: str, *, log:
             axes.legend()
         axes.set(xlabel=x_label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        return _render(figure)
+
+
+def plot_dots(panels: Mapping[str, Mapping[str, Mapping[str, float]]], rows: Sequence[str]) -> str:
+    """Figures beside each other with common rows, one dot for each value, one colour for each kind of value; axes are logarithmic.
+
+    Args:
+        panels: label of the horizontal axis -> kind -> row -> value; what is not above 0 is left out.
+        rows: top to bottom.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(SIZE_INCHES[0], 1.1 + ROW_INCHES * len(rows)), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (x_label, kinds) in zip(all_axes, panels.items(), strict=True):
+            for color, (kind, values) in zip(cycle(COLORS), kinds.items(), strict=False):
+                shown = {row: value for row, value in values.items() if value > 0}
+                axes.plot(list(shown.values()), list(map(rows.index, shown)), "o", color=color, markersize=4.5, alpha=0.85, label=kind)
+            axes.set(xscale="log", xlabel=x_label)
+        all_axes[0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return _render(figure)
 
 

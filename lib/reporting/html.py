@@ -2,7 +2,8 @@
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,9 @@ from lib.artifacts.files import read_csv
 from lib.artifacts.paths import stage_folder
 from lib.artifacts.scores import load_curve
 from lib.reporting.audit import CONDITIONS, format_verdicts, load_audit
-from lib.reporting.figures import plot_curves, plot_steps
+from lib.reporting.config import ReportParams
+from lib.reporting.figures import plot_curves, plot_dots, plot_steps
+from lib.reporting.runs import flatten
 from lib.reporting.scoring import (
     Curves,
     context_curves,
@@ -24,21 +27,25 @@ from lib.reporting.scoring import (
     line_styles,
     running_curves,
 )
+from lib.reporting.statistics import compare_with_record
 from lib.reporting.strategies import REFERENCE, WITHOUT_ADAPTATION, Strategy, find_strategies
-from lib.reporting.summary import headline_rows
-from lib.reporting.table import Row, column_names
+from lib.reporting.summary import headline_rows, loss_row, seed_lines
+from lib.reporting.table import Row, column_names, statistics_names
+from lib.reporting.timing import list_environments, timing_rows
 
 TEMPLATE = "report.html.j2"
 TENSOR_COLUMNS = ("name", "role", "method", "rows", "columns", "bits", "step", "entropy_bits", "coded_bytes", "relative_error",
                   "relative_error_rtn", "sensitivity", "predicted_loss", "rank")
+ERRORS = {"predicted_loss": "predicted loss, nats per token", "relative_error": "relative error of the outputs"}
+"""Columns of the table of matrices that are drawn -> label of the axis."""
 SIZE_COLUMNS = ("part", "num_tensors", "num_weights", "bits", "coded_bits", "num_bytes")
 
 
-def make_report(title: str, params: Mapping[str, Any], metrics: Sequence[dict[str, dict[str, Any]]]) -> str:
+def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequence[dict[str, dict[str, Any]]]) -> str:
     """The report on all seeds.
 
     Args:
-        title: headline.
+        report: headline, and what the seeds are tested against.
         params: all of params.yaml.
         metrics: from `read_metrics`, in the order of ``seeds``.
 
@@ -52,8 +59,9 @@ def make_report(title: str, params: Mapping[str, Any], metrics: Sequence[dict[st
     audits = [load_audit(folder) for folder in folders]
     tensors = read_csv(stage_folder("quantize", seeds[0]) / "tensors.csv", TENSOR_COLUMNS)
     sizes = read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS)
-    loss = [load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds]
+    loss: Curves = {f"seed {seed}": load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds}
     change = f"bits per byte, difference to {REFERENCE}"
+    headline, times = headline_rows(metrics), timing_rows(params)
 
     def plot(curves: Curves, x_label: str, y_label: str, *, unsettled: float = 0, octaves: bool = False) -> Markup | None:
         if not curves:
@@ -63,14 +71,17 @@ def make_report(title: str, params: Mapping[str, Any], metrics: Sequence[dict[st
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True)
     return environment.get_template(TEMPLATE).render(
-        title=title,
+        title=report.title,
         seeds=seeds,
         columns=column_names(seeds),
-        rows=headline_rows(metrics),
+        statistics=statistics_names(seeds),
+        headline=headline,
+        by_seed=seed_lines([*headline, *times], seeds),
+        test=compare_with_record(loss_row(metrics), report.record),
         strategies=strategies,
         reference=REFERENCE,
         budget=_image(plot_steps(_budget(metrics, strategies), "bits per byte")),
-        loss=_image(plot_curves({"training loss": loss}, "training tokens", "nats per token")),
+        loss=plot({name: curve for name, curve in loss.items() if curve}, "training tokens", "nats per token"),
         running=plot(running, "validation tokens scored", "bits per byte of all so far", unsettled=0.1),
         gains=plot(differences(running), "validation tokens scored", change, unsettled=0.1),
         context=plot(context_curves(folders, strategies), "inputs, at most", "nats per token", octaves=True),
@@ -84,14 +95,21 @@ def make_report(title: str, params: Mapping[str, Any], metrics: Sequence[dict[st
         quantize=metrics[0]["quantize"],
         compress=metrics[0]["compress"],
         tensors=tensors,
+        errors=_image(plot_dots(*_errors(tensors))),
         sizes=sizes,
-        params={section: list(_flatten(values)) for section, values in params.items()},
+        times=times,
+        environments=list_environments(seeds),
+        kernels=list(dict.fromkeys(of_seed["train"]["attention"] for of_seed in metrics if "attention" in of_seed["train"])),
+        params={section: [(key, _format(value)) for key, value in flatten(values)] for section, values in params.items()},
     )
 
 
-def make_metrics(metrics: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Stage -> figure -> ``mean`` over the seeds and, with several seeds, ``std``; every figure that is a number for all seeds."""
-    summary: dict[str, dict[str, dict[str, float]]] = {}
+def make_metrics(report: ReportParams, metrics: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Stage -> figure -> ``mean`` over the seeds and, with several seeds, ``std``; every figure that is a number for all seeds.
+
+    And ``record``, the test of the seeds against the record of `report`.
+    """
+    summary: dict[str, dict[str, Any]] = {}
     for stage, figures in metrics[0].items():
         summary[stage] = {}
         for key in figures:
@@ -100,7 +118,7 @@ def make_metrics(metrics: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict
                 row = Row(key, tuple(values), 0)
                 statistics = {"mean": row.mean, "std": row.std}
                 summary[stage][key] = {name: round(value, 8) for name, value in statistics.items() if value is not None}
-    return summary
+    return summary | {"record": compare_with_record(loss_row(metrics), report.record).figures()}
 
 
 def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[Strategy]) -> dict[str, dict[str, float]]:
@@ -115,10 +133,23 @@ def _image(svg: str) -> Markup:
     return Markup("data:image/svg+xml;base64,{}").format(base64.b64encode(svg.encode()).decode())
 
 
-def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if not isinstance(values, Mapping):
-        elements = values if isinstance(values, list) else [values]
-        yield prefix, ", ".join(value if isinstance(value, str) else json.dumps(value) for value in elements)
-        return
-    for key, value in values.items():
-        yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
+def _errors(tensors: Sequence[Mapping[str, str]]) -> tuple[dict[str, dict[str, dict[str, float]]], list[str]]:
+    """Figure of errors by layer and kind of matrix, and its rows: what is in no layer, then layer by layer."""
+    panels: dict[str, dict[str, dict[str, float]]] = {label: {} for label in ERRORS.values()}
+    layers, others = set(), []
+    for tensor in tensors:
+        name = tensor["name"].removesuffix(".weight")
+        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+            layers.add(int(match[1]))
+            row, kind = f"layer {match[1]}", match[2]
+        else:
+            others.append(name)
+            row, kind = name, "in no layer"
+        for column, label in ERRORS.items():
+            panels[label].setdefault(kind, {})[row] = float(tensor[column])
+    return panels, [*others, *(f"layer {number}" for number in sorted(layers))]
+
+
+def _format(value: Any) -> str:
+    elements = value if isinstance(value, list) else [value]
+    return ", ".join(each if isinstance(each, str) else json.dumps(each) for each in elements)

@@ -16,8 +16,8 @@ CURVE = ("tokens", "bpb")
 MIN_SHARE = 0.01
 """Of all targets, at least, that a point of the loss by context stands for: fewer have a mean that says little."""
 
-Curves = dict[str, list[Curve]]
-"""Label of the strategy -> curve of each seed."""
+Curves = dict[str, Curve]
+"""Label of the strategy -> curve, the mean over the seeds."""
 
 
 class DocumentBin(NamedTuple):
@@ -47,20 +47,20 @@ def running_curves(folders: Sequence[Path], strategies: Sequence[Strategy]) -> C
     Raises:
         ArtifactError: a table that is missing or damaged. So do the other functions that take folders.
     """
-    return {each.label: [load_curve(folder / CURVES_FOLDER / f"{each.name}.csv", CURVE) for folder in folders] for each in strategies}
+    return {each.label: _average([load_curve(folder / CURVES_FOLDER / f"{each.name}.csv", CURVE) for folder in folders])
+            for each in strategies}
 
 
 def differences(curves: Curves) -> Curves:
-    """Of each curve from that of `REFERENCE` of the same seed and with the same horizontal values; none where that was not run."""
+    """Of each curve from that of `REFERENCE`, which has the same horizontal values; none where that was not run."""
     if REFERENCE not in curves:
         return {}
-    return {name: [[(x, y - base) for (x, y), (_, base) in zip(curve, reference, strict=True)]
-                   for curve, reference in zip(group, curves[REFERENCE], strict=True)] for name, group in curves.items()}
+    return {name: [(x, y - base) for (x, y), (_, base) in zip(curve, curves[REFERENCE], strict=True)] for name, curve in curves.items()}
 
 
 def context_curves(folders: Sequence[Path], strategies: Sequence[Strategy]) -> Curves:
     """Mean loss by the number of inputs that a prediction sees, from `join_bins`."""
-    return {each.label: [join_bins(_load_rows(folder, CONTEXT_FOLDER, each.name)) for folder in folders] for each in strategies}
+    return {each.label: _average([join_bins(_load_rows(folder, CONTEXT_FOLDER, each.name)) for folder in folders]) for each in strategies}
 
 
 def join_bins(bins: Sequence[Mapping[str, float]]) -> Curve:
@@ -92,7 +92,12 @@ def document_bins(folders: Sequence[Path], strategies: Sequence[Strategy]) -> li
 
 def document_curves(bins: Sequence[DocumentBin]) -> Curves:
     """Bits per byte against the length of documents, one curve for each strategy."""
-    return {label: [[(each.length, each.bpb[label]) for each in bins]] for label in bins[0].bpb}
+    return {label: [(each.length, each.bpb[label]) for each in bins] for label in bins[0].bpb}
+
+
+def _average(curves: Sequence[Curve]) -> Curve:
+    """Of curves that have the same horizontal values, as all seeds score the same targets in the same windows."""
+    return [(points[0][0], fmean(y for _, y in points)) for points in zip(*curves, strict=True)]
 
 
 def _load_rows(folder: Path, part: str, name: str) -> list[dict[str, float]]:

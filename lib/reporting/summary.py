@@ -1,23 +1,29 @@
-"""The figures of a run, all seeds side by side: ``python -m lib.reporting.summary`` prints the tables that end ``make repro``.
+"""The figures of a run, their means and each seed's: ``python -m lib.reporting.summary`` prints the tables that end ``make repro``.
 
 Numbers come from the stages' figures only. Nothing heavy is imported: the tables appear at once.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.metrics import load_metrics, load_timing
-from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
-from lib.params import ParamsError, read_params
+from lib.artifacts.paths import stage_folder
+from lib.params import ParamsError, load_params, read_params
 from lib.reporting.audit import format_verdicts, load_audit
+from lib.reporting.config import RecordParams, ReportParams
+from lib.reporting.runs import check_runs
+from lib.reporting.statistics import compare_with_record
 from lib.reporting.strategies import format_strategies
-from lib.reporting.table import Row, align, column_names, difference, ratio
+from lib.reporting.table import Row, align, column_names, difference, ratio, statistics_names
+from lib.reporting.timing import timing_rows
 
-STAGES = ("train", "calibrate", "quantize", "compress", "evaluate")  # those that run once for each seed
 STAGES_WITH_FIGURES = ("train", "quantize", "compress", "evaluate")
-FROM_CACHE = "from cache"
+SEED_COLUMNS = {"validation bpb (val_bpb)": "val_bpb", "validation loss (val_loss)": "val_loss",
+                "held-out bpb, quantized model": "held-out bpb", "artifact, bytes": "bytes", "seconds, train": "train, s",
+                "seconds, evaluate": "evaluate, s"}
+"""Row of the headline or of the times -> title of its column in the table of seeds."""
 
 
 def read_metrics(seeds: Sequence[int]) -> list[dict[str, dict[str, Any]]]:
@@ -42,6 +48,7 @@ def headline_rows(metrics: Sequence[dict[str, dict[str, Any]]]) -> list[Row]:
     limit = row("limit", "compress", "limit_bytes", 0)
     return [
         row("validation bpb (val_bpb)", "evaluate", "val_bpb", 4, f"{evaluate.get('strategy')}, {evaluate['num_bytes']:,} bytes of text"),
+        loss_row(metrics),
         artifact._replace(note=ratio(artifact, limit, "{:.1%} of the limit of " + limit.cells()[0])),
         float_model,
         quantized._replace(note=difference(quantized, float_model)),
@@ -50,47 +57,60 @@ def headline_rows(metrics: Sequence[dict[str, dict[str, Any]]]) -> list[Row]:
     ]
 
 
-def timing_rows(seeds: Sequence[int]) -> list[Row]:
-    """Seconds of each stage and of all, memory of evaluate; a stage whose outputs came from the cache has none."""
-    def column(stage: str, key: str = "seconds") -> tuple[float | None, ...]:
-        timings = [load_timing(TOKENIZE_FOLDER if stage == "tokenize" else stage_folder(stage, seed)) for seed in seeds]
-        return tuple(None if timing is None else timing[key] for timing in timings)
-
-    columns = {stage: column(stage) for stage in ("tokenize", *STAGES)}
-    total = tuple(_total(times) for times in zip(*columns.values(), strict=True))
-    rows = [Row(f"seconds, {name}", times, 1, FROM_CACHE if None in times else "") for name, times in columns.items()]
-    return [*rows, Row("seconds, all stages", total, 1), Row("peak memory of evaluate, MiB", column("evaluate", "peak_memory_mib"), 0)]
+def loss_row(metrics: Sequence[dict[str, dict[str, Any]]]) -> Row:
+    """What is tested against the record, in nats per token."""
+    return Row("validation loss (val_loss)", tuple(figures["evaluate"]["val_loss"] for figures in metrics), 4, "nats per token")
 
 
-def format_summary(seeds: Sequence[int]) -> str:
+def seed_lines(rows: Sequence[Row], seeds: Sequence[int]) -> list[list[str]]:
+    """Titles, then one line for each seed; with several followed by mean and standard deviation.
+
+    Args:
+        rows: those of `SEED_COLUMNS` among others.
+        seeds: what the values of `rows` belong to.
+    """
+    named = {row.label: row for row in rows}
+    columns = [[title, *named[label].cells()] for label, title in SEED_COLUMNS.items()]
+    return [list(line) for line in zip(["", *column_names(seeds)], *columns, strict=True)]
+
+
+def format_summary(params: Mapping[str, Any], record: RecordParams) -> str:
     """All tables, from the files of the working directory.
+
+    Args:
+        params: all of params.yaml.
+        record: what the seeds are tested against.
 
     Raises:
         ArtifactError: figures that are missing or damaged.
     """
+    seeds = params["seeds"]
     metrics, folders = read_metrics(seeds), [stage_folder("evaluate", seed) for seed in seeds]
+    test = compare_with_record(loss_row(metrics), record)
     strategies = format_strategies([of_seed["evaluate"] for of_seed in metrics], [load_timing(folder) for folder in folders])
     audit = f"audit: {format_verdicts([load_audit(folder) for folder in folders])}"
-    return "\n\n".join([format_table(headline_rows(metrics), seeds), f"{strategies}\n{audit}", format_table(timing_rows(seeds), seeds)])
+    headline, times = headline_rows(metrics), timing_rows(params)
+    by_seed = seed_lines([*headline, *times], seeds)[:1 + len(seeds)] if len(seeds) > 1 else []
+    return "\n\n".join([
+        format_table(headline, seeds), *([align(by_seed, "l" + "r" * len(SEED_COLUMNS))] if by_seed else []),
+        *([f"{test.headline}\n{test.evidence}".strip()] if record.loss else []), f"{strategies}\n{audit}", format_table(times, seeds)])
 
 
 def format_table(rows: Sequence[Row], seeds: Sequence[int]) -> str:
-    """Rows as aligned lines of text under the names of the columns."""
-    lines = [["", *column_names(seeds), ""], *([row.label, *row.cells(), row.note] for row in rows)]
+    """The one seed's values, or mean and standard deviation, as aligned lines of text under the names of the columns."""
+    lines = [["", *statistics_names(seeds), ""], *([row.label, *row.statistics_cells(), row.note] for row in rows)]
     return align(lines, "l" + "r" * (len(lines[0]) - 2) + "l")
 
 
 def main() -> None:
     """Print the figures of all seeds of params.yaml."""
     try:
-        print(format_summary(read_params()["seeds"]))
+        params = read_params()
+        if len(params["seeds"]) > 1:  # so that no mean is of runs that differ; one seed's figures are shown as they are
+            check_runs(params)
+        print(format_summary(params, load_params("report", ReportParams).record))
     except (ArtifactError, ParamsError) as error:
         sys.exit(str(error))
-
-
-def _total(times: Sequence[float | None]) -> float | None:
-    known = [seconds for seconds in times if seconds is not None]
-    return sum(known) if len(known) == len(times) else None
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def column_names(seeds: Sequence[int]) -> list[str]:
     return [f"seed {seed}" for seed in seeds] + (["mean", "std"] if len(seeds) > 1 else [])
 
 
+def statistics_names(seeds: Sequence[int]) -> list[str]:
+    """Names of the columns that `Row.statistics_cells` fills."""
+    return column_names(seeds)[-2:]
+
+
 def difference(row: Row, reference: Row) -> str:
     """Difference of the means as text, empty where one is missing."""
     return f"{row.mean - reference.mean:+.4f}" if row.mean is not None and reference.mean is not None else ""

@@ -1,28 +1,42 @@
 """What the stages before the report write, small and with made-up numbers."""
 
+import json
 import math
+from hashlib import md5
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from lib.artifacts.files import write_csv
 from lib.artifacts.metrics import save_metrics
 from lib.artifacts.scores import save_audit, save_scores
+from lib.params import read_params
 from lib.reporting.html import SIZE_COLUMNS, TENSOR_COLUMNS
 
 PARAMS = """
 seeds: {seeds}
 model: {{num_layers: 2, tied_head: true}}
 tokenize: {{packages: [numpy, scipy]}}
-train: {{budget_steps: null}}
+train: {{budget_steps: null, budget_seconds: 300.0, reserve_seconds: 10.0}}
 calibrate: {{}}
-quantize: {{bits: {{mlp: 5, head: 8}}}}
-compress: {{}}
-evaluate: {{}}
+quantize: {{bits: {{mlp: 5, head: 8}}, bits_of: {{}}}}
+compress: {{codec: range}}
+evaluate: {{limit_seconds: 600.0}}
 report:
   title: A run & its <numbers>
-  record: {{loss: null, margin: 0.005, p_value: 0.01}}
+  record: {{loss: {record}, margin: 0.005, p_value: 0.01}}
   submission: {{author: null, github_id: null, blurb: null}}
 """
+SETTINGS = {"tokenize": ["tokenize"], "train": ["model", "train"], "calibrate": ["calibrate"], "quantize": ["quantize", "compress.codec"],
+            "compress": ["compress"], "evaluate": ["evaluate"]}
+"""What each stage depends on of params.yaml, as in dvc.yaml."""
+INPUTS = {"train": "tokenize/tokenizer.model", "calibrate": "train/{seed}/checkpoint", "quantize": "calibrate/{seed}/hessians",
+          "compress": "quantize/{seed}/quantized", "evaluate": "compress/{seed}/model.ptz"}
+OUTPUTS = {"tokenize": ["tokenizer.model"], "train": ["checkpoint", "metrics.json", "loss.csv"], "calibrate": ["hessians", "metrics.json"],
+           "quantize": ["quantized", "metrics.json", "tensors.csv"], "compress": ["model.ptz", "metrics.json", "sizes.csv"],
+           "evaluate": ["metrics.json", "audit.json", "curves", "context", "documents", "ledger"]}
+"""What they write; what is not a file here has a made-up checksum."""
 SECONDS = {"train": 240.0, "calibrate": 2.0, "quantize": 1.0, "compress": 3.0, "evaluate": 60.0}
 BPB = {"plain": 1.72, "sliding": 1.68, "one_pass": 1.67, "score_first": 1.65, "lora": 1.64, "two_phase": 1.6}
 STRATEGY_SECONDS = {
@@ -34,12 +48,13 @@ DOCUMENTS = [(256, 3, 1500), (4096, 2, 9000)]
 
 def make_metrics(number: int, names: tuple[str, ...] = tuple(BPB)) -> dict[str, dict[str, Any]]:
     shift = 0.01 * number
-    evaluate: dict[str, Any] = {"val_loss": 2.4, "val_bpb": BPB["score_first"] + shift, "strategy": "score_first"}
+    evaluate: dict[str, Any] = {"val_loss": 2.4 + shift, "val_bpb": BPB["score_first"] + shift, "strategy": "score_first"}
     for name in names:
         key = f"{name}_transductive_bpb" if name == "two_phase" else f"{name}_bpb"
         evaluate |= {key: BPB[name] + shift, f"{name}_legal": name != "two_phase"}
     return {
-        "train": {"heldout_bpb": 1.7 + shift, "selected": "ema", "num_parameters": 10000, "num_steps": 1500},
+        "train": {"heldout_bpb": 1.7 + shift, "selected": "ema", "num_parameters": 10000, "num_steps": 1500,
+                  "attention": "sdpa"},
         "calibrate": {"num_sequences": 8},
         "quantize": {"heldout_bpb": 1.7086 + shift, "heldout_bpb_float": 1.7 + shift, "heldout_kl": 0.0034, "predicted_loss": 0.0031,
                      "coded_bits": 3.25},
@@ -71,17 +86,48 @@ def write_evaluation(seed: int, number: int, names: tuple[str, ...] = tuple(BPB)
                 documents=documents, ledgers={})
 
 
-def write_results(seeds: list[int], num_tensors: int = 3) -> None:
-    """Write params.yaml and artifacts/ of a finished run into the working directory."""
-    Path("params.yaml").write_text(PARAMS.format(seeds=seeds))
+def make_lock(seeds: list[int]) -> dict[str, Any]:
+    """What DVC records of a run with the parameters and the files of the working directory."""
+    params = read_params()
+
+    def entry(stage: str, folder: str, seed: int | None) -> dict[str, Any]:
+        used: dict[str, Any] = {}
+        for key in SETTINGS[stage]:
+            section, _, name = key.partition(".")
+            used[key] = params[section][name] if name else params[section]
+        inputs = [f"artifacts/{INPUTS[stage]}".format(seed=f"seed{seed}")] if stage in INPUTS else []
+        return {"cmd": stage, "deps": list(map(checksum, ["lib/params.py", f"stages/{stage}.py", *inputs])),
+                "params": {"params.yaml": used}, "outs": [checksum(f"{folder}/{name}") for name in OUTPUTS[stage]]}
+
+    stages = {"tokenize": entry("tokenize", "artifacts/tokenize", None)}
+    stages |= {f"{stage}@{seed}": entry(stage, f"artifacts/{stage}/seed{seed}", seed) for seed in seeds for stage in SECONDS}
+    return {"schema": "2.0", "stages": stages}
+
+
+def checksum(name: str) -> dict[str, str]:
+    """An input or output as dvc.lock has it."""
+    path = Path(name)
+    if path.is_dir():
+        files = [{"md5": checksum(str(file))["md5"], "relpath": file.name} for file in sorted(path.iterdir())]
+        return {"path": name, "hash": "md5", "md5": md5(json.dumps(files).encode()).hexdigest() + ".dir"}
+    return {"path": name, "hash": "md5", "md5": md5(path.read_bytes() if path.exists() else name.encode()).hexdigest()}
+
+
+def write_lock(lock: dict[str, Any]) -> None:
+    YAML(typ="safe", pure=True).dump(lock, Path("dvc.lock"))
+
+
+def write_results(seeds: list[int], num_tensors: int = 3, record: float | None = None, names: tuple[str, ...] = tuple(BPB)) -> None:
+    """Write params.yaml, artifacts/ and dvc.lock of a finished run into the working directory."""
+    Path("params.yaml").write_text(PARAMS.format(seeds=seeds, record="null" if record is None else record))
     save_metrics(Path("artifacts/tokenize"), {}, {"seconds": 4.0})
     for number, seed in enumerate(seeds):
         folders = {stage: Path("artifacts", stage, f"seed{seed}") for stage in SECONDS}
-        metrics = make_metrics(number)
+        metrics = make_metrics(number, names)
         for stage in ("train", "calibrate", "quantize", "compress"):
             save_metrics(folders[stage], metrics[stage], {"seconds": SECONDS[stage]})
-        write_evaluation(seed, number)
-        save_audit(folders["evaluate"], make_audit())
+        write_evaluation(seed, number, names)
+        save_audit(folders["evaluate"], make_audit(names))
         loss = [(20000 * n, 3 + 4 / math.sqrt(n) + number / 50) for n in range(1, 151)]
         write_csv(folders["train"] / "loss.csv", ("tokens", "loss"), loss)
         sizes = [("mlp", num_tensors, 200 * num_tensors, None, 4.5, 500000), ("vectors", None, None, None, None, 251345 + number),
@@ -92,3 +138,4 @@ def write_results(seeds: list[int], num_tensors: int = 3) -> None:
         table = ("embedding", "gptq", 16, 10, 8, 0.5, 6.5, 130, 0.0001, 0.0001, 0.5, 0.0001, 0)
         head = ("head", "fp16", 4, 10, 16, None, None, None, 0.0, 0.0, 0.5, 0.0, 0)
         write_csv(folders["quantize"] / "tensors.csv", TENSOR_COLUMNS, [*rows, ("token_embedding.weight", *table), ("head.weight", *head)])
+    write_lock(make_lock(seeds))

@@ -1,8 +1,10 @@
 import xml.etree.ElementTree as ET
 
-from lib.reporting.figures import COLORS, plot_curves, plot_panels, plot_steps
+import pytest
 
-GROUPS = {"sliding": [[(0.0, 3.0), (1e6, 2.0)], [(0.0, 3.1), (1e6, 2.1)]], "ttt": [[(0.0, 3.0), (1e6, 1.9)]]}
+from lib.reporting.figures import COLORS, plot_curves, plot_dots, plot_panels, plot_steps
+
+CURVES = {"sliding": [(0.0, 3.0), (1e6, 2.0)], "ttt": [(0.0, 3.0), (1e6, 1.9)]}
 
 
 def texts(svg: str) -> list[str]:
@@ -10,24 +12,24 @@ def texts(svg: str) -> list[str]:
 
 
 def test_each_name_is_in_the_legend_once_and_axes_are_labelled() -> None:
-    found = texts(plot_curves(GROUPS, "tokens", "bpb"))
+    found = texts(plot_curves(CURVES, "tokens", "bpb"))
     assert [found.count(text) for text in ("sliding", "ttt", "tokens", "bpb")] == [1, 1, 1, 1]
     assert "1M" in found
 
 
 def test_names_stand_in_the_order_in_which_their_curves_end() -> None:
-    curves = {"high": [[(0.0, 1.0), (1.0, 3.0)]], "low": [[(0.0, 9.0), (1.0, 1.0)]], "middle": [[(0.0, 0.0), (1.0, 2.0)]]}
+    curves = {"high": [(0.0, 1.0), (1.0, 3.0)], "low": [(0.0, 9.0), (1.0, 1.0)], "middle": [(0.0, 0.0), (1.0, 2.0)]}
     assert [text for text in texts(plot_curves(curves, "", "")) if text in curves] == ["high", "middle", "low"]
 
 
 def test_octaves_are_powers_of_two() -> None:
-    curves = {"a": [[(8.0, 1.0), (64.0, 2.0), (2048.0, 3.0)]]}
+    curves = {"a": [(8.0, 1.0), (64.0, 2.0), (2048.0, 3.0)]}
     assert {"8", "64", "512"} <= set(texts(plot_curves(curves, "", "", octaves=True)))
     assert "64" not in texts(plot_curves(curves, "", ""))
 
 
 def test_every_curve_is_drawn_with_its_line_and_its_own_colour() -> None:
-    curves = {f"curve {n}": [[(0.0, float(n)), (1.0, float(n + 1))]] for n in range(len(COLORS) + 1)}  # more than there are colours
+    curves = {f"curve {n}": [(0.0, float(n)), (1.0, float(n + 1))] for n in range(len(COLORS) + 1)}  # more than there are colours
     svg = plot_curves(curves, "", "", dashes={"curve 0": "--", "curve 1": ":"})
     lines = [element.get("style", "") for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}path")
              if any(color in element.get("style", "") for color in COLORS)]
@@ -50,15 +52,30 @@ def test_panels_have_their_own_curves_and_a_common_axis() -> None:
     assert {"200k", "10−2", "10−3", "1.90"} <= set(found)
 
 
+def test_dots_stand_in_their_row_where_their_value_is() -> None:
+    values = {"up": {"layer 0": 1e-3, "layer 1": 1e-1}, "table": {"first": 1e-2, "layer 1": 0.0}}
+    svg = plot_dots({"loss": values}, ["first", "layer 0", "layer 1"])
+    assert [text for text in texts(svg) if text and text[0].isalpha()] == ["loss", "first", "layer 0", "layer 1", "up", "table"]
+    marks = [(element.get("style", ""), float(element.get("x", "0")), float(element.get("y", "0")))
+             for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}use")
+             if any(color in element.get("style", "") for color in COLORS)]
+    (up, x0, y0), (_, x1, y1), (table, x2, y2) = marks[:3]  # 0 has no place on a logarithmic axis
+    assert up != table
+    assert len(marks) == 3 + 2  # and two in the legend
+    assert y2 < y0 < y1
+    assert x1 - x2 == pytest.approx(x2 - x0, abs=1e-3)
+    assert x2 > x0
+
+
 def test_the_unsettled_part_does_not_set_the_vertical_range() -> None:
     curve = [(0.0, 90.0), *((float(n), 2 + n / 100) for n in range(1, 10))]
-    everything, settled = (texts(plot_curves({"a": [curve]}, "", "", unsettled=fraction)) for fraction in (0, 0.1))
+    everything, settled = (texts(plot_curves({"a": curve}, "", "", unsettled=fraction)) for fraction in (0, 0.1))
     assert max(map(float, filter(None, everything))) >= 80
     assert max(map(float, filter(None, settled))) < 20
 
 
 def test_a_figure_is_the_same_bytes_each_time_and_needs_no_other_file() -> None:
-    first = plot_curves(GROUPS, "tokens", "bpb")
-    assert first == plot_curves(GROUPS, "tokens", "bpb")
+    first = plot_curves(CURVES, "tokens", "bpb")
+    assert first == plot_curves(CURVES, "tokens", "bpb")
     assert "<dc:date>" not in first
     assert "Matplotlib" not in first  # no version that produced it

@@ -1,13 +1,17 @@
 import base64
+import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from lib.artifacts.files import ArtifactError
+from lib.artifacts.metrics import save_metrics
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
-from lib.params import read_params
+from lib.params import load_params, read_params
+from lib.reporting.config import ReportParams
 from lib.reporting.html import make_metrics, make_report
 from lib.reporting.summary import read_metrics
 from tests.reporting import results
@@ -24,7 +28,14 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def report() -> str:
     params = read_params()
-    return make_report(params["report"]["title"], params, read_metrics(params["seeds"]))
+    return make_report(load_params("report", ReportParams), params, read_metrics(params["seeds"]))
+
+
+@cache
+def standard_report(*seeds: int) -> str:
+    """The report on results as they are written for `seeds`."""
+    write_results(list(seeds))
+    return report()
 
 
 def visible(html: str) -> str:
@@ -39,21 +50,19 @@ def figures(html: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("seeds", [[1337], [1, 2]])
 def test_the_report_holds_every_result(seeds: list[int]) -> None:
-    write_results(seeds)
-    text = visible(report())
+    text = visible(standard_report(*seeds))
     for part in (f"Seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))} ·", "1.7086", "5.1% of the limit",
                  "812,345 of 16,000,000 bytes",
                  "blocks.2.mlp.up.weight", "10 × 20 gptq free + rank 2 0.012 95 3.80 1500.00 0.00300 0.30",
                  "token_embedding.weight 16 × 10 gptq 8 0.5 130 6.50 100.00 0.00010 1.00",
                  "head.weight 4 × 10 fp16 16 0.00 0.00000", "its sum is 0.00310 nats per token", "on held-out text 0.00340",
-                 "num_layers 2", "bits.mlp 5", "packages numpy, scipy", "tied_head true", "budget_steps null",
+                 "num_layers 2", "bits.mlp 5", "bits_of {}", "packages numpy, scipy", "tied_head true", "budget_steps null",
                  f"seeds {', '.join(map(str, seeds))}", "mlp 3 600 free 500,000 4.50 61.6%"):
         assert part in text
 
 
 def test_strategies_are_compared_and_the_one_that_counts_stands_out() -> None:
-    write_results([1337])
-    html = report()
+    html = standard_report(1337)
     assert ("strategy bits per byte to sliding trains on the text legal plain 1.7200 +0.0400 no yes sliding 1.6800 no yes "
             "one_pass 1.6700 -0.0100 no yes score_first 1.6500 -0.0300 after scoring it yes lora 1.6400 -0.0400 after scoring it yes "
             "two_phase 1.6000 -0.0800 before scoring it no: trains before scoring") in visible(html)
@@ -61,19 +70,17 @@ def test_strategies_are_compared_and_the_one_that_counts_stands_out() -> None:
 
 
 def test_figures_show_every_strategy() -> None:
-    write_results([1337])
-    found = figures(report())
+    found = figures(standard_report(1337))
     assert list(found) == [
         "Bits per byte after each step", "Training loss against training tokens", "Running bits per byte against scored tokens",
         "Difference of running bits per byte against scored tokens", "Loss against number of inputs",
-        "Difference of bits per byte against length of document"]
-    for of_figure in list(found.values())[2:]:
+        "Difference of bits per byte against length of document", "Predicted loss and relative error of every matrix"]
+    for of_figure in list(found.values())[2:6]:
         assert sorted(text for text in of_figure if text in STRATEGIES) == sorted(STRATEGIES)
 
 
 def test_the_budget_goes_from_the_float_model_to_the_strategy_that_counts() -> None:
-    write_results([1, 2])
-    found = figures(report())["Bits per byte after each step"]
+    found = figures(standard_report(1, 2))["Bits per byte after each step"]
     assert [text for text in found if ":" in text] == [
         "held-out: float", "held-out: quantized",
         "validation: plain", "validation: sliding", "validation: one_pass", "validation: score_first"]
@@ -82,8 +89,7 @@ def test_the_budget_goes_from_the_float_model_to_the_strategy_that_counts() -> N
 
 
 def test_documents_by_length_have_the_bits_per_byte_of_every_strategy() -> None:
-    write_results([1, 2])
-    text = visible(report())
+    text = visible(standard_report(1, 2))
     assert "tokens, at most documents bytes plain sliding one_pass score_first lora two_phase" in text
     assert "256 3 1,500 2.0250 1.9850 1.9750 1.9550 1.9450 1.9050 4,096 2 9,000 1.9250 1.8850" in text  # means of both seeds
 
@@ -97,8 +103,7 @@ def test_without_sliding_there_are_no_differences() -> None:
 
 
 def test_the_audit_tells_each_condition_of_each_strategy_and_why_something_was_not_checked() -> None:
-    write_results([1337])
-    html = report()
+    html = standard_report(1337)
     text = visible(html)
     assert "Audit: legal (21 passed, 1 not checked)." in text
     assert "strategy C1 C2 C3 C4 legal plain passed passed passed passed yes" in text
@@ -130,24 +135,79 @@ def test_a_run_without_audit_says_so() -> None:
 
 
 def test_the_report_is_one_file_the_same_each_time() -> None:
+    html = standard_report(1, 2)
     write_results([1, 2])
-    html = report()
     assert html == report()
     assert re.findall(r'(?:src|href)="(?!data:)|url\(|https?://', html) == []
 
 
-def test_times_are_not_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_stand_beside_their_limits() -> None:
+    write_results([1, 2])
+    save_metrics(Path("artifacts/evaluate/seed2"), results.make_metrics(1)["evaluate"], {"seconds": 90.0, "peak_memory_mib": 1024.0})
+    save_metrics(Path("artifacts/compress/seed1"), {}, {"seconds": 1.0})
+    Path("artifacts/compress/seed1/metrics.json").write_text(json.dumps(results.make_metrics(0)["compress"]))  # as from the cache
+    text = visible(report())
+    assert "seed 1 seed 2 mean std seconds, tokenize 4.0 4.0 4.0 0.0 seconds, train" in text
+    assert "seconds, train 240.0 240.0 240.0 0.0 82.8% of the limit of 290 " in text
+    assert "seconds, calibrate 2.0 2.0 2.0 0.0 20.0% of the limit of 10 seconds, quantize" in text
+    assert "seconds, compress - 3.0 - - from cache seconds, evaluate 60.0 90.0 75.0 21.2 15.0% of the limit of 600 " in text
+    assert "peak memory of evaluate, MiB 512 1,024 768 362" in text
+
+
+def test_every_seed_has_its_line() -> None:
+    assert ("val_bpb val_loss held-out bpb bytes train, s evaluate, s seed 1 1.6500 2.4000 1.7086 812,345 240.0 60.0 "
+            "seed 2 1.6600 2.4100 1.7186 812,346 240.0 60.0 mean 1.6550 2.4050 1.7136 812,346 240.0 60.0 "
+            "std 0.0071 0.0071 0.0071 1 0.0 0.0") in visible(standard_report(1, 2))
+
+
+def test_the_test_against_the_record_is_told_with_its_numbers() -> None:
+    write_results([1, 2], record=2.9)
+    text = visible(report())
+    assert text.count("Record of 2.9000 nats per token: beats the record by at least 0.005 nats at p &lt; 0.01.") == 2
+    assert ("against the record less 0.005 nats: mean 2.4050, std 0.0071, t = -98.00, p = 0.0032, true mean below 2.5641 "
+            "with 0.99 confidence.") in text
+    write_results([1], record=2.9)
+    assert "Record of 2.9000 nats per token: needs at least two seeds." in visible(report())
+    text = visible(standard_report(1, 2))
+    assert "No record stated. Audit:" in text
+    assert "No record is stated that they could be tested against" in text
+
+
+def test_stages_are_listed_by_what_they_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_results([1, 2])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    save_metrics(Path("artifacts/train/seed2"), results.make_metrics(1)["train"], {"seconds": 9.0})
+    Path("artifacts/quantize/seed1/timing.json").unlink()
+    text = visible(report())
+    assert re.search(r"stage ran on tokenize, train@1, calibrate, quantize@2, compress, evaluate Python 3\.\S+, torch \S+, numpy \S+, "
+                     r"sentencepiece \S+, .+, 1 process train@2 Python 3.+, 8 processes quantize@1 from cache "
+                     r"Attention kernel in training: sdpa\.", text)
+
+
+def test_an_imported_checkpoint_has_no_curve_and_says_where_it_is_from() -> None:
     write_results([1])
+    path = Path("artifacts/train/seed1")
+    save_metrics(path, {"imported": "final_model.pt", "imported_bytes": 4567, "imported_sha256": "0ab1", "num_parameters": 10000},
+                 {"seconds": 1.0})
+    (path / "loss.csv").write_text("tokens,loss\n")
     html = report()
-    monkeypatch.setattr(results, "SECONDS", dict.fromkeys(results.SECONDS, 1234.5))
-    monkeypatch.setattr(results, "STRATEGY_SECONDS", dict.fromkeys(results.STRATEGY_SECONDS, 1234.5))
-    write_results([1])
-    assert report() == html
+    assert "Training Trained elsewhere: imported from final_model.pt , 4,567 bytes, SHA-256 0ab1 ." in visible(html)
+    assert "Training loss against training tokens" not in figures(html)
+
+
+def test_seeds_have_their_own_training_curves() -> None:
+    assert {"seed 1", "seed 2"} <= set(figures(standard_report(1, 2))["Training loss against training tokens"])
+
+
+def test_errors_are_drawn_by_layer_and_kind() -> None:
+    write_results([1], num_tensors=12)
+    found = [text for text in figures(report())["Predicted loss and relative error of every matrix"] if text and text[0].isalpha()]
+    assert found == ["predicted loss, nats per token", "token_embedding", "head", *(f"layer {n}" for n in range(12)),
+                     "relative error of the outputs", "mlp.up", "in no layer"]
 
 
 def test_names_are_escaped() -> None:
-    write_results([1])
-    assert "<h1>A run &amp; its &lt;numbers&gt;</h1>" in report()
+    assert "<h1>A run &amp; its &lt;numbers&gt;</h1>" in standard_report(1337)
 
 
 def test_a_missing_table_is_an_error_with_its_path() -> None:
@@ -158,9 +218,13 @@ def test_a_missing_table_is_an_error_with_its_path() -> None:
 
 
 def test_figures_of_all_seeds_become_mean_and_deviation() -> None:
-    write_results([1, 2])
-    metrics = make_metrics(read_metrics([1, 2]))
+    write_results([1, 2], record=2.9)
+    metrics = make_metrics(load_params("report", ReportParams), read_metrics([1, 2]))
     assert metrics["evaluate"]["val_bpb"] == {"mean": 1.655, "std": round(0.01 / 2**0.5, 8)}
     assert "plain_legal" not in metrics["evaluate"]  # true is no number
     assert metrics["train"].keys() == {"heldout_bpb", "num_parameters", "num_steps"}  # `selected` is no number
-    assert make_metrics(read_metrics([1]))["evaluate"]["val_bpb"] == {"mean": 1.65}
+    assert metrics["record"]["verdict"] == "beats the record by at least 0.005 nats at p < 0.01"
+    write_results([1])
+    metrics = make_metrics(load_params("report", ReportParams), read_metrics([1]))
+    assert metrics["evaluate"]["val_bpb"] == {"mean": 1.65}
+    assert metrics["record"] == {"verdict": "no record stated"}

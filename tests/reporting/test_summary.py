@@ -7,8 +7,10 @@ import pytest
 from lib.artifacts.metrics import save_metrics
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
-from lib.reporting.summary import format_table, headline_rows, main, read_metrics, timing_rows
-from tests.reporting.results import make_metrics, write_evaluation, write_results
+from lib.params import read_params
+from lib.reporting.summary import headline_rows, main, read_metrics
+from lib.reporting.timing import timing_rows
+from tests.reporting.results import make_lock, make_metrics, write_evaluation, write_lock, write_results
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +24,7 @@ def test_one_seed_shows_its_values_and_what_to_compare_them_with(capsys: pytest.
     assert capsys.readouterr().out == """\
                                seed 1337
 validation bpb (val_bpb)          1.6500  score_first, 1,000,000 bytes of text
+validation loss (val_loss)        2.4000  nats per token
 artifact, bytes                  812,345  5.1% of the limit of 16,000,000
 held-out bpb, float model         1.7000
 held-out bpb, quantized model     1.7086  +0.0086
@@ -39,22 +42,46 @@ audit: legal (21 passed, 1 not checked)
 
                               seed 1337
 seconds, tokenize                   4.0
-seconds, train                    240.0
-seconds, calibrate                  2.0
+seconds, train                    240.0  82.8% of the limit of 290
+seconds, calibrate                  2.0  20.0% of the limit of 10
 seconds, quantize                   1.0
 seconds, compress                   3.0
-seconds, evaluate                  60.0
+seconds, evaluate                  60.0  10.0% of the limit of 600
 seconds, all stages               310.0
 peak memory of evaluate, MiB        512
 """
 
 
-def test_several_seeds_end_with_mean_and_sample_deviation() -> None:
-    write_results([5, 7, 9])
-    table = format_table(headline_rows(read_metrics([5, 7, 9])), [5, 7, 9]).splitlines()
-    assert table[0].split() == ["seed", "5", "seed", "7", "seed", "9", "mean", "std"]
-    assert table[3].split()[-5:] == ["1.7000", "1.7100", "1.7200", "1.7100", "0.0100"]
-    assert {line.index("1.7") for line in table[3:5]} == {table[1].index("1.6500")}  # columns stand under each other
+def test_several_seeds_have_means_and_sample_deviations_then_a_line_each_and_the_test(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results([5, 7, 1337], record=2.5)
+    main()
+    headline, seeds, test, strategies, times = capsys.readouterr().out.split("\n\n")
+    assert headline.splitlines()[:5] == [
+        "                                  mean      std",
+        "validation bpb (val_bpb)        1.6600   0.0100  score_first, 1,000,000 bytes of text",
+        "validation loss (val_loss)      2.4100   0.0100  nats per token",
+        "artifact, bytes                812,346        1  5.1% of the limit of 16,000,000",
+        "held-out bpb, float model       1.7100   0.0100"]
+    assert seeds == """\
+           val_bpb  val_loss  held-out bpb    bytes  train, s  evaluate, s
+seed 5      1.6500    2.4000        1.7086  812,345     240.0         60.0
+seed 7      1.6600    2.4100        1.7186  812,346     240.0         60.0
+seed 1337   1.6700    2.4200        1.7286  812,347     240.0         60.0"""
+    assert test == """\
+record of 2.5000 nats per token: beats the record by at least 0.005 nats at p < 0.01
+mean 2.4100, std 0.0100, t = -14.72, p = 0.0023, true mean below 2.4502 with 0.99 confidence"""
+    assert strategies.startswith("strategy ")
+    assert [line.split()[:3] for line in times.splitlines()[:2]] == [["mean", "std"], ["seconds,", "tokenize", "4.0"]]
+
+
+def test_results_of_several_runs_are_not_summarized(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results([1, 2])
+    lock = make_lock([1, 2])
+    lock["stages"]["evaluate@2"]["params"]["params.yaml"]["evaluate"] = {"limit_seconds": 60.0}
+    write_lock(lock)
+    with pytest.raises(SystemExit, match=r"evaluate@2: evaluate\.limit_seconds: expected 600\.0 as in params\.yaml, found 60\.0"):
+        main()
+    assert not capsys.readouterr().out
 
 
 def test_outputs_from_the_cache_have_no_time_of_their_own() -> None:
@@ -62,11 +89,26 @@ def test_outputs_from_the_cache_have_no_time_of_their_own() -> None:
     save_metrics(Path("artifacts/train/seed1"), {"heldout_bpb": 1.0}, {"seconds": 9.0})
     Path("artifacts/train/seed1/metrics.json").write_text('{"heldout_bpb": 2.0}')  # as DVC checks it out; timing.json stays
     Path("artifacts/quantize/seed1/timing.json").unlink()
-    rows = {row.label: row for row in timing_rows([1])}
+    rows = {row.label: row for row in timing_rows(read_params())}
     for stage in ("train", "quantize"):
         assert (rows[f"seconds, {stage}"].cells(), rows[f"seconds, {stage}"].note) == (["-"], "from cache")
     assert rows["seconds, evaluate"].cells() == ["60.0"]
     assert rows["seconds, all stages"].cells() == ["-"]
+
+
+def test_stages_that_never_ran_are_left_out() -> None:
+    """As those before quantize, where an artifact was imported."""
+    write_results([1])
+    for path in Path("artifacts/train/seed1").iterdir():
+        path.unlink()
+    assert [row.label for row in timing_rows(read_params())][:3] == ["seconds, tokenize", "seconds, calibrate", "seconds, quantize"]
+
+
+def test_one_seed_is_shown_without_a_record_of_dvc(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results([1])
+    Path("dvc.lock").unlink()
+    main()
+    assert "validation bpb" in capsys.readouterr().out
 
 
 def test_the_headline_knows_no_times() -> None:

@@ -31,8 +31,8 @@ def write_params(seeds: list[int], target: str) -> None:
     write_results(seeds)
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(text.replace("quantize: {", f"quantize: {{target_bytes: {target}, ").replace(
-        "compress: {", "compress: {limit_bytes: 800000").replace(
-        "evaluate: {", "evaluate: {strategies: [plain, one_pass, lora], strategy: lora"))
+        "compress: {", "compress: {limit_bytes: 800000, ").replace(
+        "evaluate: {", "evaluate: {strategies: [plain, one_pass, lora], strategy: lora, "))
 
 
 def test_each_target_is_one_experiment_and_one_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from lib.artifacts.files import write_json
+from lib.artifacts.files import ArtifactError, write_json
 from lib.artifacts.metrics import load_metrics
 from lib.artifacts.paths import stage_folder
 from lib.compression.bundle import code_bytes
 from stages import report
-from tests.reporting.results import write_results
+from tests.reporting.results import make_lock, write_lock, write_results
 
 
 def outputs() -> dict[str, bytes]:
@@ -25,6 +25,7 @@ def test_the_stage_writes_the_same_files_each_time(tmp_path: Path, monkeypatch: 
     for folder in (stage_folder("compress", seed) for seed in (1, 2)):
         (folder / "model.ptz").touch()
         write_json(folder / "metrics.json", load_metrics(folder) | {"code_bytes": code_bytes(Path()), "blob_bytes": 0})
+    write_lock(make_lock([1, 2]))
     report.main()
     first = outputs()
     assert {name.split("/")[0] for name in first} == {"report.html", "metrics.json", "submission"}
@@ -32,3 +33,12 @@ def test_the_stage_writes_the_same_files_each_time(tmp_path: Path, monkeypatch: 
     assert len(first["submission/train_gpt.py"]) == code_bytes(Path())
     report.main()
     assert first == outputs()
+
+
+def test_results_that_nothing_is_recorded_of_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_results([1, 2])
+    Path("dvc.lock").unlink()
+    with pytest.raises(ArtifactError, match=r"dvc\.lock: no such file"):
+        report.main()
+    assert not Path("artifacts/report").exists()
