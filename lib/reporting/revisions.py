@@ -8,7 +8,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,10 @@ from ruamel.yaml import YAML
 from lib.artifacts.metrics import METRICS_FILE
 from lib.artifacts.paths import REPORT_FOLDER
 from lib.params import PARAMS_FILE
+from lib.reporting.runs import LOCK_FILE, flatten
 from lib.reporting.table import NO_VALUE, align
 
 WORKSPACE = "workspace"
-LOCK_FILE = Path("dvc.lock")
 FIGURES = {  # what it is called -> stage and figure, digits after the decimal point
     "val_bpb": ("evaluate", "val_bpb", 4),
     "held-out bpb": ("quantize", "heldout_bpb", 4),
@@ -68,7 +68,7 @@ def read_revision(name: str, experiments: Mapping[str, str]) -> Revision:
     is_reported = lock.get("report", {}).get("params", {}).get(str(PARAMS_FILE)) == params
     report = json.loads((is_reported and _read(revision, REPORT_FOLDER / METRICS_FILE)) or "{}")
     means = {label: report.get(stage, {}).get(key, {}).get("mean") for label, (stage, key, _) in FIGURES.items()}
-    return Revision(name, dict(_flatten(params)), {label: mean for label, mean in means.items() if mean is not None})
+    return Revision(name, dict(flatten(params)), {label: mean for label, mean in means.items() if mean is not None})
 
 
 def find_experiments() -> dict[str, str]:
@@ -143,13 +143,6 @@ def _differ(value: Any, other: Any) -> bool:
 def _show(value: Any) -> str:
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
 
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 if __name__ == "__main__":
