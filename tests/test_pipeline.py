@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PIPELINE: dict[str, Any] = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
 STAGES: dict[str, dict[str, Any]] = PIPELINE["stages"]
 TOKENS_FOR_ALL = {"artifacts/tokenize/tokenizer.model", "artifacts/tokenize/train", "artifacts/tokenize/heldout"}
-TOOLS = {"audit", "inspect"}  # entry points that are no stages of the pipeline
+TOOLS = {"audit", "imports", "inspect"}  # entry points that are no stages of the pipeline
 UNDECLARED_CODE = {"lib/progress.py"}  # prints to the terminal and nothing else
 CODE_OF_OTHER_STAGES = {"quantize": {"evaluate"}, "compress": {"evaluate"}}  # counts the bytes of the code that evaluates
 NOT_COUNTED = "lib/audit/"  # of that code

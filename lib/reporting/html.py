@@ -52,7 +52,8 @@ def make_report(title: str, params: Mapping[str, Any], metrics: Sequence[dict[st
     audits = [load_audit(folder) for folder in folders]
     tensors = read_csv(stage_folder("quantize", seeds[0]) / "tensors.csv", TENSOR_COLUMNS)
     sizes = read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS)
-    loss = [load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds]
+    losses = [load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds]
+    loss: Curves = {"training loss": [curve for curve in losses if curve]}  # an imported model has none
     change = f"bits per byte, difference to {REFERENCE}"
 
     def plot(curves: Curves, x_label: str, y_label: str, *, unsettled: float = 0, octaves: bool = False) -> Markup | None:
@@ -70,7 +71,7 @@ def make_report(title: str, params: Mapping[str, Any], metrics: Sequence[dict[st
         strategies=strategies,
         reference=REFERENCE,
         budget=_image(plot_steps(_budget(metrics, strategies), "bits per byte")),
-        loss=_image(plot_curves({"training loss": loss}, "training tokens", "nats per token")),
+        loss=plot({name: curves for name, curves in loss.items() if curves}, "training tokens", "nats per token"),
         running=plot(running, "validation tokens scored", "bits per byte of all so far", unsettled=0.1),
         gains=plot(differences(running), "validation tokens scored", change, unsettled=0.1),
         context=plot(context_curves(folders, strategies), "inputs, at most", "nats per token", octaves=True),

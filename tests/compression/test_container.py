@@ -277,8 +277,8 @@ def test_headers_that_lie_never_raise_anything_else(data: st.DataObject, codec: 
     for _ in range(data.draw(st.integers(1, 3))):
         part = data.draw(st.sampled_from([fields, *fields["matrices"], *fields["vectors"]]))
         key = data.draw(st.sampled_from(sorted(part)))
-        part[key] = data.draw({"name": st.sampled_from(["a", "b", "a:left", "b:right", "a:scale"]), "codec": st.sampled_from(sorted(CODECS)),
-                               "dtype": st.sampled_from(["float16", "float32", "int8"]),
+        part[key] = data.draw({"name": st.sampled_from(["a", "b", "a:left", "b:right", "a:scale"]),
+                               "codec": st.sampled_from(sorted(CODECS)), "dtype": st.sampled_from(["float16", "float32", "int8"]),
                                "shape": st.lists(st.integers(0, 2000), max_size=3)}.get(key, st.integers(0, 2000) | st.none()))
         if not isinstance(fields["matrices"], list) or not isinstance(fields["vectors"], list):
             break
