@@ -12,7 +12,7 @@ from lib.artifacts.checkpoint import save_checkpoint
 from lib.artifacts.files import write_csv
 from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import stage_folder
-from lib.artifacts.quantized import save_quantized
+from lib.artifacts.quantized import load_quantized, save_quantized
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.imports.conversion import check_seed, convert_artifact, convert_checkpoint, describe_origin
@@ -42,9 +42,9 @@ def import_file(path: Path, seed: int) -> str:
     check_seed(published, seed, read_params()["seeds"])
     folder = stage_folder("quantize" if published.is_quantized else "train", seed)
     if published.is_quantized:
-        quantized, compress = convert_artifact(published, model, train.sequence_tokens), load_params("compress", CompressParams)
-        packed_bytes = len(pack(quantized, compress.codec, compress.level).blob)
-        save_quantized(folder / "quantized.safetensors", quantized)
+        compress, output = load_params("compress", CompressParams), folder / "quantized.safetensors"
+        save_quantized(output, convert_artifact(published, model, train.sequence_tokens))
+        packed_bytes = len(pack(load_quantized(output), compress.codec, compress.level).blob)
     else:
         save_checkpoint(folder / "checkpoint.safetensors", convert_checkpoint(published, model, train.sequence_tokens))
         write_csv(folder / "loss.csv", ("tokens", "loss"), [])

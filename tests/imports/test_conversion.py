@@ -24,11 +24,12 @@ from tests.evaluation.tiny import MODEL
 from tests.imports.published_files import State, dequantize, make_state, quantize_state, to_artifact, to_bytes, write
 from tests.training import plain
 
-RENAMED = (("tok_emb", "token_embedding"), ("bigram.embed", "bigram.table"), ("bigram.proj", "bigram.projection"),
-           ("smear.gate", "smear_gate.gate"), ("ve_shared.embed", "value_embedding.table"),
-           ("ve_shared.proj", "value_embedding.projection"), ("ve_shared.scale", "value_embedding.scale"), ("lm_head", "head"),
-           ("attn.c_q", "attention.query"), ("attn.c_k", "attention.key"), ("attn.c_v", "attention.value"), ("attn.proj", "attention.output"), ("attn.q_gain", "attention.q_gain"), ("mlp.fc", "mlp.up"),
-           ("mlp.proj", "mlp.down"), ("attn_scale", "attention_scale"), ("resid_mix", "residual_mix"))
+RENAMED = (
+    ("tok_emb", "token_embedding"), ("bigram.embed", "bigram.table"), ("bigram.proj", "bigram.projection"),
+    ("smear.gate", "smear_gate.gate"), ("ve_shared.embed", "value_embedding.table"), ("ve_shared.proj", "value_embedding.projection"),
+    ("ve_shared.scale", "value_embedding.scale"), ("lm_head", "head"), ("attn.c_q", "attention.query"), ("attn.c_k", "attention.key"),
+    ("attn.c_v", "attention.value"), ("attn.proj", "attention.output"), ("attn.q_gain", "attention.q_gain"), ("mlp.fc", "mlp.up"),
+    ("mlp.proj", "mlp.down"), ("attn_scale", "attention_scale"), ("resid_mix", "residual_mix"))
 
 
 def rename(state: State) -> State:
