@@ -1,6 +1,7 @@
 """Files as the published scripts save them: names and layout written out by hand, sharing nothing with lib/imports."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,38 @@ def dequantize(tensors: dict[str, Tensor], kinds: dict[str, Any]) -> State:
     """The weights that the published scripts evaluate, fp32."""
     return {name: tensors[name].float() if isinstance(kind, str) else
             tensors[name + ".q"].float() * tensors[name + ".scale"].float()[:, None] for name, kind in kinds.items()}
+
+
+RENAMED = (
+    ("tok_emb", "token_embedding"), ("bigram.embed", "bigram.table"), ("bigram.proj", "bigram.projection"),
+    ("smear.gate", "smear_gate.gate"), ("ve_shared.embed", "value_embedding.table"), ("ve_shared.proj", "value_embedding.projection"),
+    ("ve_shared.scale", "value_embedding.scale"), ("lm_head", "head"), ("attn.c_q", "attention.query"), ("attn.c_k", "attention.key"),
+    ("attn.c_v", "attention.value"), ("attn.proj", "attention.output"), ("attn.q_gain", "attention.q_gain"), ("mlp.fc", "mlp.up"),
+    ("mlp.proj", "mlp.down"), ("attn_scale", "attention_scale"), ("resid_mix", "residual_mix"))
+
+
+def rename(state: State) -> State:
+    """Parameters by this project's names, values as they are."""
+    renamed = {}
+    for name, tensor in state.items():
+        for published, own in RENAMED:
+            if name.startswith(f"{published}.") or re.search(rf"(^|\.){re.escape(published)}(\.|$)", name):
+                renamed[name.replace(published, own)] = tensor
+                break
+        else:
+            renamed[name] = tensor
+    scales = [renamed.pop(name) for name in sorted(renamed) if name.startswith("ve_layer_scales")]
+    return renamed | ({"value_embedding.layer_scales": torch.cat(scales)} if scales else {})
+
+
+def to_project(state: State, model: dict[str, Any]) -> State:
+    """Parameters of this project's model: of each rotated pair in queries and keys the second dimension negated."""
+    head_dim, half = model["model_dim"] // model["num_heads"], model["rope_dims"] // 2
+    weights = {name: weight.clone() for name, weight in rename(state).items()}
+    for name, weight in weights.items():
+        if name.endswith(("query.weight", "key.weight")):
+            weight.view(-1, head_dim, model["model_dim"])[:, half:2 * half] *= -1
+    return weights
 
 
 def to_bytes(value: Any, **options: Any) -> bytes:

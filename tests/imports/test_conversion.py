@@ -1,7 +1,6 @@
 """An imported model computes what the published one does: parameters by a mapping written out by hand, losses by a plain forward pass."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,18 @@ from lib.model.gpt import build_model
 from lib.params import ParamsError, parse_params
 from tests.artifacts.quantized_models import assert_same
 from tests.evaluation.tiny import MODEL
-from tests.imports.published_files import State, dequantize, make_state, quantize_state, to_artifact, to_bytes, write
+from tests.imports.published_files import (
+    State,
+    dequantize,
+    make_state,
+    quantize_state,
+    rename,
+    to_artifact,
+    to_bytes,
+    to_project,
+    write,
+)
 from tests.training import plain
-
-RENAMED = (
-    ("tok_emb", "token_embedding"), ("bigram.embed", "bigram.table"), ("bigram.proj", "bigram.projection"),
-    ("smear.gate", "smear_gate.gate"), ("ve_shared.embed", "value_embedding.table"), ("ve_shared.proj", "value_embedding.projection"),
-    ("ve_shared.scale", "value_embedding.scale"), ("lm_head", "head"), ("attn.c_q", "attention.query"), ("attn.c_k", "attention.key"),
-    ("attn.c_v", "attention.value"), ("attn.proj", "attention.output"), ("attn.q_gain", "attention.q_gain"), ("mlp.fc", "mlp.up"),
-    ("mlp.proj", "mlp.down"), ("attn_scale", "attention_scale"), ("resid_mix", "residual_mix"))
-
-
-def rename(state: State) -> State:
-    """Parameters by this project's names, values as they are."""
-    renamed = {}
-    for name, tensor in state.items():
-        for published, own in RENAMED:
-            if name.startswith(f"{published}.") or re.search(rf"(^|\.){re.escape(published)}(\.|$)", name):
-                renamed[name.replace(published, own)] = tensor
-                break
-        else:
-            renamed[name] = tensor
-    scales = [renamed.pop(name) for name in sorted(renamed) if name.startswith("ve_layer_scales")]
-    return renamed | ({"value_embedding.layer_scales": torch.cat(scales)} if scales else {})
 
 
 def params_of(**changes: Any) -> ModelParams:
@@ -115,15 +103,6 @@ def test_every_tensor_is_the_published_one(tmp_path: Path, dtype: torch.dtype) -
         "imported_sha256": published.sha256}
 
 
-def turn(weights: State) -> State:
-    """Published weights by this project's names, the second rotated dimension of each pair negated; heads have 8 dimensions, 4 rotated."""
-    turned = {name: weight.clone() for name, weight in rename(weights).items()}
-    for name, weight in turned.items():
-        if name.endswith(("query.weight", "key.weight")):
-            weight.view(-1, 8, 16)[:, 2:4] *= -1
-    return turned
-
-
 def assert_has_the_weights(quantized: QuantizedModel, expected: State) -> None:
     weights = quantized.weights()
     assert weights.keys() == expected.keys()
@@ -137,7 +116,7 @@ def test_an_imported_artifact_has_the_published_weights_bit_for_bit(tmp_path: Pa
                for name, tensor in tensors.items()}
     tensors["smear.gate"], kinds["smear.gate"] = tensors["smear.gate"].float() + 1e-6, "passthrough_ctrl"
     quantized = convert_artifact(read(tmp_path, to_artifact(tensors, kinds)), params_of(), 8)
-    expected = turn(dequantize(tensors, kinds))
+    expected = to_project(dequantize(tensors, kinds), MODEL)
     assert_has_the_weights(quantized, expected)
     save_quantized(tmp_path / "quantized.safetensors", quantized)
     assert_same(load_quantized(tmp_path / "quantized.safetensors"), quantized)
@@ -162,7 +141,7 @@ def test_bits_are_those_that_the_codes_need(tmp_path: Path) -> None:
     names = ("attention.query", "attention.value", "attention.output", "mlp.up")
     assert [quantized.matrices[f"blocks.0.{name}.weight"].bits for name in names] == [5, 6, 7, 8]
     assert quantized.matrices["token_embedding.weight"].bits is None
-    assert_has_the_weights(unpack(pack(quantized, "range", 3).blob), turn(dequantize(tensors, kinds)))
+    assert_has_the_weights(unpack(pack(quantized, "range", 3).blob), to_project(dequantize(tensors, kinds), MODEL))
 
 
 def test_an_imported_artifact_computes_the_published_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
