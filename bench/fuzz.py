@@ -38,7 +38,8 @@ def make_model(seed: int) -> QuantizedModel:
     return QuantizedModel({"num_layers": seed}, {"qat": None}, {
         "a": make_tensor(40, 30, None, 30), "a" + LEFT: make_tensor(40, 2, 8, 20), "a" + RIGHT: make_tensor(2, 30, 8, 20),
         "b": make_tensor(16, 64, 5, 3), "zero": make_tensor(64, 64, 2, 0),
-    }, {"gain": torch.randn(9, generator=generator).half(), "mix": torch.ones(2, 3), "b" + SCALE: torch.rand(16, generator=generator).half()})
+    }, {"gain": torch.randn(9, generator=generator).half(), "mix": torch.ones(2, 3),
+        "b" + SCALE: torch.rand(16, generator=generator).half()})
 
 
 def mutate(contents: list[bytes], generator: random.Random) -> bytes:
