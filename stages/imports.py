@@ -48,8 +48,8 @@ def import_file(path: Path, seed: int) -> str:
     else:
         save_checkpoint(folder / "checkpoint.safetensors", convert_checkpoint(published, model, train.sequence_tokens))
         write_csv(folder / "loss.csv", ("tokens", "loss"), [])
-    metrics = describe_origin(published) | {"num_parameters": published.num_parameters}
-    save_metrics(folder, metrics, {"seconds": time.monotonic() - start})
+    unknown = {} if published.is_quantized else {"num_steps": None}  # what the report shows of training
+    save_metrics(folder, describe_origin(published) | {"num_parameters": published.num_parameters} | unknown, {"seconds": time.monotonic() - start})
     return describe_import(published, seed, packed_bytes)
 
 
