@@ -40,6 +40,7 @@ def import_file(path: Path, seed: int) -> str:
     start, model, train = time.monotonic(), load_params("model", ModelSection).architecture, load_params("train", TrainParams)
     published, packed_bytes = read_published(path), None
     check_seed(published, seed, read_params()["seeds"])
+    metrics = describe_origin(published) | {"num_parameters": published.num_parameters}
     folder = stage_folder("quantize" if published.is_quantized else "train", seed)
     if published.is_quantized:
         compress, output = load_params("compress", CompressParams), folder / "quantized.safetensors"
@@ -48,8 +49,8 @@ def import_file(path: Path, seed: int) -> str:
     else:
         save_checkpoint(folder / "checkpoint.safetensors", convert_checkpoint(published, model, train.sequence_tokens))
         write_csv(folder / "loss.csv", ("tokens", "loss"), [])
-    unknown = {} if published.is_quantized else {"num_steps": None}  # what the report shows of training
-    save_metrics(folder, describe_origin(published) | {"num_parameters": published.num_parameters} | unknown, {"seconds": time.monotonic() - start})
+        metrics["num_steps"] = None  # unknown
+    save_metrics(folder, metrics, {"seconds": time.monotonic() - start})
     return describe_import(published, seed, packed_bytes)
 
 
