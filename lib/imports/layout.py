@@ -71,7 +71,8 @@ def infer_model(shapes: Shapes) -> dict[str, int]:
         "vocab_size": size("tok_emb.weight", 0), "num_layers": len(layers), "model_dim": model_dim, "num_heads": num_heads,
         "num_kv_heads": size("blocks.0.attn.c_k.weight", 0) * num_heads // model_dim, "mlp_hidden_dim": size("blocks.0.mlp.fc.weight", 0),
         "smear_gate": "smear.gate" in shapes, "bigram_rows": 0, "value_embedding_dim": 0,
-        "value_embedding_layers": shapes.get(LAYER_SCALES, (0,))[0], "residual_mix": "blocks.0.resid_mix" in shapes,
+        "value_embedding_layers": size(LAYER_SCALES, 0, 1) if LAYER_SCALES in shapes else 0,
+        "residual_mix": "blocks.0.resid_mix" in shapes,
         "tied_head": "lm_head.weight" not in shapes, "unet_skips": "skip_weights" in shapes,
     }
     if "bigram.embed.weight" in shapes:

@@ -71,7 +71,7 @@ def test_every_unknown_name_missing_name_and_wrong_shape_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["tok_emb.weight", "blocks.0.attn.q_gain", "blocks.0.attn.c_k.weight", "blocks.0.mlp.fc.weight",
-                                  "bigram.embed.weight", "ve_shared.embed.weight"])
+                                  "bigram.embed.weight", "ve_shared.embed.weight", LAYER_SCALES])
 @pytest.mark.parametrize("shape", [None, (), (0,), (0, 0), (2, 3, 4)])
 def test_what_is_no_such_model_is_refused(name: str, shape: tuple[int, ...] | None) -> None:
     shapes = shapes_of() | ({name: shape} if shape is not None else {})

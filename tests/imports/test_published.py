@@ -99,7 +99,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     (lzma.compress(b""), r"xz \(LZMA\)"), (lzma.compress(b"", lzma.FORMAT_ALONE), "LZMA"), (b"LZMA" + lzma.compress(b""), "LZMA"),
     (brotli.compress(to_bytes(STATE)), "a file that begins with .*brotli"), (b"", "a file that begins with b''"),
     (pack(make_quantized_model(), "zstd", 3).blob, "a .ptz file of this project"), (zstandard.compress(b"text"), "a file that begins with"),
-])
+], ids=range(10))
 def test_other_formats_are_named(tmp_path: Path, content: bytes, kind: str) -> None:
     with pytest.raises(ArtifactError, match=f"x: expected a float state dict saved by torch.save, or a zstandard frame .*, found {kind}"):
         read_published(write(tmp_path / "x", content))
