@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, QuantizedTensor
+from lib.artifacts.quantized import LEFT, RIGHT, SCALE, QuantizedModel, QuantizedTensor
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
 from lib.compression.container import CHECKSUM_BYTES, MAX_HEADER_BYTES, PREFIX, ContainerError, pack, seal, unpack
 
@@ -27,7 +27,7 @@ FAILURE = Path("fuzz-failure.ptz")
 
 
 def make_model(seed: int) -> QuantizedModel:
-    """Free steps with a correction, a grid with bits, an all-zero matrix and two vectors."""
+    """Free steps with a correction, a grid with bits and row scales of its own, an all-zero matrix, vectors of both types."""
     generator = torch.Generator().manual_seed(seed)
 
     def make_tensor(num_rows: int, num_columns: int, bits: int | None, magnitude: float) -> QuantizedTensor:
@@ -38,7 +38,8 @@ def make_model(seed: int) -> QuantizedModel:
     return QuantizedModel({"num_layers": seed}, {"qat": None}, {
         "a": make_tensor(40, 30, None, 30), "a" + LEFT: make_tensor(40, 2, 8, 20), "a" + RIGHT: make_tensor(2, 30, 8, 20),
         "b": make_tensor(16, 64, 5, 3), "zero": make_tensor(64, 64, 2, 0),
-    }, {"gain": torch.randn(9, generator=generator).half(), "mix": torch.ones(2, 3).half()})
+    }, {"gain": torch.randn(9, generator=generator).half(), "mix": torch.ones(2, 3),
+        "b" + SCALE: torch.rand(16, generator=generator).half()})
 
 
 def mutate(contents: list[bytes], generator: random.Random) -> bytes:
@@ -72,7 +73,7 @@ def change_header(content: bytearray, generator: random.Random) -> bytearray:
     for _ in range(generator.randint(1, 2)):
         part = generator.choice(parts)
         part[generator.choice(sorted(part))] = generator.choice(
-            [*NUMBERS, *CODECS, "a", "b" + LEFT, None, [], [generator.choice(NUMBERS)], {}, {"a": 1e308}])
+            [*NUMBERS, *CODECS, "a", "b" + LEFT, "a" + SCALE, "float32", None, [], [generator.choice(NUMBERS)], {}, {"a": 1e308}])
     frame = compress_bytes(json.dumps(fields).encode(), 3)
     return bytearray(PREFIX.pack(magic, version, len(frame)) + frame + content[end:])
 

@@ -1,20 +1,22 @@
-"""Inspect: print what is inside a ``model.ptz``. Not part of the pipeline: ``python -m stages.inspect path/to/model.ptz``."""
+"""Inspect: print what is inside a ``model.ptz`` or a published file. Not part of the pipeline: ``python -m stages.inspect FILE``."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from lib.compression.inspection import describe_artifact
+from lib.imports.inspection import describe_published
+from lib.imports.published import is_published
 from lib.model.roles import role_of
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the description of one file, or say why there is none and exit with status 1."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path, help="a file that the stage compress made")
+    parser.add_argument("path", type=Path, help="a file that the stage compress made, or one that stages.imports takes")
     path = parser.parse_args(arguments).path
     try:
-        print(describe_artifact(path, role_of))
+        print(describe_published(path) if is_published(path) else describe_artifact(path, role_of))
     except ValueError as error:
         sys.exit(str(error))
 

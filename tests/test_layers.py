@@ -18,6 +18,7 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "evaluation": BASE | {"artifacts", "data", "model"},
     "audit": BASE | {"artifacts", "data", "model", "evaluation"},
     "training": BASE | {"artifacts", "data", "model", "quantization", "evaluation"},
+    "imports": {"params", "artifacts", "model", "compression"},
     "reporting": {"params", "artifacts"},
 }
 ALLOWED["schema"] = set(ALLOWED)

@@ -18,6 +18,8 @@ class Checkpoint:
         model: the model configuration, as in the section ``model`` of params.yaml.
         training: what later stages need of training: ``sequence_tokens``, ``num_steps``, ``selected``, ``qat`` (the grid of late
             quantization-aware training, or None) and ``calibration_seconds`` (what its budget left for calibrate, or None).
+            A model that was imported has, in place of the second and third, ``imported``, ``imported_bytes`` and ``imported_sha256``:
+            name, size and checksum of the file.
     """
 
     weights: dict[str, torch.Tensor]

@@ -1,7 +1,8 @@
-"""The seam between quantize and compress: integer codes and log-scale exponents of the matrices, fp16 values of everything else.
+"""The seam between quantize and compress: integer codes and log-scale exponents of the matrices, floats of everything else.
 
 Shapes: R rows, C columns, k the rank of a correction. The weight that a code stands for is code * row scale * column scale; scales
-are powers of 2 with exponents in units of 1/`OCTAVE`, so that the same file gives the same weights on every machine.
+are powers of 2 with exponents in units of 1/`OCTAVE`, so that the same file gives the same weights on every machine. Row scales that were
+chosen elsewhere, in an imported model, are no such powers; they are kept as they are.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lib.artifacts.tensors import load_tensors, save_tensors
 
 CODES, ROWS, COLUMNS, VECTORS = "codes:", "rows:", "columns:", "vectors:"
 LEFT, RIGHT = ":left", ":right"  # suffixes of the factors of a low-rank correction
+SCALE = ":scale"  # suffix of the row scales of an imported matrix
 MIN_BITS, MAX_BITS = 2, 8  # of grids that clip; -1, 0, 1 are the smallest symmetric grid
 MAX_CODE = 2**15 - 1
 OCTAVE = 1024  # units of an exponent in a factor of 2
@@ -91,7 +93,8 @@ class QuantizedModel:
         training: as in `lib.artifacts.checkpoint.Checkpoint`.
         matrices: parameter name -> codes and scales. Two matrices ``name:left`` (R, k) and ``name:right`` (k, C), if there are any,
             are the factors of a correction that is added to the matrix ``name``.
-        vectors: parameter name -> fp16 tensor of any shape: gains, scales and mixes, and matrices that stay at 16 bits.
+        vectors: parameter name -> fp16 tensor of any shape: gains, scales and mixes, and matrices that stay at 16 bits; fp32 where an
+            imported model has it. A vector ``name:scale`` (R,), if there is one, multiplies the rows of the matrix ``name``.
     """
 
     model: dict[str, Any]
@@ -103,16 +106,21 @@ class QuantizedModel:
         """Parameter name -> fp32 tensor, for all parameters.
 
         Raises:
-            ArtifactError: a correction without its matrix or its other factor, or of another shape.
+            ArtifactError: row scales without their matrix, a correction without its matrix or its other factor, or of another shape.
         """
         weights = {name: matrix.weight() for name, matrix in self.matrices.items() if not name.endswith((LEFT, RIGHT))}
+        for name in [name for name in self.vectors if name.endswith(SCALE)]:
+            matrix, scales = weights.get(name.removesuffix(SCALE)), self.vectors[name].to(torch.float32)
+            if matrix is None or scales.shape != matrix.shape[:1]:
+                raise ArtifactError(f"{name}: expected a matrix with one row for each of these scales")
+            weights[name.removesuffix(SCALE)] = matrix * scales[:, None]
         factors = {name for name in self.matrices if name.endswith((LEFT, RIGHT))}
         for name in {factor.removesuffix(LEFT).removesuffix(RIGHT) for factor in factors}:
             try:
                 weights[name] = weights[name] + self.matrices[name + LEFT].weight() @ self.matrices[name + RIGHT].weight()
             except (KeyError, RuntimeError) as error:
                 raise ArtifactError(f"{name}: the matrix and the factors of its correction do not fit together ({error})") from None
-        return weights | {name: vector.to(torch.float32) for name, vector in self.vectors.items()}
+        return weights | {name: vector.to(torch.float32) for name, vector in self.vectors.items() if not name.endswith(SCALE)}
 
 
 def save_quantized(path: Path, quantized: QuantizedModel) -> None:

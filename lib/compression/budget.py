@@ -13,8 +13,8 @@ class Part(NamedTuple):
     """A part of the artifact; the fields are the columns of ``sizes.csv``, None is an empty cell.
 
     Attributes:
-        part: a role with integer codes; ``scales``, the exponents of all matrices; ``vectors``, the fp16 tensors; ``container``, header,
-            configuration and checksum; or ``code``.
+        part: a role with integer codes; ``scales``, the exponents of all matrices; ``vectors``, the tensors of floats; ``container``,
+            header, configuration and checksum; or ``code``.
         num_tensors: parameters of the role.
         num_weights: of these parameters.
         bits: the most of their grids; None where some have free steps.

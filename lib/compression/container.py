@@ -3,12 +3,12 @@
 Layout, integers little-endian:
 
     magic           4 bytes
-    version         uint8, 2
+    version         uint8, 3
     header_bytes    uint32, of the next part
     header          zstandard frame of JSON: `Header`
     codes           `codes_bytes` bytes, written by the codec that the header names
     exponents       `exponents_bytes` bytes: those of the scales of all matrices
-    vectors         zstandard frame: all vectors, fp16; the low bytes of all values, then the high bytes
+    vectors         zstandard frame: all fp16 vectors, then all fp32 vectors; of each kind the lowest bytes of all values first
     checksum        16 bytes, BLAKE2b of everything before
 
 Matrices and vectors are sorted by name, and the same model gives the same bytes.
@@ -19,22 +19,23 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field, JsonValue, ValidationError
 
 from lib.artifacts.files import ArtifactError
-from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, QuantizedModel, QuantizedTensor
+from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, SCALE, QuantizedModel, QuantizedTensor
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
 from lib.compression.exponents import decode_exponents, encode_exponents
 from lib.params import NonNegative, Params
 
 MAGIC = b"\x93PTZ"
-VERSION = 2
+VERSION = 3
 PREFIX = struct.Struct("<4sBI")
 CHECKSUM_BYTES = 16
+VECTOR_TYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 # Far beyond any real model; they keep a hostile file from asking for more memory than these, or than in proportion to its own size.
 MAX_HEADER_BYTES = 2**20
 MAX_VALUES = 2**26
@@ -59,10 +60,11 @@ class Matrix(Params):
 
 
 class Vector(Params):
-    """Description of one fp16 tensor."""
+    """Description of one tensor of floats."""
 
     name: str
     shape: tuple[Size, ...]
+    dtype: Literal["float16", "float32"]
 
 
 class Header(Params):
@@ -165,11 +167,14 @@ def _pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
         exponents_bytes=len(exponents),
         matrices=tuple(Matrix(name=name, rows=matrix.codes.shape[0], columns=matrix.codes.shape[1], bits=matrix.bits)
                        for name, matrix in matrices),
-        vectors=tuple(Vector(name=name, shape=tuple(vector.shape)) for name, vector in vectors))
+        vectors=tuple(Vector.model_validate({"name": name, "shape": tuple(vector.shape), "dtype": str(vector.dtype).removeprefix("torch.")})
+                      for name, vector in vectors))
     header_frame = compress_bytes(header.model_dump_json().encode(), level)
-    values = np.concatenate([np.empty(0, "<f2"), *(vector.flatten().numpy().astype("<f2") for _, vector in vectors)])
-    planes = values.view(np.uint8).reshape(-1, 2).T.tobytes()
-    vectors_frame = compress_bytes(planes, level)
+    planes = []
+    for kind, dtype in VECTOR_TYPES.items():
+        values = [vector.flatten().numpy().astype(dtype) for _, vector in vectors if vector.dtype == getattr(torch, kind)]
+        planes.append(np.concatenate([np.empty(0, dtype), *values]).view(np.uint8).reshape(-1, dtype.itemsize).T.tobytes())
+    vectors_frame = compress_bytes(b"".join(planes), level)
     content = b"".join((PREFIX.pack(MAGIC, VERSION, len(header_frame)), header_frame, codes, exponents, vectors_frame))
     blob = seal(content)
     if _open(blob)[0] != header:
@@ -218,14 +223,18 @@ def _unpack(blob: bytes) -> QuantizedModel:
                                                     matrix.bits)
         except ArtifactError as error:
             raise ValueError(f"{matrix.name}: {error}") from None
-    num_values = sum(math.prod(vector.shape) for vector in header.vectors)
-    planes = np.frombuffer(decompress_bytes(blob[exponents_end:-CHECKSUM_BYTES], 2 * num_values), np.uint8)
-    if len(planes) != 2 * num_values:
-        raise ValueError(f"expected vectors of {2 * num_values} bytes, found {len(planes)}")
-    values = torch.from_numpy(np.ascontiguousarray(planes.reshape(2, -1).T).view("<f2")[:, 0].astype(np.float16))
+    num_bytes = sum(math.prod(vector.shape) * VECTOR_TYPES[vector.dtype].itemsize for vector in header.vectors)
+    planes = np.frombuffer(decompress_bytes(blob[exponents_end:-CHECKSUM_BYTES], num_bytes), np.uint8)
+    if len(planes) != num_bytes:
+        raise ValueError(f"expected vectors of {num_bytes} bytes, found {len(planes)}")
     vectors = {}
-    for vector, part in zip(header.vectors, values.split([math.prod(vector.shape) for vector in header.vectors]), strict=True):
-        vectors[vector.name] = part.reshape(vector.shape).clone()
+    for kind, dtype in VECTOR_TYPES.items():
+        of_kind = [vector for vector in header.vectors if vector.dtype == kind]
+        sizes = [math.prod(vector.shape) for vector in of_kind]
+        part, planes = np.split(planes, [sum(sizes) * dtype.itemsize])
+        values = np.ascontiguousarray(part.reshape(dtype.itemsize, -1).T).view(dtype)[:, 0].astype(kind)
+        for vector, tensor in zip(of_kind, torch.from_numpy(values).split(sizes), strict=True):
+            vectors[vector.name] = tensor.reshape(vector.shape).clone()
     return QuantizedModel(header.model, header.training, matrices, vectors)
 
 
@@ -247,5 +256,9 @@ def _check(header: Header, num_bytes: int) -> None:
         if not (matrix and left and right and not name.endswith((LEFT, RIGHT))
                 and (left.rows, left.columns, right.columns) == (matrix.rows, right.rows, matrix.columns)):
             raise ValueError(f"header: {name}: the matrix and the factors of its correction do not fit together")
+    for vector in header.vectors:
+        matrix = by_name.get(vector.name.removesuffix(SCALE))
+        if vector.name.endswith(SCALE) and (matrix is None or matrix.name.endswith((LEFT, RIGHT)) or vector.shape != (matrix.rows,)):
+            raise ValueError(f"header: {vector.name}: expected a matrix with one row for each of these scales")
 
 

@@ -1,9 +1,11 @@
 """What is inside a ``model.ptz``, as text."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lib.artifacts.quantized import QuantizedTensor
 from lib.compression.budget import CODE, list_parts, parameter_of
@@ -37,7 +39,7 @@ def describe_artifact(path: Path, role_of: Callable[[str, int], str]) -> str:
         f"container version {VERSION}, codec {header.codec}, level {header.level}",
         f"model     {_list_settings(header.model)}",
         f"training  {_list_settings(header.training)}",
-        f"vectors   {len(header.vectors)} with {sum(vector.numel() for vector in quantized.vectors.values()):,} values, fp16",
+        f"vectors   {_list_vectors(quantized.vectors.values())}",
         "",
         "matrix".ljust(name_width) + NUMBERS.format("size", "bits", "codes", "entropy", "coded", "bytes"),
     ]
@@ -56,6 +58,13 @@ def _describe_matrix(matrix: QuantizedTensor, num_bytes: int) -> tuple[str, ...]
     extremes = f"{int(codes.min())}..{int(codes.max())}" if codes.numel() else ""
     return (f"{codes.shape[0]} x {codes.shape[1]}", _name_bits(matrix.bits), extremes, f"{matrix.entropy_bits():.3f}",
             f"{8 * num_bytes / max(1, codes.numel()):.3f}", f"{num_bytes:,}")
+
+
+def _list_vectors(vectors: Iterable[Tensor]) -> str:
+    by_type: dict[str, list[int]] = {"float16": []}
+    for vector in vectors:
+        by_type.setdefault(str(vector.dtype).removeprefix("torch."), []).append(vector.numel())
+    return ", ".join(f"{len(sizes)} with {sum(sizes):,} values, {kind}" for kind, sizes in by_type.items())
 
 
 def _name_bits(bits: int | None) -> str:

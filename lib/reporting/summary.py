@@ -20,19 +20,20 @@ from lib.reporting.table import Row, align, column_names, difference, ratio, sta
 from lib.reporting.timing import timing_rows
 
 STAGES_WITH_FIGURES = ("train", "quantize", "compress", "evaluate")
+SUMMARIZED = ("quantize", "compress", "evaluate")  # stages whose figures `headline_rows` shows; an imported artifact has no others
 SEED_COLUMNS = {"validation bpb (val_bpb)": "val_bpb", "validation loss (val_loss)": "val_loss",
                 "held-out bpb, quantized model": "held-out bpb", "artifact, bytes": "bytes", "seconds, train": "train, s",
                 "seconds, evaluate": "evaluate, s"}
 """Row of the headline or of the times -> title of its column in the table of seeds."""
 
 
-def read_metrics(seeds: Sequence[int]) -> list[dict[str, dict[str, Any]]]:
+def read_metrics(seeds: Sequence[int], stages: Sequence[str] = STAGES_WITH_FIGURES) -> list[dict[str, dict[str, Any]]]:
     """Stage -> figures, for each seed.
 
     Raises:
         ArtifactError: figures that are missing or damaged.
     """
-    return [{stage: load_metrics(stage_folder(stage, seed)) for stage in STAGES_WITH_FIGURES} for seed in seeds]
+    return [{stage: load_metrics(stage_folder(stage, seed)) for stage in stages} for seed in seeds]
 
 
 def headline_rows(metrics: Sequence[dict[str, dict[str, Any]]]) -> list[Row]:
@@ -46,10 +47,13 @@ def headline_rows(metrics: Sequence[dict[str, dict[str, Any]]]) -> list[Row]:
     quantized = row("held-out bpb, quantized model", "quantize", "heldout_bpb", 4)
     artifact = row("artifact, bytes", "compress", "artifact_bytes", 0)
     limit = row("limit", "compress", "limit_bytes", 0)
+    imported = [row("imported artifact, bytes", "quantize", "imported_bytes", 0, metrics[0]["quantize"]["imported"])
+                ] if "imported" in metrics[0]["quantize"] else []
     return [
         row("validation bpb (val_bpb)", "evaluate", "val_bpb", 4, f"{evaluate.get('strategy')}, {evaluate['num_bytes']:,} bytes of text"),
         loss_row(metrics),
         artifact._replace(note=ratio(artifact, limit, "{:.1%} of the limit of " + limit.cells()[0])),
+        *imported,
         float_model,
         quantized._replace(note=difference(quantized, float_model)),
         row("KL of the quantized model", "quantize", "heldout_kl", 5, "nats per token, held-out"),
@@ -85,7 +89,7 @@ def format_summary(params: Mapping[str, Any], record: RecordParams) -> str:
         ArtifactError: figures that are missing or damaged.
     """
     seeds = params["seeds"]
-    metrics, folders = read_metrics(seeds), [stage_folder("evaluate", seed) for seed in seeds]
+    metrics, folders = read_metrics(seeds, SUMMARIZED), [stage_folder("evaluate", seed) for seed in seeds]
     test = compare_with_record(loss_row(metrics), record)
     strategies = format_strategies([of_seed["evaluate"] for of_seed in metrics], [load_timing(folder) for folder in folders])
     audit = f"audit: {format_verdicts([load_audit(folder) for folder in folders])}"

@@ -2,7 +2,7 @@
 
 import torch
 
-from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, QuantizedTensor, clip_range
+from lib.artifacts.quantized import LEFT, RIGHT, SCALE, QuantizedModel, QuantizedTensor, clip_range
 
 
 def make_quantized_tensor(num_rows: int, num_columns: int, bits: int | None, seed: int = 0) -> QuantizedTensor:
@@ -20,12 +20,13 @@ def make_quantized_tensor(num_rows: int, num_columns: int, bits: int | None, see
 
 
 def make_quantized_model() -> QuantizedModel:
-    """A grid with bits, and free steps with a correction of rank 2."""
+    """A grid with bits and row scales of its own, free steps with a correction of rank 2, vectors of both types."""
     return QuantizedModel(
         {"num_layers": 2}, {"qat": None, "sequence_tokens": 8},
         {"b.weight": make_quantized_tensor(3, 7, 5), "a.weight": make_quantized_tensor(9, 6, None),
          "a.weight" + LEFT: make_quantized_tensor(9, 2, 8, 1), "a.weight" + RIGHT: make_quantized_tensor(2, 6, 8, 2)},
-        {"scale": torch.tensor(0.5).half(), "mix": torch.ones(2, 3).half()})
+        {"scale": torch.tensor(0.5).half(), "mix": torch.ones(2, 3).half(), "gain": torch.tensor([0.1, 1e-30]),
+         "b.weight" + SCALE: torch.tensor([0.3, 0.5, 1.7]).half()})
 
 
 def assert_same(found: QuantizedModel, expected: QuantizedModel) -> None:

@@ -13,6 +13,7 @@ from lib.artifacts.quantized import (
     LEFT,
     OCTAVE,
     RIGHT,
+    SCALE,
     QuantizedModel,
     QuantizedTensor,
     clip_range,
@@ -61,6 +62,21 @@ def test_weights_are_codes_times_scales_in_fp32() -> None:
     weights = QuantizedModel({}, {}, {"a": matrix}, {"b": torch.tensor([1.5]).half()}).weights()
     assert weights.keys() == {"a", "b"} and torch.equal(weights["a"], expected)
     assert all(weight.dtype == torch.float32 for weight in weights.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_row_scales_multiply_the_rows_of_their_matrix(dtype: torch.dtype) -> None:
+    codes, scales = [[-15, 0, 7], [1, 2, 3]], torch.tensor([0.1, 3e-5]).to(dtype)
+    weights = QuantizedModel({}, {}, {"a": make_tensor(codes), "b": make_tensor(codes)}, {"a" + SCALE: scales}).weights()
+    assert weights.keys() == {"a", "b"} and torch.equal(weights["b"], torch.tensor(codes).float())
+    assert torch.equal(weights["a"], torch.tensor(codes).float() * scales.float()[:, None])
+
+
+@pytest.mark.parametrize(("name", "shape"), [("c", (2,)), ("a", (1,)), ("a", (3,)), ("a", ()), ("a", (2, 1)), ("b", (2,))])
+def test_row_scales_without_these_rows_are_errors(name: str, shape: tuple[int, ...]) -> None:
+    model = QuantizedModel({}, {}, {"a": make_tensor([[1], [2]])}, {name + SCALE: torch.ones(shape), "b": torch.ones(2, 2)})
+    with pytest.raises(ArtifactError, match=f"{name}:scale: expected a matrix with one row for each of these scales"):
+        model.weights()
 
 
 def test_corrections_are_added_to_their_matrix() -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 import resource
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, QuantizedTensor, clip_range
+from lib.artifacts.quantized import LEFT, RIGHT, SCALE, QuantizedModel, QuantizedTensor, clip_range
 from lib.compression import container
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
 from lib.compression.container import (
@@ -57,17 +58,21 @@ def quantized_tensors(draw: st.DrawFn, num_rows: int | None = None, num_columns:
 
 
 @st.composite
-def fp16_tensors(draw: st.DrawFn) -> torch.Tensor:
-    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+def float_tensors(draw: st.DrawFn, *sizes: int) -> torch.Tensor:
+    """Any bits, as fp16 or fp32."""
+    shape: Sequence[int] = sizes or draw(st.lists(st.integers(0, 3), max_size=3))
     size = math.prod(shape)
-    bits = draw(st.lists(st.integers(-2**15, 2**15 - 1), min_size=size, max_size=size))
-    return torch.tensor(bits, dtype=torch.int16).view(torch.float16).reshape(shape)
+    num_bits, of_bits, dtype = draw(st.sampled_from([(16, torch.int16, torch.float16), (32, torch.int32, torch.float32)]))
+    bits = draw(st.lists(st.integers(-2**(num_bits - 1), 2**(num_bits - 1) - 1), min_size=size, max_size=size))
+    return torch.tensor(bits, dtype=of_bits).view(dtype).reshape(tuple(shape))
 
 
 @st.composite
 def quantized_models(draw: st.DrawFn) -> QuantizedModel:
     matrices = draw(st.dictionaries(names, quantized_tensors(), max_size=3))
-    vectors = draw(st.dictionaries(names, fp16_tensors(), max_size=3))
+    vectors = draw(st.dictionaries(names, float_tensors(), max_size=3))
+    for name in draw(st.sets(st.sampled_from(sorted(matrices)))) if matrices else ():
+        vectors[name + SCALE] = draw(float_tensors(len(matrices[name].codes)))
     for name in draw(st.sets(st.sampled_from(sorted(matrices)))) if matrices else ():
         (num_rows, num_columns), rank = matrices[name].codes.shape, draw(st.integers(0, 3))
         matrices |= {name + LEFT: draw(quantized_tensors(num_rows, rank)), name + RIGHT: draw(quantized_tensors(rank, num_columns))}
@@ -148,8 +153,8 @@ def matrix(**changes: Any) -> dict[str, Any]:
     return {"name": "a", "rows": 1, "columns": 2, "bits": 5} | changes
 
 
-def vector(*shape: int) -> dict[str, Any]:
-    return {"name": "a", "shape": shape}
+def vector(*shape: int, name: str = "a", dtype: str = "float16") -> dict[str, Any]:
+    return {"name": name, "shape": shape, "dtype": dtype}
 
 
 def factors(rows: int, left_columns: int, right_rows: int, columns: int, name: str = "a") -> list[dict[str, Any]]:
@@ -161,6 +166,7 @@ def test_the_sealed_container_is_valid_otherwise() -> None:
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
+NO_ROWS = "header: .*: expected a matrix with one row for each of these scales"
 MISFIT = "header: .*: the matrix and the factors of its correction do not fit together"
 
 
@@ -185,8 +191,14 @@ MISFIT = "header: .*: the matrix and the factors of its correction do not fit to
     (seal(header(matrices=[matrix(rows=0, columns=2**40)])), r"header: matrices\.0\.columns"),
     (seal(header(vectors=[vector(2**19, 2**19, 0)])), f"expected at most {MIN_MAX_VALUES} values"),
     (seal(header(vectors=[vector(MIN_MAX_VALUES + 1)])), f"expected at most {MIN_MAX_VALUES} values"),
-    (seal(header(vectors=[vector(MAX_VALUES), {"name": "b", "shape": [1]}]), bytes(600_000)), f"expected at most {MAX_VALUES} values"),
+    (seal(header(vectors=[vector(MAX_VALUES), vector(1, name="b")]), bytes(600_000)), f"expected at most {MAX_VALUES} values"),
     (seal(header(vectors=[vector(9)])), "expected vectors of 18 bytes, found 0"),
+    (seal(header(vectors=[vector(9), vector(1, name="b", dtype="float32")])), "expected vectors of 22 bytes, found 0"),
+    (seal(header(vectors=[vector(9, dtype="int16")])), r"header: vectors\.0\.dtype"),
+    (seal(header(vectors=[vector(1, name="a" + SCALE)])), NO_ROWS),
+    (seal(header(matrices=[matrix()], vectors=[vector(2, name="a" + SCALE)])), NO_ROWS),
+    (seal(header(matrices=[matrix()], vectors=[vector(1, 1, name="a" + SCALE)])), NO_ROWS),
+    (seal(header(matrices=[matrix(), *factors(1, 3, 3, 2)], vectors=[vector(1, name="a" + LEFT + SCALE)])), NO_ROWS),
     (seal(header(vectors=[vector(1)]), compress_bytes(b"abc", 3)), "expected a zstandard frame of at most 2 bytes, found 3"),
     (seal(header(vectors=[vector(0), vector(0)])), "found a name twice"),
     (seal(header(matrices=[matrix(rows=0)], vectors=[vector(0)])), "found a name twice"),
@@ -265,7 +277,8 @@ def test_headers_that_lie_never_raise_anything_else(data: st.DataObject, codec: 
     for _ in range(data.draw(st.integers(1, 3))):
         part = data.draw(st.sampled_from([fields, *fields["matrices"], *fields["vectors"]]))
         key = data.draw(st.sampled_from(sorted(part)))
-        part[key] = data.draw({"name": st.sampled_from(["a", "b", "a:left", "b:right"]), "codec": st.sampled_from(sorted(CODECS)),
+        part[key] = data.draw({"name": st.sampled_from(["a", "b", "a:left", "b:right", "a:scale"]),
+                               "codec": st.sampled_from(sorted(CODECS)), "dtype": st.sampled_from(["float16", "float32", "int8"]),
                                "shape": st.lists(st.integers(0, 2000), max_size=3)}.get(key, st.integers(0, 2000) | st.none()))
         if not isinstance(fields["matrices"], list) or not isinstance(fields["vectors"], list):
             break

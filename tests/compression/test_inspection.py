@@ -27,8 +27,9 @@ def test_everything_is_there_and_the_parts_are_the_file(tmp_path: Path, codec: s
     lines = text.splitlines()
     assert lines[0] == f"file      {tmp_path / 'model.ptz'}, {len(blob):,} bytes"
     assert lines[1] == f"checksum  {blob[-16:].hex()}, fits"
-    assert lines[2] == f"container version 2, codec {codec}, level 7"
-    assert lines[3:6] == ["model     num_layers 2", "training  qat null, sequence_tokens 8", "vectors   2 with 7 values, fp16"]
+    assert lines[2] == f"container version 3, codec {codec}, level 7"
+    assert lines[3:6] == ["model     num_layers 2", "training  qat null, sequence_tokens 8",
+                          "vectors   3 with 10 values, float16, 1 with 2 values, float32"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[8:12]}
     packed, free = pack(quantized, codec, 7), quantized.matrices["a.weight"]
     assert {name: int(row[-1]) for name, row in rows.items()} == packed.matrix_bytes
