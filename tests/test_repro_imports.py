@@ -16,8 +16,8 @@ from lib.distributed import SINGLE_CPU
 from lib.evaluation.bpb import make_score
 from lib.evaluation.score import score_plain
 from lib.model.gpt import build_model
-from tests.imports.published_files import State, dequantize, make_state, quantize_state, to_artifact, to_bytes, to_project, write
 from tests.clone import Clone
+from tests.imports.published_files import State, dequantize, make_state, quantize_state, to_artifact, to_bytes, to_project, write
 
 pytestmark = pytest.mark.xdist_group("repro")
 
@@ -58,6 +58,7 @@ def test_a_checkpoint_goes_on_to_the_report_without_training(clone: Clone) -> No
     assert clone.repro() == {"calibrate", "quantize", "compress", "evaluate", "report"}
     assert clone.repro() == set()
     assert read_metrics(clone, "train", CHECKPOINT)["imported"] == "final_model.pt"
+    assert "was not trained here, but imported: `final_model.pt`" in (clone.folder / "artifacts/report/submission/README.md").read_text()
     assert "final_model.pt" in (clone.folder / "artifacts/report/report.html").read_text()
     figures = read_metrics(clone, "quantize", CHECKPOINT)
     assert figures["heldout_bpb"] == pytest.approx(figures["heldout_bpb_float"], abs=0.01)
