@@ -8,7 +8,7 @@ from tests.data.texts import TINY_PARAMS
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"source": "web"}, "tokenize.source: .*'embedded' or 'jsonl'"),
+    ({"source": "web"}, "tokenize.source: .*'embedded', 'jsonl', 'shards' or 'hub'"),
     ({"heldout_fraction": 0.5, "val_fraction": 0.5}, "heldout_fraction: expected less than 1 - val_fraction = 0.5.*found 0.5"),
     ({"val_fraction": 0.0}, "tokenize.val_fraction: .*greater than 0"),
     ({"packages": ["numpy", "numpy"]}, "packages: expected each distribution once"),
