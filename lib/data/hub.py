@@ -70,7 +70,7 @@ def download_dataset(params: HubParams) -> HubDataset:
     folder, dataset, tokenizers = _find_dataset(repository, params.dataset)
     model = _model_path(repository, folder, dataset, tokenizers)
     if params.start == "documents":
-        names = {"documents": [_require(repository, str(folder / DOCUMENTS), "tokenize.hub.start: documents")]}
+        names = {"documents": [_require(repository, str(folder / DOCUMENTS), "for tokenize.hub.start: documents")]}
     else:
         names = _shard_names(repository, folder, dataset)
         available = len(names["train"])
@@ -113,7 +113,7 @@ def _model_path(repository: Repository, folder: PurePosixPath, dataset: _Dataset
     if tokenizer is None or tokenizer.model_path is None:
         raise ValueError(f"tokenize.hub.dataset: expected a dataset with a SentencePiece model, found {dataset.name} with the tokenizer "
                          f"{dataset.tokenizer_name}, for which the {MANIFEST} of {repository} names none")
-    return _require(repository, str(folder / tokenizer.model_path), "its tokenizer")
+    return _require(repository, str(folder / tokenizer.model_path), f"the tokenizer of {dataset.name}")
 
 
 def _shard_names(repository: Repository, folder: PurePosixPath, dataset: _Dataset) -> dict[str, list[str]]:
@@ -126,5 +126,5 @@ def _shard_names(repository: Repository, folder: PurePosixPath, dataset: _Datase
 
 def _require(repository: Repository, name: str, what: str) -> str:
     if name not in repository.files:
-        raise ValueError(f"{repository}: expected the file {name} ({what}), found none; the {MANIFEST} there promises more than there is")
+        raise ValueError(f"{repository}: expected the file {name} ({what}), found none")
     return name

@@ -70,6 +70,8 @@ class Repository:
         except ModuleNotFoundError:
             raise ValueError("tokenize.source: expected the package huggingface_hub for source hub, found none; "
                              "run pip install .[hub]") from None
+        for part in ("file_download", "hf_api", "utils"):  # the package loads its parts when they are asked for
+            importlib.import_module(f"huggingface_hub.{part}")
         self._hub.utils.disable_progress_bars()
         self._repo = repo
         self.commit = revision
@@ -178,7 +180,7 @@ class Repository:
         errors = self._hub.errors
         try:
             yield
-        except errors.RepositoryNotFoundError:
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):
             raise ValueError(f"tokenize.hub.repo: expected a dataset repository that can be read, found none named {self._repo}; if it is "
                              "private or gated, log in with `hf auth login`") from None
         except errors.RevisionNotFoundError:

@@ -1,7 +1,7 @@
 """From published token shards to splits: all of the validation shards, and the training documents that are not among them.
 
-Documents are cut at BOS and decoded on all cores, because only their text shows which are the same. Input is memory-mapped and
-output streams, so that memory holds a few numbers for each document and never a split.
+Documents are cut at BOS and decoded on all cores, because only their text shows which are the same. Input is read and
+output written in pieces, so that memory holds a few numbers for each document and never a shard.
 """
 
 import itertools
@@ -170,17 +170,17 @@ def _read(stream: Stream, tokenizer: Tokenizer, heldout_fraction: float, val_key
     if stream.read(0, 1)[0] != tokenizer.bos_id:
         raise ArtifactError(f"{stream.locate(0)}: expected the BOS token {tokenizer.bos_id}, which starts every document, found "
                             f"{stream.read(0, 1)[0]}; start with the first shard, and give the tokenizer that made the shards")
-    starts = range(0, len(stream), SEGMENT_TOKENS)
+    segments = [(start, min(start + SEGMENT_TOKENS, len(stream))) for start in range(0, len(stream), SEGMENT_TOKENS)]
     num_documents = num_differ = 0
-    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(starts)), get_context("spawn"), _start_process,
+    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(segments)), get_context("spawn"), _start_process,
                                (stream.paths, tokenizer, heldout_fraction, val_keys))
     try:
         with Progress(description, len(stream), "token") as progress:
-            for start, documents in zip(starts, pool.map(_read_segment, starts), strict=True):
+            for (start, stop), documents in zip(segments, pool.map(_read_segment, segments), strict=True):
                 num_documents += len(documents.outcomes)
                 num_differ += int((documents.raw_bytes != documents.accounted_bytes).sum())
                 yield documents
-                progress.update(min(SEGMENT_TOKENS, len(stream) - start), documents=num_documents)
+                progress.update(stop - start, documents=num_documents)
     finally:
         pool.shutdown(cancel_futures=True)
     if num_differ > max(1, MAX_DIFFER_FRACTION * num_documents):
@@ -196,8 +196,8 @@ def _start_process(*args: Any) -> None:
     _reader = Reader(*args)
 
 
-def _read_segment(start: int) -> Documents:
-    return _reader.read(start, min(start + SEGMENT_TOKENS, len(_reader.stream)))
+def _read_segment(segment: tuple[int, int]) -> Documents:
+    return _reader.read(*segment)
 
 
 def _batches(bounds: Int64s) -> Iterator[tuple[int, int]]:

@@ -76,7 +76,7 @@ def sort_shards(names: Iterable[str], where: str) -> dict[str, list[str]]:
 
 
 class Stream:
-    """The tokens of consecutive shards as one sequence, memory-mapped; positions count from the first shard's first token.
+    """The tokens of consecutive shards as one sequence, read in pieces; positions count from the first shard's first token.
 
     Args:
         paths: the shards, in order.
@@ -87,16 +87,18 @@ class Stream:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = tuple(paths)
-        self._shards = [_map_shard(path) for path in self.paths]
-        self._starts = np.cumsum([0, *map(len, self._shards)])
+        self._starts = np.cumsum([0, *map(_count_tokens, self.paths)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> Tokens:
-        """(stop - start,) uint16: tokens from `start` to `stop`; a copy only where shards meet."""
+        """(stop - start,) uint16: tokens from `start` to `stop`, at least one."""
         first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
-        parts = [self._shards[i][max(start - self._starts[i], 0):stop - self._starts[i]] for i in range(first, last + 1)]
+        parts = []
+        for i in range(first, last + 1):
+            a, b = max(start - self._starts[i], 0), min(stop, self._starts[i + 1]) - self._starts[i]
+            parts.append(np.fromfile(self.paths[i], "<u2", b - a, offset=HEADER_BYTES + 2 * a))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def find(self, token: int, start: int) -> int:
@@ -113,7 +115,8 @@ class Stream:
         return f"{self.paths[shard]}, token {position - self._starts[shard]}"
 
 
-def _map_shard(path: Path) -> Tokens:
+def _count_tokens(path: Path) -> int:
+    """Tokens of a shard, after checking its header and length."""
     try:
         header, found_bytes = np.fromfile(path, "<i4", HEADER_INT32S), path.stat().st_size
     except FileNotFoundError:
@@ -125,7 +128,7 @@ def _map_shard(path: Path) -> Tokens:
     expected_bytes = HEADER_BYTES + 2 * num_tokens
     if num_tokens < 1 or found_bytes != expected_bytes:
         raise ArtifactError(f"{path}: expected {expected_bytes} bytes ({num_tokens} tokens), found {found_bytes}; {REMEDY}")
-    return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
+    return num_tokens
 
 
 def _check_sums(paths: list[Path], sums: Path) -> None:
