@@ -206,9 +206,8 @@ class _Growing(io.BufferedWriter):
         self._report = report
 
     def write(self, content: Buffer) -> int:
-        num_bytes = super().write(content)
-        self._report(num_bytes)
-        return num_bytes
+        self._report(memoryview(content).nbytes)
+        return super().write(content)
 
     def truncate(self, size: int | None = None) -> int:
         """Cut off at the current position, as when the server starts from the beginning again."""

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -59,7 +60,7 @@ class FakeHub:
     @contextmanager
     def serve(self) -> Iterator[str]:
         """The address of the running server."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
@@ -76,6 +77,12 @@ def sha256(content: bytes) -> str:
 
 def git_sha1(content: bytes) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # the other side was killed
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -142,8 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.hub.cut_after.get(name):
                 body = body[:self.hub.cut_after[name].pop(0)]
                 self.close_connection = True
-            with suppress(ConnectionError):  # the other side was killed
-                self.wfile.write(body[:self.hub.stall_after.get(name, len(body))])
+            self.wfile.write(body[:self.hub.stall_after.get(name, len(body))])
             while name in self.hub.stall_after:
                 time.sleep(0.05)
 
