@@ -122,16 +122,17 @@ class SplitWriter:
         self._file_tokens = 0
         self._documents = self._tokens = self._raw_bytes = self._accounted_bytes = 0
 
-    def add(self, tokens: Tokens, raw_bytes: int, accounted_bytes: int) -> None:
-        """Append one document.
+    def add(self, tokens: Tokens, raw_bytes: int, accounted_bytes: int, num_documents: int = 1) -> None:
+        """Append a document, or several that follow each other.
 
         Args:
             tokens: (n,) uint16, BOS first.
-            raw_bytes: UTF-8 bytes of its text.
-            accounted_bytes: bytes of its tokens by the tokenizer's accounting.
+            raw_bytes: UTF-8 bytes of the text.
+            accounted_bytes: bytes of the tokens by the tokenizer's accounting.
+            num_documents: how many they are.
         """
         assert int(tokens.max()) < self._vocab_size
-        self._documents += 1
+        self._documents += num_documents
         self._tokens += len(tokens)
         self._raw_bytes += raw_bytes
         self._accounted_bytes += accounted_bytes

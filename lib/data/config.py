@@ -6,10 +6,13 @@ from pydantic import Field, model_validator
 
 from lib.params import NonNegative, Params, Positive, PositiveFloat
 
-SourceName = Literal["embedded", "jsonl"]
+SourceName = Literal["embedded", "jsonl", "shards", "hub"]
 
 NUM_RESERVED_PIECES = 4 + 256
 """Control and unknown pieces (pad 0, bos 1, eos 2, unk 3) and one piece for each byte value."""
+
+HUB_PATH = "data/README.md"
+"""`tokenize.path` of source hub: a file that every clone has, because DVC wants a path to depend on."""
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -35,7 +38,7 @@ class ExpectParams(Params):
     val_documents: Positive | None
     """Number of validation documents."""
     val_bytes_per_token: PositiveFloat | None
-    """Bytes of text per target token, to five digits after the point."""
+    """Bytes of text per target token, with five digits after the point; one unit of the last is allowed."""
 
 
 class TokenizeParams(Params):
@@ -44,7 +47,8 @@ class TokenizeParams(Params):
     source: SourceName
     """Where documents come from; the registry is `lib.data.corpus.SOURCES`."""
     path: Annotated[str, Field(min_length=1)]
-    """embedded: the requirements file with the exact pins of `packages`; jsonl: a file, or a folder of files."""
+    """embedded: the requirements file with the exact pins of `packages`; jsonl: a file, or a folder of files; shards: a folder with
+    published ``*_train_*.bin`` and ``*_val_*.bin``; hub: not read, `HUB_PATH`."""
     pattern: Annotated[str, Field(min_length=1)]
     """jsonl: which files inside the folder, as a glob; not used for a single file."""
     packages: tuple[str, ...]
@@ -52,15 +56,15 @@ class TokenizeParams(Params):
     hub: HubParams
     """hub: what is downloaded."""
     min_document_bytes: NonNegative
-    """Documents with fewer UTF-8 bytes are left out."""
+    """Documents with fewer UTF-8 bytes are left out; 0 for published shards, which are taken as they are."""
     heldout_fraction: OpenFraction
-    """Expected fraction of the documents that is held out of training for model selection."""
+    """Expected fraction of the documents, for published shards of the training documents, that is held out for model selection."""
     val_fraction: OpenFraction | None
     """Expected fraction of the documents that only the evaluation sees; null where `val_documents` or the shards say which."""
     val_documents: Positive | None
     """jsonl, hub from documents: the first so many documents are those that only the evaluation sees; or null."""
     tokenizer: Annotated[str, Field(min_length=1)] | None
-    """A SentencePiece model file, or null to train one on training documents."""
+    """A SentencePiece model file; null to train one on training documents, and for hub, whose dataset names its own."""
     vocab_size: Annotated[int, Field(gt=NUM_RESERVED_PIECES, le=65536)]
     """Number of pieces; a given model must have exactly as many."""
     case_transform: bool
@@ -79,4 +83,31 @@ class TokenizeParams(Params):
                              f"documents remain, found {self.heldout_fraction:g}")
         if len(set(self.packages)) != len(self.packages):
             raise ValueError(f"packages: expected each distribution once, found {list(self.packages)}")
+        self._check_validation_documents()
+        if self.source == "shards" and self.tokenizer is None:
+            raise ValueError("tokenizer: expected the SentencePiece .model file that made the shards, found null")
+        if self.source == "hub" and self.tokenizer is not None:
+            raise ValueError(f"tokenizer: expected null, because tokenize.hub.dataset names its tokenizer, found {self.tokenizer}")
+        if self.source == "hub" and self.path != HUB_PATH:
+            raise ValueError(f"path: expected {HUB_PATH}, because source hub reads no path and DVC wants one, found {self.path}")
+        if self._starts_from_shards and self.min_document_bytes:
+            raise ValueError("min_document_bytes: expected 0, because published shards are taken as they are, found "
+                             f"{self.min_document_bytes}")
         return self
+
+    @property
+    def _starts_from_shards(self) -> bool:
+        return self.source == "shards" or (self.source == "hub" and self.hub.start == "shards")
+
+    def _check_validation_documents(self) -> None:
+        if self._starts_from_shards:
+            for key in ("val_fraction", "val_documents"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: expected null, because published shards say which documents are validation, "
+                                     f"found {getattr(self, key)}")
+        elif self.source == "embedded" and (self.val_fraction is None or self.val_documents is not None):
+            raise ValueError("val_fraction: expected a fraction, and val_documents null, for source embedded, found "
+                             f"{self.val_fraction} and {self.val_documents}")
+        elif (self.val_fraction is None) == (self.val_documents is None):
+            raise ValueError(f"val_documents: expected exactly one of val_fraction and val_documents, the other null, found "
+                             f"{self.val_fraction} and {self.val_documents}")

@@ -7,27 +7,31 @@ from typing import Any
 
 from lib.artifacts.files import write_bytes
 from lib.artifacts.tokens import SPLITS, SplitWriter
-from lib.data.config import TokenizeParams
-from lib.data.corpus import Selection, Source
+from lib.data.config import ExpectParams, TokenizeParams
+from lib.data.corpus import Selection, ShardSource, Source
+from lib.data.resharding import write_shards
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
+
+BYTES_PER_TOKEN_TOLERANCE = 1e-5  # one unit of the last digit that is published
 
 BATCH_CHARACTERS = 1 << 22  # encoded at a time, on all cores
 
 
-def provide_tokenizer(params: TokenizeParams, source: Source, path: Path) -> Tokenizer:
+def provide_tokenizer(params: TokenizeParams, source: Source | ShardSource, path: Path) -> Tokenizer:
     """Train a tokenizer on the source's training documents, or copy the given one byte for byte, to `path`; and load it.
 
     Raises:
         ValueError: a vocabulary size that cannot be reached, or that differs from the given tokenizer's.
         ArtifactError: a given tokenizer that is missing or refused by `Tokenizer`.
     """
-    if params.tokenizer is None:
+    given = source.tokenizer
+    if given is None:
+        assert isinstance(source, Source)
         documents = Selection(params).select(source.read("sample for the tokenizer"))
         model = train_tokenizer((text for split, text in documents if split == "train"), params.vocab_size, params.tokenizer_training_bytes)
         write_bytes(path, model)
         return load_tokenizer(path)
-    given = Path(params.tokenizer)
     tokenizer = load_tokenizer(given)
     if tokenizer.vocab_size != params.vocab_size:
         raise ValueError(f"tokenize.vocab_size: expected the {tokenizer.vocab_size} pieces of {given}, found {params.vocab_size}")
@@ -35,13 +39,13 @@ def provide_tokenizer(params: TokenizeParams, source: Source, path: Path) -> Tok
     return tokenizer
 
 
-def write_splits(params: TokenizeParams, source: Source, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Encode every document of the source into the shards of its split.
+def write_splits(params: TokenizeParams, source: Source | ShardSource, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Write every document of the source to the shards of its split, encoded here unless it comes from shards.
 
     Args:
         params: the section ``tokenize``.
         source: the documents.
-        tokenizer: what encodes them.
+        tokenizer: what encodes them, or did.
         folder: gets a folder for each split.
 
     Returns:
@@ -49,7 +53,10 @@ def write_splits(params: TokenizeParams, source: Source, tokenizer: Tokenizer, f
 
     Raises:
         ValueError: a split without documents, or a lossless tokenizer whose bytes are not those of a document.
+        ArtifactError: shards that are not sound, or not of this tokenizer.
     """
+    if isinstance(source, ShardSource):
+        return write_shards(params, source.shards, tokenizer, folder)
     writers = {split: SplitWriter(folder / split, params.vocab_size, params.shard_tokens) for split in SPLITS}
     selection = Selection(params)
     for batch in _batches(selection.select(source.read("encode"))):
@@ -57,8 +64,9 @@ def write_splits(params: TokenizeParams, source: Source, tokenizer: Tokenizer, f
         for (split, text), tokens in zip(batch, tokens_of_batch, strict=True):
             raw_bytes, accounted_bytes = len(text.encode()), int(tokenizer.target_bytes(tokens).sum())
             if tokenizer.lossless and accounted_bytes != raw_bytes:
-                raise ValueError(f"the tokens of the {split} document that starts {text[:60]!r}: expected {raw_bytes} bytes, its "
-                                 f"UTF-8 length, found {accounted_bytes}; the tokenizer is not lossless as its normalizer says")
+                raise ValueError(f"the tokens of the {split} document that starts {text[:60]!r}: expected {raw_bytes} bytes, its UTF-8 "
+                                 f"length, found {accounted_bytes}; it contains U+2581, or the tokenizer is not lossless as its normalizer "
+                                 "says")
             writers[split].add(tokens, raw_bytes, accounted_bytes)
     for split in SPLITS:
         if not selection.keys[split]:
@@ -71,14 +79,20 @@ def write_splits(params: TokenizeParams, source: Source, tokenizer: Tokenizer, f
     }
 
 
-def make_manifest(params: TokenizeParams, source: Source, tokenizer: Tokenizer, splits: dict[str, Any]) -> dict[str, Any]:
-    """What ``manifest.json`` holds: origin of the documents and of the tokenizer, and what `write_splits` returned."""
-    return {
+def make_manifest(params: TokenizeParams, source: Source | ShardSource, tokenizer: Tokenizer, splits: dict[str, Any]) -> dict[str, Any]:
+    """What ``manifest.json`` holds: origin of the documents and of the tokenizer, and what `write_splits` returned.
+
+    Raises:
+        ValueError: other validation documents than ``tokenize.expect`` states.
+    """
+    manifest = {
         "source": source.provenance,
-        "tokenizer": {"trained": params.tokenizer is None, "lossless": tokenizer.lossless, "vocab_size": tokenizer.vocab_size,
+        "tokenizer": {"trained": source.tokenizer is None, "lossless": tokenizer.lossless, "vocab_size": tokenizer.vocab_size,
                       "sha256": tokenizer.sha256},
         **splits,
     }
+    _check_expectations(params.expect, summarize(manifest)["val"])
+    return manifest
 
 
 def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +100,14 @@ def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
     return {split: {**{key: values[key] for key in ("documents", "tokens", "raw_bytes", "accounted_bytes")},
                     "bytes_per_token": values["accounted_bytes"] / (values["tokens"] - 1)}
             for split, values in manifest["splits"].items()}
+
+
+def _check_expectations(expect: ExpectParams, val: dict[str, Any]) -> None:
+    for key, tolerance in (("documents", 0), ("bytes_per_token", BYTES_PER_TOKEN_TOLERANCE)):
+        expected = getattr(expect, f"val_{key}")
+        if expected is not None and abs(val[key] - expected) > tolerance:
+            raise ValueError(f"tokenize.expect.val_{key}: expected {expected}, found {val[key]}: not the validation documents or not the "
+                             "tokenizer that the number is known of; correct the section tokenize, or set the key to null")
 
 
 def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

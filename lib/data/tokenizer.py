@@ -78,6 +78,11 @@ class Tokenizer:
         for tokens in self._processor.encode(list(texts)):
             yield np.array([self.bos_id, *tokens], np.uint16)
 
+    def decode_documents(self, documents: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each document, decoded on one core. BOS has none; a byte that is no part of UTF-8 text becomes U+FFFD."""
+        texts: list[str] = self._processor.decode(list(documents), num_threads=1)
+        return texts
+
     def target_bytes(self, tokens: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
         """Bytes of text that each target stands for, by the challenge's accounting.
 

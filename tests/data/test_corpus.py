@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lib.data import corpus
 from lib.data.config import SourceName
-from lib.data.corpus import SOURCES, Selection, normalized_hash, open_source, split_of
+from lib.data.corpus import SOURCES, Selection, Source, normalized_hash, open_source, split_of
 from tests.data.texts import tiny_params
 
 WORDS = st.lists(st.text("abcßDEFÉ", min_size=1, max_size=6), min_size=1, max_size=8)
@@ -66,10 +66,32 @@ def test_what_is_left_out_is_counted_by_reason() -> None:
     assert selection.skipped == {"empty": 2, "repeated": 1, "short": 1, "contains U+2581": 1, "contains a lone surrogate": 1}
 
 
+@given(texts=st.lists(st.text(st.sampled_from("ab \nAB\u2581"), max_size=4), max_size=30), num_val=st.integers(1, 10))
+def test_the_first_documents_are_validation_as_they_are_and_later_equals_are_left_out(texts: list[str], num_val: int) -> None:
+    documents, selection = select(texts, val_fraction=None, val_documents=num_val)
+    trimmed = [text.lstrip(" ") for text in texts]
+    assert documents[:num_val] == [("val", text) for text in trimmed[:num_val]]
+    given_keys = {" ".join(text.casefold().split()) for text in trimmed[:num_val]}
+    rest = documents[num_val:]
+    assert {split for split, _ in rest} <= {"train", "heldout"}
+    expected = {" ".join(text.casefold().split()) for text in trimmed[num_val:] if text and "\u2581" not in text}
+    assert {" ".join(text.casefold().split()) for _, text in rest} == expected - given_keys
+    assert len(documents) + selection.skipped.total() == len(texts)
+    usable = [text for text in trimmed[num_val:] if text and "\u2581" not in text]
+    assert selection.skipped["also in val"] == sum(" ".join(text.casefold().split()) in given_keys for text in usable)
+
+
+def test_a_given_validation_document_without_utf8_form_is_named() -> None:
+    with pytest.raises(ValueError, match=r"tokenize\.val_documents: expected 3 documents .*, found that number 2 contains a lone"):
+        select(["one", "\ud800", "three"], val_fraction=None, val_documents=3)
+    assert len(select(["one", "two", "three", "\ud800"], val_fraction=None, val_documents=3)[0]) == 3
+
+
 def test_jsonl_source_can_be_read_again(tmp_path: Path) -> None:
     for name, text in (("b", "second"), ("a", "first")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
     source = open_source(tiny_params(path=str(tmp_path)))
+    assert isinstance(source, Source)
     assert list(source.read("once")) == list(source.read("twice")) == ["first", "second"]
     assert source.provenance == {"name": "jsonl", "file_bytes": {"a.jsonl": 17, "b.jsonl": 18}}
     assert open_source(tiny_params(path=str(tmp_path / "b.jsonl"))).provenance["file_bytes"] == {"b.jsonl": 18}
@@ -80,6 +102,7 @@ def test_embedded_source_drops_repeated_docstrings_and_sorts_by_hash(monkeypatch
     monkeypatch.setattr(corpus, "harvest", lambda packages: iter(modules))
     monkeypatch.setattr(corpus, "check_pins", lambda requirements, packages: {"ark": "3.0"})
     source = open_source(tiny_params(source="embedded", path="requirements.txt"))
+    assert isinstance(source, Source)
     expected = ["One.\n\nTwo.", "Three.", "", "", "Four."]
     assert list(source.read("once")) == list(source.read("twice")) == sorted(expected, key=normalized_hash)
     assert source.provenance["packages"] == {"ark": "3.0"}

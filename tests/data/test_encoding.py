@@ -17,8 +17,8 @@ from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, tiny_params, tin
 SENTENCES = [f"Document {i}: {text}" for i in range(4) for text in (ENGLISH, *SCRIPTS.values())]
 
 
-def make_source(texts: list[str]) -> Source:
-    return Source(lambda description: iter(texts), {"name": "test"})
+def make_source(texts: list[str], tokenizer: Path | None = None) -> Source:
+    return Source(lambda description: iter(texts), {"name": "test"}, tokenizer)
 
 
 def write(tmp_path: Path, texts: list[str], **changes: Any) -> dict[str, Any]:
@@ -92,13 +92,12 @@ def _documents(folder: Path, bos_id: int) -> list[list[int]]:
 def test_given_tokenizer_is_copied(tmp_path: Path) -> None:
     given = tmp_path / "given.model"
     provide_tokenizer(tiny_params(), make_source(SENTENCES), given)
-    params = tiny_params(tokenizer=str(given))
-    provide_tokenizer(params, make_source([]), tmp_path / "tokenizer.model")
+    provide_tokenizer(tiny_params(), make_source([], given), tmp_path / "tokenizer.model")
     assert (tmp_path / "tokenizer.model").read_bytes() == given.read_bytes()
     with pytest.raises(ValueError, match=r"tokenize\.vocab_size: expected the 700 pieces of .*given\.model, found 701"):
-        provide_tokenizer(tiny_params(tokenizer=str(given), vocab_size=701), make_source([]), tmp_path / "tokenizer.model")
+        provide_tokenizer(tiny_params(vocab_size=701), make_source([], given), tmp_path / "tokenizer.model")
     with pytest.raises(ArtifactError, match=r"none\.model: no such file"):
-        provide_tokenizer(tiny_params(tokenizer=str(tmp_path / "none.model")), make_source([]), tmp_path / "tokenizer.model")
+        provide_tokenizer(tiny_params(), make_source([], tmp_path / "none.model"), tmp_path / "tokenizer.model")
 
 
 def test_manifest_and_metrics(tmp_path: Path) -> None:
@@ -111,3 +110,32 @@ def test_manifest_and_metrics(tmp_path: Path) -> None:
     assert manifest["splits"]["val"] == val | {"distinct_documents": val["documents"]}
     assert summarize(manifest)["val"] == {"documents": val["documents"], "tokens": val["tokens"], "raw_bytes": val["raw_bytes"],
                                           "accounted_bytes": val["raw_bytes"], "bytes_per_token": val["raw_bytes"] / (val["tokens"] - 1)}
+
+
+@pytest.mark.parametrize(("key", "close", "far"), [("documents", [0], [1, -1]), ("bytes_per_token", [0.0, 9e-6, -9e-6], [2e-5, -2e-5])])
+def test_known_facts_are_checked(tmp_path: Path, key: str, close: list[float], far: list[float]) -> None:
+    splits = write(tmp_path, SENTENCES)
+    val = splits["splits"]["val"]
+    fact = val["documents"] if key == "documents" else val["accounted_bytes"] / (val["tokens"] - 1)
+
+    def check(expected: float) -> None:
+        expect = {"val_documents": None, "val_bytes_per_token": None} | {f"val_{key}": expected}
+        make_manifest(tiny_params(expect=expect), make_source([]), tiny_tokenizer(), splits)
+
+    for difference in close:
+        check(fact + difference)
+    for difference in far:
+        with pytest.raises(ValueError, match=rf"tokenize\.expect\.val_{key}: expected .*, found {fact}"):
+            check(fact + difference)
+
+
+def test_validation_documents_by_number_may_repeat(tmp_path: Path) -> None:
+    texts = ["one", "two", "ONE", "", "one", *SENTENCES]
+    result = write(tmp_path, texts, val_fraction=None, val_documents=4)
+    assert {key: result["splits"]["val"][key] for key in ("documents", "distinct_documents", "raw_bytes")} == {
+        "documents": 4, "distinct_documents": 3, "raw_bytes": 9}
+    assert result["skipped_documents"] == {"also in val": 1}
+    assert set(result["shared_documents"].values()) == {0}
+    tokenizer = tiny_tokenizer()
+    expected = [token for text in texts[:4] for token in (tokenizer.bos_id, *tokenizer.encode(text))]
+    assert load_split(tmp_path / "val", TINY_VOCAB_SIZE).tokens().tolist() == expected

@@ -1,6 +1,10 @@
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -10,8 +14,13 @@ from lib.artifacts.metrics import load_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.tokens import SPLITS, load_split
 from lib.data.tokenizer import load_tokenizer
+from lib.data.tokenizer_training import train_tokenizer
 from lib.params import SECTIONS, ParamsError
+from tests.data.fake_hub import FakeHub
+from tests.data.shard_files import tokens_of, write_shards
 from tests.data.texts import ENGLISH, SCRIPTS, TINY_PARAMS, TINY_VOCAB_SIZE
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -47,4 +56,59 @@ def test_stage_writes_its_outputs(project: Path) -> None:
 def test_stage_names_a_bad_key(project: Path) -> None:
     YAML().dump({section: {} for section in SECTIONS} | {"tokenize": TINY_PARAMS | {"vocab": 300}}, project / "params.yaml")
     with pytest.raises(ParamsError, match=r"params\.yaml: tokenize\.vocab: unknown key"):
+        run()
+
+
+def publish(folder: Path) -> tuple[FakeHub, dict[str, Any]]:
+    """Documents, a tokenizer and shards in a folder and on a hub; and what is known of the validation text."""
+    texts = [f"Document {i}: {text}" for i in range(10) for text in (ENGLISH, *SCRIPTS.values())]
+    texts[70] = texts[3].upper()  # in the validation text, and again in the training text
+    (folder / "sp.model").write_bytes(train_tokenizer(texts, TINY_VOCAB_SIZE, 100_000))
+    tokenizer = load_tokenizer(folder / "sp.model")
+    val, train = texts[:60], [*texts[60:], "the last document, which another shard may go on with"]
+    paths = [*write_shards(folder / "published", "train", tokens_of(tokenizer, train), 999),
+             *write_shards(folder / "published", "val", tokens_of(tokenizer, val), 999)]
+    files = {f"datasets/web/{path.name}": path.read_bytes() for path in paths} | {"tokenizers/sp.model": (folder / "sp.model").read_bytes()}
+    files["docs_selected.jsonl"] = "".join(json.dumps({"text": text}) + "\n" for text in (*val, *train[:-1])).encode()
+    manifest = {"datasets": [{"name": "web", "tokenizer_name": "sp"}], "tokenizers": [{"name": "sp", "model_path": "tokenizers/sp.model"}]}
+    files["manifest.json"] = json.dumps(manifest).encode()
+    bytes_per_token = sum(len(text.encode()) for text in val) / (len(tokens_of(tokenizer, val)) - 1)
+    return FakeHub(files), {"val_documents": 60, "val_bytes_per_token": round(bytes_per_token, 5)}
+
+
+def test_published_shards_the_hub_and_its_documents_give_the_same_splits(project: Path) -> None:
+    hub, expect = publish(project)
+    train_shards = len(list((project / "published").glob("*_train_*.bin")))
+    params = TINY_PARAMS | {"expect": expect, "val_fraction": None, "min_document_bytes": 0}
+    of_hub = params | {"source": "hub", "path": "data/README.md"}
+    with hub.serve() as address:
+        runs = {
+            "shards": params | {"source": "shards", "path": "published", "tokenizer": "sp.model"},
+            "hub": of_hub | {"hub": TINY_PARAMS["hub"] | {"dataset": "web", "train_shards": train_shards}},
+            "documents": of_hub | {"hub": TINY_PARAMS["hub"] | {"dataset": "web", "start": "documents"}, "val_documents": 60},
+        }
+        files, manifests = {}, {}
+        for name, section in runs.items():
+            YAML().dump({section: {} for section in SECTIONS} | {"tokenize": section}, project / "params.yaml")
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": address, "HF_HOME": str(project / "home")}
+            subprocess.run([sys.executable, "-m", "stages.tokenize"], env=environment, check=True)
+            files[name] = {path.name: sha256_of(path) for path in TOKENIZE_FOLDER.glob("*/*")} | {
+                "model": sha256_of(TOKENIZE_FOLDER / "tokenizer.model")}
+            manifests[name] = json.loads((TOKENIZE_FOLDER / "manifest.json").read_text())
+    assert files["shards"] == files["hub"] == files["documents"]
+    assert len(files["shards"]) > 6
+    assert manifests["shards"]["skipped_documents"] == {"also in val": 1, "cut off by the last shard": 1}
+    assert manifests["documents"]["skipped_documents"] == {"also in val": 1}
+    assert manifests["shards"]["splits"] == manifests["documents"]["splits"]
+    assert [manifests[name]["source"]["name"] for name in runs] == ["shards", "hub", "hub"]
+    assert manifests["hub"]["source"]["commit"] == hub.commit
+    assert not any(manifest["tokenizer"]["trained"] for manifest in manifests.values())
+
+
+def test_another_validation_text_than_expected_is_refused(project: Path) -> None:
+    _, expect = publish(project)
+    section = TINY_PARAMS | {"source": "shards", "path": "published", "tokenizer": "sp.model", "val_fraction": None,
+                             "min_document_bytes": 0, "expect": expect | {"val_documents": 61}}
+    YAML().dump({section: {} for section in SECTIONS} | {"tokenize": section}, project / "params.yaml")
+    with pytest.raises(ValueError, match=r"tokenize\.expect\.val_documents: expected 61, found 60"):
         run()

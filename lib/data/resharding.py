@@ -1,0 +1,215 @@
+"""From published token shards to splits: all of the validation shards, and the training documents that are not among them.
+
+Documents are cut at BOS and decoded on all cores, because only their text shows which are the same. Input is read and
+output written in pieces, so that memory holds a few numbers for each document and never a shard.
+"""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.artifacts.files import ArtifactError
+from lib.artifacts.tokens import SPLITS, SplitWriter
+from lib.data.config import TokenizeParams
+from lib.data.corpus import ALSO_IN_VAL, KEY_BYTES, normalized_hash, split_of
+from lib.data.shards import Shards, Stream
+from lib.data.tokenizer import Tokenizer
+from lib.progress import Progress
+
+SEGMENT_TOKENS = 1 << 22  # one task of a process: seconds
+BATCH_TOKENS = 1 << 18  # decoded at a time; as Python objects they take 10 MB
+
+DIFFER, CUT_OFF = "bytes of text and tokens differ", "cut off by the last shard"
+OUTCOMES = (*SPLITS, ALSO_IN_VAL, DIFFER, CUT_OFF)
+"""What becomes of a document: the split that it goes to, or the reason why it is left out."""
+
+MAX_DIFFER_FRACTION = 0.01
+"""Of documents whose text has other bytes than their tokens: shards of another tokenizer have them everywhere, published ones nowhere."""
+
+Keys = npt.NDArray[np.void]
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """n consecutive documents of a stream.
+
+    Attributes:
+        bounds: (n + 1,) where each starts, and where the last ends.
+        keys: (n,) leading `KEY_BYTES` of their normalised hashes.
+        raw_bytes: (n,) UTF-8 bytes of their decoded texts.
+        accounted_bytes: (n,) bytes of their tokens by the tokenizer's accounting.
+        outcomes: (n,) uint8, indices into `OUTCOMES`.
+    """
+
+    bounds: Int64s
+    keys: Keys
+    raw_bytes: Int64s
+    accounted_bytes: Int64s
+    outcomes: npt.NDArray[np.uint8]
+
+
+class Reader:
+    """Reads documents of a stream and decides what becomes of them.
+
+    Args:
+        paths: the shards of the stream.
+        tokenizer: what the shards were made with.
+        heldout_fraction: of training documents.
+        val_keys: keys of the validation documents, which are left out; None: the stream is that of the validation documents.
+    """
+
+    def __init__(self, paths: tuple[Path, ...], tokenizer: Tokenizer, heldout_fraction: float, val_keys: frozenset[bytes] | None) -> None:
+        self.stream = Stream(paths)
+        self._tokenizer, self._heldout_fraction, self._val_keys = tokenizer, heldout_fraction, val_keys
+
+    def read(self, start: int, stop: int) -> Documents:
+        """The documents that start from position `start` to `stop`, to their ends.
+
+        Raises:
+            ArtifactError: tokens beyond the vocabulary; a validation document of a lossless tokenizer whose text has other bytes than
+                its tokens.
+        """
+        segment = self.stream.read(start, stop)
+        if int(segment.max()) >= self._tokenizer.vocab_size:
+            where = self.stream.locate(start + int(segment.argmax()))
+            raise ArtifactError(f"{where}: expected tokens below {self._tokenizer.vocab_size}, the vocabulary of the tokenizer, found "
+                                f"{segment.max()}; give the tokenizer that made the shards")
+        starts = start + np.flatnonzero(segment == self._tokenizer.bos_id)
+        end = self.stream.find(self._tokenizer.bos_id, stop) if len(starts) else start
+        bounds = np.append(starts, end).astype(np.int64)
+        keys, raw_bytes, accounted_bytes = bytearray(), [], [np.zeros(0, np.int64)]
+        for first, last in _batches(bounds):
+            tokens = self.stream.read(int(bounds[first]), int(bounds[last]))
+            cuts = bounds[first:last + 1] - bounds[first]
+            accounted_bytes.append(np.add.reduceat(np.append(0, self._tokenizer.target_bytes(tokens)), cuts[:-1]))
+            ids = tokens.tolist()
+            for text in self._tokenizer.decode_documents([ids[a:b] for a, b in itertools.pairwise(cuts.tolist())]):
+                keys += normalized_hash(text)[:KEY_BYTES]
+                raw_bytes.append(len(text.encode()))
+        documents = Documents(bounds, np.frombuffer(bytes(keys), f"V{KEY_BYTES}"), np.array(raw_bytes, np.int64),
+                              np.concatenate(accounted_bytes), np.full(len(starts), OUTCOMES.index("val"), np.uint8))
+        self._judge(documents)
+        return documents
+
+    def _judge(self, documents: Documents) -> None:
+        differ = np.flatnonzero(documents.raw_bytes != documents.accounted_bytes)
+        if self._val_keys is None:
+            if len(differ) and self._tokenizer.lossless:
+                raise ArtifactError(f"{self.stream.locate(int(documents.bounds[differ[0]]))}: expected a document of "
+                                    f"{documents.accounted_bytes[differ[0]]} bytes by the tokenizer's accounting, found "
+                                    f"{documents.raw_bytes[differ[0]]} in its decoded text; give the tokenizer that made the shards")
+            return
+        for i, key in enumerate(documents.keys.tolist()):
+            documents.outcomes[i] = OUTCOMES.index(ALSO_IN_VAL if key in self._val_keys else split_of(key, self._heldout_fraction, 0))
+        documents.outcomes[differ] = OUTCOMES.index(DIFFER)
+        if len(documents.outcomes) and documents.bounds[-1] == len(self.stream):
+            documents.outcomes[-1] = OUTCOMES.index(CUT_OFF)
+
+
+def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Write the splits of a published dataset.
+
+    Validation is the validation shards as they are: every document, in order, repetitions too. Of the training documents are left
+    out: those that are also in the validation shards, but for white space and case; those whose text has other bytes than their
+    tokens; and the last, which the next shard may go on with. Repetitions among the others stay, as published.
+
+    Args:
+        params: the section ``tokenize``.
+        shards: the files.
+        tokenizer: what they were made with.
+        folder: gets a folder for each split.
+
+    Returns:
+        As `lib.data.encoding.write_splits`.
+
+    Raises:
+        ArtifactError: files that are not sound, or not of this tokenizer.
+        ValueError: a split without documents.
+    """
+    writers = {split: SplitWriter(folder / split, params.vocab_size, params.shard_tokens) for split in SPLITS}
+    skipped: Counter[str] = Counter()
+    keys: dict[str, list[Keys]] = {split: [np.zeros(0, f"V{KEY_BYTES}")] for split in SPLITS}
+    val_keys = None
+    for description, paths in (("validation shards", shards.val), ("training shards", shards.train)):
+        stream = Stream(paths)
+        for documents in _read(stream, tokenizer, params.heldout_fraction, val_keys, description):
+            for outcome, first, last in _runs(documents.outcomes):
+                if outcome not in writers:
+                    skipped[outcome] += last - first
+                    continue
+                keys[outcome].append(documents.keys[first:last])
+                tokens = stream.read(int(documents.bounds[first]), int(documents.bounds[last]))
+                writers[outcome].add(tokens, int(documents.raw_bytes[first:last].sum()), int(documents.accounted_bytes[first:last].sum()),
+                                     num_documents=last - first)
+        val_keys = frozenset(key for part in keys["val"] for key in part.tolist())
+    distinct = {split: np.unique(np.concatenate(keys[split])) for split in SPLITS}
+    for split in SPLITS:
+        if not len(distinct[split]):
+            raise ValueError(f"tokenize: expected documents in every split, found none in {split} (left out: {dict(skipped)}); "
+                             "take more shards, or raise tokenize.heldout_fraction")
+    return {
+        "splits": {split: {**writers[split].close(), "distinct_documents": len(distinct[split])} for split in SPLITS},
+        "shared_documents": {f"{a} and {b}": len(np.intersect1d(distinct[a], distinct[b])) for a, b in itertools.combinations(SPLITS, 2)},
+        "skipped_documents": dict(sorted(skipped.items())),
+    }
+
+
+def _read(stream: Stream, tokenizer: Tokenizer, heldout_fraction: float, val_keys: frozenset[bytes] | None,
+          description: str) -> Iterator[Documents]:
+    """All documents of a stream in order, read by as many processes as there are cores."""
+    if stream.read(0, 1)[0] != tokenizer.bos_id:
+        raise ArtifactError(f"{stream.locate(0)}: expected the BOS token {tokenizer.bos_id}, which starts every document, found "
+                            f"{stream.read(0, 1)[0]}; start with the first shard, and give the tokenizer that made the shards")
+    segments = [(start, min(start + SEGMENT_TOKENS, len(stream))) for start in range(0, len(stream), SEGMENT_TOKENS)]
+    num_documents = num_differ = 0
+    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(segments)), get_context("spawn"), _start_process,
+                               (stream.paths, tokenizer, heldout_fraction, val_keys))
+    try:
+        with Progress(description, len(stream), "token") as progress:
+            for (start, stop), documents in zip(segments, pool.map(_read_segment, segments), strict=True):
+                num_documents += len(documents.outcomes)
+                num_differ += int((documents.raw_bytes != documents.accounted_bytes).sum())
+                yield documents
+                progress.update(stop - start, documents=num_documents)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if num_differ > max(1, MAX_DIFFER_FRACTION * num_documents):
+        raise ArtifactError(f"{stream.paths[0].parent}: expected documents whose decoded text has as many bytes as their tokens stand for, "
+                            f"found {num_differ} of {num_documents} others; give the tokenizer that made the shards")
+
+
+_reader: Reader
+
+
+def _start_process(*args: Any) -> None:
+    global _reader  # noqa: PLW0603
+    _reader = Reader(*args)
+
+
+def _read_segment(segment: tuple[int, int]) -> Documents:
+    return _reader.read(*segment)
+
+
+def _batches(bounds: Int64s) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) document of consecutive groups with at most `BATCH_TOKENS`, or one document."""
+    first = 0
+    while first < len(bounds) - 1:
+        last = max(int(np.searchsorted(bounds, bounds[first] + BATCH_TOKENS, side="right")) - 1, first + 1)
+        yield first, last
+        first = last
+
+
+def _runs(outcomes: npt.NDArray[np.uint8]) -> Iterator[tuple[str, int, int]]:
+    """Each outcome with the first and last (exclusive) of consecutive documents that share it."""
+    cuts = [0, *(np.flatnonzero(np.diff(outcomes)) + 1).tolist(), len(outcomes)]
+    return ((OUTCOMES[outcomes[first]], first, last) for first, last in itertools.pairwise(cuts) if first < last)
