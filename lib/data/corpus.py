@@ -7,18 +7,57 @@ for that cannot end up in different splits, whatever their order and number; and
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from lib.artifacts.tokens import SPLITS
 from lib.data.config import SourceName, TokenizeParams
 from lib.data.docstrings import check_pins, harvest
-from lib.data.jsonl import find_files, read_texts
+from lib.data.jsonl import find_files, read_blocks
 from lib.data.tokenizer import SPACE
 
+LONE_SURROGATE = "contains a lone surrogate"
+
 KEY_BYTES = 16  # of a document's SHA-256, kept for every document: a chance match among 1e10 documents has probability 1e-19
+BATCH_BYTES = 1 << 20  # of texts in memory that are handed to one process at a time
+
+
+class Batch(Protocol):
+    """Documents that follow each other; pickled to the process that parses and encodes them."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What reading it adds to `Source.size_bytes`."""
+
+    def texts(self) -> Iterable[str]:
+        """The documents; raises ValueError where there is something else."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch of texts that are in memory."""
+
+    content: tuple[str, ...]
+    size_bytes: int
+
+    def texts(self) -> Iterable[str]:
+        """The documents."""
+        return self.content
+
+
+def batch_texts(texts: Iterable[str]) -> Iterator[Texts]:
+    """All texts in order, in batches of about a megabyte."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text.encode(errors="surrogatepass"))
+        if size >= BATCH_BYTES:
+            yield Texts(tuple(batch), size)
+            batch, size = [], 0
+    if batch:
+        yield Texts(tuple(batch), size)
 
 
 @dataclass(frozen=True)
@@ -26,11 +65,13 @@ class Source:
     """Documents that can be read any number of times, always in the same order.
 
     Attributes:
-        read: starts a pass; its argument says in the progress what the pass is for.
+        read: starts a pass.
+        size_bytes: of the whole pass, for the progress.
         provenance: what the manifest says of the documents' origin.
     """
 
-    read: Callable[[str], Iterator[str]]
+    read: Callable[[], Iterator[Batch]]
+    size_bytes: int
     provenance: dict[str, Any]
 
 
@@ -43,9 +84,33 @@ def open_source(params: TokenizeParams) -> Source:
     return SOURCES[params.source](params)
 
 
+class Examined(NamedTuple):
+    """One document looked at by itself.
+
+    Attributes:
+        text: without leading spaces, because the byte accounting does not see a space after BOS.
+        flaw: why it should be left out, or None.
+        digest: its normalised hash.
+    """
+
+    text: str
+    flaw: str | None
+    digest: bytes
+
+
+def examine(untrimmed: str, min_document_bytes: int) -> Examined:
+    """Trim, hash and judge a document.
+
+    Flawed are: empty documents; short ones; those with U+2581, which SentencePiece cannot tell from a space; and those with lone
+    surrogates, which have no UTF-8 form.
+    """
+    text = untrimmed.lstrip(" ")
+    return Examined(text, _find_flaw(text, min_document_bytes), normalized_hash(text))
+
+
 @dataclass
 class Selection:
-    """One pass over documents: cleans them, leaves some out and gives each of the others its split.
+    """One pass over documents: leaves some out and gives each of the others its split.
 
     Attributes:
         params: the section ``tokenize``.
@@ -57,37 +122,27 @@ class Selection:
     keys: dict[str, set[bytes]] = field(default_factory=lambda: {split: set() for split in SPLITS})
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def select(self, texts: Iterator[str]) -> Iterator[tuple[str, str]]:
-        """Split and text of each document that is kept, in the order of `texts`.
-
-        Leading spaces are removed, because the byte accounting does not see a space after BOS. Left out are: empty
-        documents; short ones; those with U+2581, which SentencePiece cannot tell from a space; those with lone surrogates,
-        which have no UTF-8 form; and repetitions.
-        """
-        for untrimmed in texts:
-            text = untrimmed.lstrip(" ")
-            reason = self._flaw(text)
-            if reason is None:
-                digest = normalized_hash(text)
-                split = split_of(digest, self.params.heldout_fraction, self.params.val_fraction or 0)
-                key = digest[:KEY_BYTES]
-                if key not in self.keys[split]:
-                    self.keys[split].add(key)
-                    yield split, text
-                    continue
-                reason = "repeated"
+    def assign(self, flaw: str | None, digest: bytes) -> str | None:
+        """The split of the next document, or None if it is left out: for a flaw, or because it repeats an earlier one."""
+        split, key = split_of(digest, self.params.heldout_fraction, self.params.val_fraction or 0), digest[:KEY_BYTES]
+        reason = flaw or ("repeated" if key in self.keys[split] else None)
+        if reason is not None:
             self.skipped[reason] += 1
+            return None
+        self.keys[split].add(key)
+        return split
 
-    def _flaw(self, text: str) -> str | None:
-        if not text:
-            return "empty"
-        if SPACE in text:
-            return "contains U+2581"
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            return "contains a lone surrogate"
-        return "short" if size < self.params.min_document_bytes else None
+
+def _find_flaw(text: str, min_document_bytes: int) -> str | None:
+    if not text:
+        return "empty"
+    if SPACE in text:
+        return "contains U+2581"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return LONE_SURROGATE
+    return "short" if size < min_document_bytes else None
 
 
 def normalized_hash(text: str) -> bytes:
@@ -119,7 +174,9 @@ def _embedded(params: TokenizeParams) -> Source:
         texts.append("\n\n".join(docstring for key, docstring in new.items() if key not in seen))
         seen.update(new)
     texts.sort(key=normalized_hash)
-    return Source(lambda description: iter(texts), {"name": "embedded", "python": platform.python_version(), "packages": versions})
+    batches = list(batch_texts(texts))
+    provenance = {"name": "embedded", "python": platform.python_version(), "packages": versions}
+    return Source(lambda: iter(batches), sum(batch.size_bytes for batch in batches), provenance)
 
 
 def _jsonl(params: TokenizeParams) -> Source:
@@ -127,7 +184,7 @@ def _jsonl(params: TokenizeParams) -> Source:
     path = Path(params.path)
     files = find_files(path, params.pattern)
     sizes = {(file.relative_to(path) if file != path else Path(file.name)).as_posix(): file.stat().st_size for file in files}
-    return Source(lambda description: read_texts(files, description), {"name": "jsonl", "file_bytes": sizes})
+    return Source(lambda: read_blocks(files), sum(sizes.values()), {"name": "jsonl", "file_bytes": sizes})
 
 
 SOURCES: dict[SourceName, Callable[[TokenizeParams], Source]] = {"embedded": _embedded, "jsonl": _jsonl}

@@ -8,8 +8,8 @@ import pytest
 
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tokens import SPLITS, load_split
-from lib.data import encoding
-from lib.data.corpus import Source
+from lib.data import corpus
+from lib.data.corpus import Source, batch_texts
 from lib.data.encoding import make_manifest, provide_tokenizer, summarize, write_splits
 from lib.data.tokenizer import load_tokenizer
 from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, tiny_params, tiny_tokenizer
@@ -18,16 +18,17 @@ SENTENCES = [f"Document {i}: {text}" for i in range(4) for text in (ENGLISH, *SC
 
 
 def make_source(texts: list[str]) -> Source:
-    return Source(lambda description: iter(texts), {"name": "test"})
+    batches = list(batch_texts(texts))
+    return Source(lambda: iter(batches), sum(batch.size_bytes for batch in batches), {"name": "test"})
 
 
 def write(tmp_path: Path, texts: list[str], **changes: Any) -> dict[str, Any]:
     return write_splits(tiny_params(**changes), make_source(texts), tiny_tokenizer(), tmp_path)
 
 
-@pytest.mark.parametrize("batch_characters", [1, 500, 1 << 22])
-def test_splits_hold_every_document_once_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_characters: int) -> None:
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", batch_characters)
+@pytest.mark.parametrize("batch_bytes", [1, 500, 1 << 22])
+def test_splits_hold_every_document_once_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_bytes: int) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", batch_bytes)
     result = write(tmp_path, SENTENCES)
     tokenizer = tiny_tokenizer()
     found = []
@@ -35,7 +36,7 @@ def test_splits_hold_every_document_once_in_order(tmp_path: Path, monkeypatch: p
         split = load_split(tmp_path / name, TINY_VOCAB_SIZE)
         tokens = split.tokens()
         documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id)[1:])
-        texts = [next(text for text in SENTENCES if tokenizer.encode(text) == document[1:].tolist()) for document in documents]
+        texts = [next(text for text in SENTENCES if tokenizer.processor.encode(text) == document[1:].tolist()) for document in documents]
         assert texts == sorted(texts, key=SENTENCES.index)
         assert split.raw_bytes == split.accounted_bytes == tokenizer.target_bytes(tokens).sum() == sum(len(text.encode()) for text in texts)
         assert result["splits"][name]["documents"] == result["splits"][name]["distinct_documents"] == len(texts) == split.num_documents
@@ -55,7 +56,7 @@ def test_shared_documents_come_from_the_documents(tmp_path: Path, monkeypatch: p
 
 def test_lossless_tokenizer_with_other_bytes_fails(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer._num_bytes[tokenizer.encode("D")[0]] = 3
+    tokenizer._num_bytes[tokenizer.processor.encode("D")[0]] = 3
     with pytest.raises(ValueError, match=r"document that starts 'Document .*: expected \d+ bytes, its UTF-8 length, found \d+"):
         write_splits(tiny_params(), make_source(SENTENCES), tokenizer, tmp_path)
 
@@ -63,7 +64,7 @@ def test_lossless_tokenizer_with_other_bytes_fails(tmp_path: Path) -> None:
 def test_lossy_tokenizer_records_both_numbers(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.lossless = False
-    tokenizer._num_bytes[tokenizer.encode("D")[0]] = 3
+    tokenizer._num_bytes[tokenizer.processor.encode("D")[0]] = 3
     splits = write_splits(tiny_params(), make_source(SENTENCES), tokenizer, tmp_path)["splits"]
     assert sum(split["accounted_bytes"] for split in splits.values()) > sum(split["raw_bytes"] for split in splits.values())
 
@@ -79,7 +80,7 @@ def test_trained_tokenizer_sees_training_documents_only(tmp_path: Path) -> None:
     tokenizer = provide_tokenizer(params, source, tmp_path / "tokenizer.model")
     assert load_tokenizer(tmp_path / "tokenizer.model").sha256 == tokenizer.sha256
     write_splits(params, source, tokenizer, tmp_path)
-    train = [text for text in SENTENCES if tokenizer.encode(text)[:40] in _documents(tmp_path / "train", tokenizer.bos_id)]
+    train = [text for text in SENTENCES if tokenizer.processor.encode(text)[:40] in _documents(tmp_path / "train", tokenizer.bos_id)]
     assert 0 < len(train) < len(SENTENCES)
     assert provide_tokenizer(params, make_source(train), tmp_path / "again.model").sha256 == tokenizer.sha256
 
@@ -105,7 +106,7 @@ def test_manifest_and_metrics(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     manifest = make_manifest(tiny_params(), make_source([]), tokenizer, write(tmp_path, [*SENTENCES, "", SENTENCES[0].upper()]))
     assert manifest["source"] == {"name": "test"}
-    assert manifest["tokenizer"] == {"trained": True, "lossless": True, "vocab_size": TINY_VOCAB_SIZE, "sha256": tokenizer.sha256}
+    assert manifest["tokenizer"] == {"trained": True, "case_transform": False, "lossless": True, "vocab_size": TINY_VOCAB_SIZE, "sha256": tokenizer.sha256}
     assert manifest["skipped_documents"] == {"empty": 1, "repeated": 1}
     val = json.loads((tmp_path / "val" / "split.json").read_text())
     assert manifest["splits"]["val"] == val | {"distinct_documents": val["documents"]}

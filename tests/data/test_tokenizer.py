@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from lib.artifacts.files import ArtifactError
+from lib.data.encoder import encode_documents
 from lib.data.tokenizer import SPACE, Tokenizer, load_tokenizer
 from tests.data.texts import ENGLISH, SCRIPTS, tiny_tokenizer
 
@@ -29,7 +30,7 @@ def train(**changes: Any) -> bytes:
 
 
 def accounted_bytes(tokenizer: Tokenizer, text: str) -> int:
-    (tokens,) = tokenizer.encode_documents([text])
+    (tokens,) = encode_documents(tokenizer, [text])
     return int(tokenizer.target_bytes(tokens).sum())
 
 
@@ -67,7 +68,7 @@ def test_accounted_bytes_are_utf8_bytes_of_any_text(text: str) -> None:
 
 @given(st.lists(TEXTS, max_size=5))
 def test_bytes_of_joined_documents_are_the_sum(texts: list[str]) -> None:
-    tokens = np.concatenate([np.array([TOKENIZER.bos_id], np.uint16), *TOKENIZER.encode_documents(texts)])
+    tokens = np.concatenate([np.array([TOKENIZER.bos_id], np.uint16), *encode_documents(TOKENIZER, texts)])
     assert TOKENIZER.target_bytes(tokens).sum() == sum(len(text.encode()) for text in texts)
 
 
@@ -86,12 +87,6 @@ def test_pieces_of_several_spaces_count_each_once() -> None:
     tokenizer = Tokenizer(model, Path("spaces.model"))
     token = SentencePieceProcessor(model_proto=model).piece_to_id(piece)
     assert tokenizer.target_bytes(np.array([token, token, tokenizer.bos_id, token], np.uint16)).tolist() == [4, 0, 3]
-
-
-def test_encode_documents_prepends_bos() -> None:
-    documents = list(TOKENIZER.encode_documents(["a b", "", ENGLISH]))
-    assert [tokens.tolist() for tokens in documents] == [[1, *TOKENIZER.encode(text)] for text in ("a b", "", ENGLISH)]
-    assert all(tokens.dtype == np.uint16 for tokens in documents)
 
 
 @pytest.mark.parametrize(("changes", "text"), [
