@@ -30,5 +30,5 @@ def decode_documents(tokenizer: Tokenizer, documents: Sequence[Sequence[int]]) -
 
     BOS has no text; bytes that are no UTF-8 become U+FFFD.
     """
-    texts: list[str] = tokenizer.processor.decode(list(documents), num_threads=1)
+    texts: list[str] = tokenizer.processor.decode(list(documents), num_threads=1) if documents else []
     return [apply_operators(text) for text in texts] if tokenizer.case_transform else texts

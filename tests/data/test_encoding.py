@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tokens import SPLITS, load_split
 from lib.data import corpus
-from lib.data.corpus import Source, batch_texts
+from lib.data.corpus import Source, batch_texts, open_source
 from lib.data.encoding import make_manifest, provide_tokenizer, summarize, write_splits
-from lib.data.tokenizer import load_tokenizer
+from lib.data.tokenizer import OPERATORS, load_tokenizer
 from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, tiny_params, tiny_tokenizer
 
 SENTENCES = [f"Document {i}: {text}" for i in range(4) for text in (ENGLISH, *SCRIPTS.values())]
@@ -102,11 +103,64 @@ def test_given_tokenizer_is_copied(tmp_path: Path) -> None:
         provide_tokenizer(tiny_params(tokenizer=str(tmp_path / "none.model")), make_source([]), tmp_path / "tokenizer.model")
 
 
+def test_given_tokenizer_must_fit_the_case_transform(tmp_path: Path) -> None:
+    for case_transform in (False, True):
+        given = tmp_path / f"{case_transform}.model"
+        provide_tokenizer(tiny_params(case_transform=case_transform), make_source(SENTENCES), given)
+        fitting = tiny_params(tokenizer=str(given), case_transform=case_transform)
+        assert provide_tokenizer(fitting, make_source([]), tmp_path / "tokenizer.model").case_transform is case_transform
+    with pytest.raises(ValueError, match=r"tokenize\.case_transform: expected true, because .*True\.model has all .*, found false; change"):
+        provide_tokenizer(tiny_params(tokenizer=str(tmp_path / "True.model")), make_source([]), tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match=r"tokenize\.case_transform: expected false, because .*False\.model has not all .*, found true"):
+        provide_tokenizer(tiny_params(tokenizer=str(tmp_path / "False.model"), case_transform=True), make_source([]), tmp_path / "x.model")
+
+
+def test_case_transform_keeps_documents_and_bytes(tmp_path: Path) -> None:
+    params, source = tiny_params(case_transform=True), make_source([*SENTENCES, f"literal {OPERATORS} operators"])
+    tokenizer = provide_tokenizer(params, source, tmp_path / "tokenizer.model")
+    result = write_splits(params, source, tokenizer, tmp_path)
+    assert make_manifest(params, source, tokenizer, result)["tokenizer"]["case_transform"] is True
+    plain = write_splits(tiny_params(), source, tiny_tokenizer(), tmp_path / "plain")
+    assert result["skipped_documents"] == plain["skipped_documents"] == {}
+    for split in SPLITS:
+        for key in ("documents", "raw_bytes", "accounted_bytes"):
+            assert result["splits"][split][key] == plain["splits"][split][key]
+
+
+def test_result_is_the_same_with_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 500)
+    texts = [*SENTENCES, "", SENTENCES[3], "lone \ud800 surrogate", "contains \u2581"] * 2
+    results = [write_splits(tiny_params(), make_source(texts), tiny_tokenizer(), tmp_path / str(n), n) for n in (1, 3)]
+    assert results[0] == results[1]
+    assert results[0]["skipped_documents"] == {"contains U+2581": 2, "contains a lone surrogate": 2, "empty": 2, "repeated": 110}
+    files = [path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.*")]
+    assert len(files) > len(SPLITS) * 2
+    assert all((tmp_path / "1" / file).read_bytes() == (tmp_path / "3" / file).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_bad_line_is_named_from_any_process(tmp_path: Path, num_processes: int) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "good"}\nbad\n')
+    params = tiny_params(path=str(path))
+    with pytest.raises(ValueError, match=r"documents\.jsonl, line 2: expected a JSON object"):
+        write_splits(params, open_source(params), tiny_tokenizer(), tmp_path, num_processes)
+
+
+def test_tokenizer_training_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 500)
+    source = make_source(SENTENCES)
+    batches = source.read()
+    provide_tokenizer(tiny_params(tokenizer_training_bytes=2000), replace(source, read=lambda: batches), tmp_path / "tokenizer.model")
+    assert 2000 < source.size_bytes - sum(batch.size_bytes for batch in batches) < 4500  # about six of ten bytes are for training
+
+
 def test_manifest_and_metrics(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     manifest = make_manifest(tiny_params(), make_source([]), tokenizer, write(tmp_path, [*SENTENCES, "", SENTENCES[0].upper()]))
     assert manifest["source"] == {"name": "test"}
-    assert manifest["tokenizer"] == {"trained": True, "case_transform": False, "lossless": True, "vocab_size": TINY_VOCAB_SIZE, "sha256": tokenizer.sha256}
+    assert manifest["tokenizer"] == {"trained": True, "case_transform": False, "lossless": True, "vocab_size": TINY_VOCAB_SIZE,
+                                     "sha256": tokenizer.sha256}
     assert manifest["skipped_documents"] == {"empty": 1, "repeated": 1}
     val = json.loads((tmp_path / "val" / "split.json").read_text())
     assert manifest["splits"]["val"] == val | {"distinct_documents": val["documents"]}
