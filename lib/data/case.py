@@ -56,6 +56,6 @@ def _encode_word(match: re.Match[str]) -> str:
     if start and "a" <= match.string[start - 1] <= "z":  # the word began before, with small letters
         return word.translate(_CAPNEXT_OF)
     rest = word[1:]
-    if rest and rest.isupper():
+    if rest.isupper():
         return ALLCAPS + word.lower()
     return TITLE + word[0].lower() + rest.translate(_CAPNEXT_OF)

@@ -39,7 +39,7 @@ def accounted_bytes(tokenizer: Tokenizer, text: str) -> int:
 
 
 def reference_bytes(model: bytes, tokens: list[int]) -> list[int]:
-    """The challenge's rule, token by token, for models whose pieces have U+2581 in front only."""
+    """The challenge's rule, token by token; spaces inside of a piece count 1 each."""
     processor = SentencePieceProcessor(model_proto=model)
 
     def is_boundary(token: int) -> bool:
@@ -53,7 +53,7 @@ def reference_bytes(model: bytes, tokens: list[int]) -> list[int]:
         elif processor.is_byte(token):
             size = 1
         else:
-            size = len(piece.removeprefix(SPACE).encode()) + (piece.startswith(SPACE) and not is_boundary(previous))
+            size = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode()) + (piece.startswith(SPACE) and not is_boundary(previous))
         result.append(size)
     return result
 
