@@ -22,8 +22,9 @@ from lib.progress import Progress
 START_CHARACTERS = 60
 BYTES_PER_PROCESS = 8_000_000  # of files, to make up for the half second in which a process starts
 
+
 class EncodedDocument(NamedTuple):
-    """One document of a batch; with a lone surrogate it has no tokens.
+    """One document of a batch; with a lone surrogate, which cannot be encoded, as if it were empty.
 
     Attributes:
         flaw, digest: as in `Examined`.

@@ -43,7 +43,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: i
         for document in documents:
             sample.append(encode_case(document) if case_transform else document)
             size += len(document.encode())
-            progress.update(len(document.encode()), documents=f"{len(sample):,}")
+            progress.update(len(document.encode()), total=max(size, training_bytes), documents=f"{len(sample):,}")
             if size >= training_bytes:
                 break
     if not sample:
