@@ -9,11 +9,12 @@ import lzma
 
 import numpy as np
 import zstandard
-from sentencepiece import SentencePieceProcessor
 
 from lib.artifacts.metrics import load_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import load_split
+from lib.data.encoder import decode_documents
+from lib.data.tokenizer import load_tokenizer
 from lib.params import read_params
 
 WIDTH = 40  # of the names
@@ -21,10 +22,10 @@ WIDTH = 40  # of the names
 
 def read_text(path: str) -> bytes:
     """UTF-8 text of the validation split: its tokens decoded, documents joined by blank lines."""
-    processor = SentencePieceProcessor(model_file=str(TOKENIZE_FOLDER / "tokenizer.model"))
-    tokens = load_split(TOKENIZE_FOLDER / path, processor.vocab_size()).tokens()
-    starts = np.flatnonzero(tokens == processor.bos_id())
-    return "\n\n".join(processor.decode(document[1:].tolist()) for document in np.split(tokens, starts[1:])).encode()
+    tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model")
+    tokens = load_split(TOKENIZE_FOLDER / path, tokenizer.vocab_size).tokens()
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id)[1:])
+    return "\n\n".join(decode_documents(tokenizer, [document.tolist() for document in documents])).encode()
 
 
 def main() -> None:

@@ -8,16 +8,16 @@ documents are declared to be the validation split, they are kept as they are, an
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from lib.artifacts.tokens import SPLITS
 from lib.data.config import SourceName, TokenizeParams
 from lib.data.docstrings import check_pins, harvest
 from lib.data.hub import download_dataset
-from lib.data.jsonl import find_files, read_texts
+from lib.data.jsonl import find_files, read_blocks
 from lib.data.shards import Shards, find_shards
 from lib.data.tokenizer import SPACE
 
@@ -26,6 +26,43 @@ ALSO_IN_VAL = "also in val"
 """Why a document is left out that equals one of a validation split that is given as it is."""
 
 KEY_BYTES = 16  # of a document's SHA-256, kept for every document: a chance match among 1e10 documents has probability 1e-19
+BATCH_BYTES = 1 << 20  # of texts in memory that are handed to one process at a time
+
+
+class Batch(Protocol):
+    """Documents that follow each other; pickled to the process that parses and encodes them."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What reading it adds to `Source.size_bytes`."""
+
+    def texts(self) -> Iterable[str]:
+        """The documents; raises ValueError where there is something else."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch of texts that are in memory."""
+
+    content: tuple[str, ...]
+    size_bytes: int
+
+    def texts(self) -> Iterable[str]:
+        """The documents."""
+        return self.content
+
+
+def batch_texts(texts: Iterable[str]) -> Iterator[Texts]:
+    """All texts in order, in batches of about a megabyte."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text.encode(errors="surrogatepass"))
+        if size >= BATCH_BYTES:
+            yield Texts(tuple(batch), size)
+            batch, size = [], 0
+    if batch:
+        yield Texts(tuple(batch), size)
 
 
 @dataclass(frozen=True)
@@ -33,12 +70,14 @@ class Source:
     """Documents that can be read any number of times, always in the same order.
 
     Attributes:
-        read: starts a pass; its argument says in the progress what the pass is for.
+        read: starts a pass.
+        size_bytes: of the whole pass, for the progress.
         provenance: what the manifest says of the documents' origin.
         tokenizer: a SentencePiece model file; None where one is trained.
     """
 
-    read: Callable[[str], Iterator[str]]
+    read: Callable[[], Iterator[Batch]]
+    size_bytes: int
     provenance: dict[str, Any]
     tokenizer: Path | None = None
 
@@ -67,9 +106,33 @@ def open_source(params: TokenizeParams) -> Source | ShardSource:
     return SOURCES[params.source](params)
 
 
+class Examined(NamedTuple):
+    """One document looked at by itself.
+
+    Attributes:
+        text: without leading spaces, because the byte accounting does not see a space after BOS.
+        flaw: why it should be left out, or None.
+        digest: its normalised hash.
+    """
+
+    text: str
+    flaw: str | None
+    digest: bytes
+
+
+def examine(untrimmed: str, min_document_bytes: int) -> Examined:
+    """Trim, hash and judge a document.
+
+    Flawed are: empty documents; short ones; those with U+2581, which SentencePiece cannot tell from a space; and those with lone
+    surrogates, which have no UTF-8 form.
+    """
+    text = untrimmed.lstrip(" ")
+    return Examined(text, _find_flaw(text, min_document_bytes), normalized_hash(text))
+
+
 @dataclass
 class Selection:
-    """One pass over documents: cleans them, leaves some out and gives each of the others its split.
+    """One pass over documents: leaves some out and gives each of the others its split.
 
     Attributes:
         params: the section ``tokenize``.
@@ -80,52 +143,43 @@ class Selection:
     params: TokenizeParams
     keys: dict[str, set[bytes]] = field(default_factory=lambda: {split: set() for split in SPLITS})
     skipped: Counter[str] = field(default_factory=Counter)
+    _num_given: int = 0
 
-    def select(self, texts: Iterator[str]) -> Iterator[tuple[str, str]]:
-        """Split and text of each document that is kept, in the order of `texts`.
+    def assign(self, flaw: str | None, digest: bytes) -> str | None:
+        """The split of the next document, or None if it is left out: for a flaw, or because it repeats an earlier one.
 
-        Leading spaces are removed, because the byte accounting does not see a space after BOS. Left out are: empty
-        documents; short ones; those with U+2581, which SentencePiece cannot tell from a space; those with lone surrogates,
-        which have no UTF-8 form; and repetitions. The first `val_documents` are validation documents whatever they are.
+        The first `val_documents` are validation documents whatever they are.
 
         Raises:
             ValueError: one of the first `val_documents` has a lone surrogate.
         """
-        num_given = self.params.val_documents or 0
-        for position, untrimmed in enumerate(texts):
-            text = untrimmed.lstrip(" ")
-            reason = self._flaw(text)
-            if position < num_given:
-                if reason == LONE_SURROGATE:
-                    raise ValueError(f"tokenize.val_documents: expected {num_given} documents with a UTF-8 form, found that number "
-                                     f"{position + 1} {reason}; remove the document or set tokenize.val_fraction instead")
-                self.keys["val"].add(normalized_hash(text)[:KEY_BYTES])
-                yield "val", text
-                continue
-            if reason is None:
-                digest = normalized_hash(text)
-                split = split_of(digest, self.params.heldout_fraction, self.params.val_fraction or 0)
-                key = digest[:KEY_BYTES]
-                if num_given and key in self.keys["val"]:
-                    reason = ALSO_IN_VAL
-                elif key in self.keys[split]:
-                    reason = "repeated"
-                else:
-                    self.keys[split].add(key)
-                    yield split, text
-                    continue
+        key, num_val = digest[:KEY_BYTES], self.params.val_documents or 0
+        if self._num_given < num_val:
+            self._num_given += 1
+            if flaw == LONE_SURROGATE:
+                raise ValueError(f"tokenize.val_documents: expected {num_val} documents with a UTF-8 form, found that number "
+                                 f"{self._num_given} {flaw}; remove the document or set tokenize.val_fraction instead")
+            self.keys["val"].add(key)
+            return "val"
+        split = split_of(digest, self.params.heldout_fraction, self.params.val_fraction or 0)
+        reason = flaw or (ALSO_IN_VAL if num_val and key in self.keys["val"] else "repeated" if key in self.keys[split] else None)
+        if reason is not None:
             self.skipped[reason] += 1
+            return None
+        self.keys[split].add(key)
+        return split
 
-    def _flaw(self, text: str) -> str | None:
-        if not text:
-            return "empty"
-        if SPACE in text:
-            return "contains U+2581"
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            return LONE_SURROGATE
-        return "short" if size < self.params.min_document_bytes else None
+
+def _find_flaw(text: str, min_document_bytes: int) -> str | None:
+    if not text:
+        return "empty"
+    if SPACE in text:
+        return "contains U+2581"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return LONE_SURROGATE
+    return "short" if size < min_document_bytes else None
 
 
 def normalized_hash(text: str) -> bytes:
@@ -157,8 +211,9 @@ def _embedded(params: TokenizeParams) -> Source:
         texts.append("\n\n".join(docstring for key, docstring in new.items() if key not in seen))
         seen.update(new)
     texts.sort(key=normalized_hash)
+    batches = list(batch_texts(texts))
     provenance = {"name": "embedded", "python": platform.python_version(), "packages": versions}
-    return Source(lambda description: iter(texts), provenance, None if params.tokenizer is None else Path(params.tokenizer))
+    return Source(lambda: iter(batches), sum(batch.size_bytes for batch in batches), provenance, _given_tokenizer(params))
 
 
 def _jsonl(params: TokenizeParams) -> Source:
@@ -166,8 +221,11 @@ def _jsonl(params: TokenizeParams) -> Source:
     path = Path(params.path)
     files = find_files(path, params.pattern)
     sizes = {(file.relative_to(path) if file != path else Path(file.name)).as_posix(): file.stat().st_size for file in files}
-    tokenizer = None if params.tokenizer is None else Path(params.tokenizer)
-    return Source(lambda description: read_texts(files, description), {"name": "jsonl", "file_bytes": sizes}, tokenizer)
+    return Source(lambda: read_blocks(files), sum(sizes.values()), {"name": "jsonl", "file_bytes": sizes}, _given_tokenizer(params))
+
+
+def _given_tokenizer(params: TokenizeParams) -> Path | None:
+    return None if params.tokenizer is None else Path(params.tokenizer)
 
 
 def _shards(params: TokenizeParams) -> ShardSource:
@@ -183,7 +241,8 @@ def _hub(params: TokenizeParams) -> Source | ShardSource:
     dataset = download_dataset(params.hub)
     if dataset.shards is not None:
         return ShardSource(dataset.shards, dataset.provenance, dataset.tokenizer)
-    return Source(lambda description: read_texts(dataset.documents, description), dataset.provenance, dataset.tokenizer)
+    size_bytes = sum(file.stat().st_size for file in dataset.documents)
+    return Source(lambda: read_blocks(dataset.documents), size_bytes, dataset.provenance, dataset.tokenizer)
 
 
 SOURCES: dict[SourceName, Callable[[TokenizeParams], Source | ShardSource]] = {

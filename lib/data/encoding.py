@@ -1,21 +1,79 @@
 """From documents to shards: provides the tokenizer, encodes every document once and checks the bytes that its tokens stand for."""
 
 import itertools
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lib.artifacts.files import write_bytes
-from lib.artifacts.tokens import SPLITS, SplitWriter
+from lib.artifacts.tokens import SPLITS, SplitWriter, Tokens
 from lib.data.config import ExpectParams, TokenizeParams
-from lib.data.corpus import Selection, ShardSource, Source
+from lib.data.corpus import LONE_SURROGATE, Batch, Selection, ShardSource, Source, examine
+from lib.data.encoder import encode_documents
 from lib.data.resharding import write_shards
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
+from lib.data.workers import map_in_order
+from lib.progress import Progress
 
+START_CHARACTERS = 60
 BYTES_PER_TOKEN_TOLERANCE = 1e-5  # one unit of the last digit that is published
+BYTES_PER_PROCESS = 8_000_000  # of files, to make up for the half second in which a process starts
 
-BATCH_CHARACTERS = 1 << 22  # encoded at a time, on all cores
+
+class EncodedDocument(NamedTuple):
+    """One document of a batch; with a lone surrogate, which cannot be encoded, as if it were empty.
+
+    Attributes:
+        flaw, digest: as in `Examined`.
+        start: the first characters, for errors.
+        num_tokens: BOS included.
+        raw_bytes: UTF-8 bytes of its text.
+        accounted_bytes: bytes of its tokens by the tokenizer's accounting.
+    """
+
+    flaw: str | None
+    digest: bytes
+    start: str
+    num_tokens: int
+    raw_bytes: int
+    accounted_bytes: int
+
+
+class EncodedBatch(NamedTuple):
+    """The documents of a batch in order, and all their tokens, (n,) uint16."""
+
+    size_bytes: int
+    documents: list[EncodedDocument]
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class BatchEncoder:
+    """What a process does with a batch: all that needs no other documents."""
+
+    tokenizer: Tokenizer
+    min_document_bytes: int
+    num_threads: int
+
+    def __call__(self, batch: Batch) -> EncodedBatch:
+        """Parse, examine, encode and count.
+
+        Raises:
+            ValueError: a batch that holds something else than documents.
+        """
+        examined = [examine(text, self.min_document_bytes) for text in batch.texts()]
+        texts = ["" if document.flaw == LONE_SURROGATE else document.text for document in examined]
+        tokens = list(encode_documents(self.tokenizer, texts, self.num_threads))
+        documents = [
+            EncodedDocument(flaw, digest, text[:START_CHARACTERS], num_tokens=len(ids), raw_bytes=len(text.encode()),
+                            accounted_bytes=int(self.tokenizer.target_bytes(ids).sum()))
+            for (_, flaw, digest), text, ids in zip(examined, texts, tokens, strict=True)]
+        return EncodedBatch(batch.size_bytes, documents, np.concatenate(tokens))
 
 
 def provide_tokenizer(params: TokenizeParams, source: Source | ShardSource, path: Path) -> Tokenizer:
@@ -28,18 +86,23 @@ def provide_tokenizer(params: TokenizeParams, source: Source | ShardSource, path
     given = source.tokenizer
     if given is None:
         assert isinstance(source, Source)
-        documents = Selection(params).select(source.read("sample for the tokenizer"))
-        model = train_tokenizer((text for split, text in documents if split == "train"), params.vocab_size, params.tokenizer_training_bytes)
+        model = train_tokenizer(_training_texts(params, source), params.vocab_size, params.tokenizer_training_bytes,
+                                case_transform=params.case_transform)
         write_bytes(path, model)
         return load_tokenizer(path)
     tokenizer = load_tokenizer(given)
     if tokenizer.vocab_size != params.vocab_size:
         raise ValueError(f"tokenize.vocab_size: expected the {tokenizer.vocab_size} pieces of {given}, found {params.vocab_size}")
+    if tokenizer.case_transform != params.case_transform:
+        raise ValueError(f"tokenize.case_transform: expected {str(tokenizer.case_transform).lower()}, because {given} has "
+                         f"{'' if tokenizer.case_transform else 'not '}all case operators as user-defined pieces, found "
+                         f"{str(params.case_transform).lower()}; change it, or use another tokenizer")
     write_bytes(path, given.read_bytes())
     return tokenizer
 
 
-def write_splits(params: TokenizeParams, source: Source | ShardSource, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+def write_splits(params: TokenizeParams, source: Source | ShardSource, tokenizer: Tokenizer, folder: Path,
+                 num_processes: int | None = None) -> dict[str, Any]:
     """Write every document of the source to the shards of its split, encoded here unless it comes from shards.
 
     Args:
@@ -47,6 +110,7 @@ def write_splits(params: TokenizeParams, source: Source | ShardSource, tokenizer
         source: the documents.
         tokenizer: what encodes them, or did.
         folder: gets a folder for each split.
+        num_processes: how many encode or decode, with the same result; None = one for each core, if the source is large enough for that.
 
     Returns:
         What each split holds, which documents were left out, and the evidence that no two splits share a document.
@@ -56,18 +120,23 @@ def write_splits(params: TokenizeParams, source: Source | ShardSource, tokenizer
         ArtifactError: shards that are not sound, or not of this tokenizer.
     """
     if isinstance(source, ShardSource):
-        return write_shards(params, source.shards, tokenizer, folder)
+        return write_shards(params, source.shards, tokenizer, folder, num_processes or os.cpu_count() or 1)
     writers = {split: SplitWriter(folder / split, params.vocab_size, params.shard_tokens) for split in SPLITS}
     selection = Selection(params)
-    for batch in _batches(selection.select(source.read("encode"))):
-        tokens_of_batch = tokenizer.encode_documents([text for _, text in batch])
-        for (split, text), tokens in zip(batch, tokens_of_batch, strict=True):
-            raw_bytes, accounted_bytes = len(text.encode()), int(tokenizer.target_bytes(tokens).sum())
-            if tokenizer.lossless and accounted_bytes != raw_bytes:
-                raise ValueError(f"the tokens of the {split} document that starts {text[:60]!r}: expected {raw_bytes} bytes, its UTF-8 "
-                                 f"length, found {accounted_bytes}; it contains U+2581, or the tokenizer is not lossless as its normalizer "
-                                 "says")
-            writers[split].add(tokens, raw_bytes, accounted_bytes)
+    if num_processes is None:
+        num_processes = max(1, min(os.cpu_count() or 1, source.size_bytes // BYTES_PER_PROCESS))
+    encoder = BatchEncoder(tokenizer, params.min_document_bytes, num_threads=-1 if num_processes == 1 else 1)
+    num_documents = num_tokens = 0
+    with Progress("encode", source.size_bytes, "B") as progress:
+        for batch in map_in_order(encoder, source.read(), num_processes):
+            end = 0
+            for document in batch.documents:
+                start, end = end, end + document.num_tokens
+                if split := selection.assign(document.flaw, document.digest):
+                    _check_bytes(document, split, tokenizer)
+                    writers[split].add(batch.tokens[start:end], document.raw_bytes, document.accounted_bytes)
+            num_documents, num_tokens = num_documents + len(batch.documents), num_tokens + len(batch.tokens)
+            progress.update(batch.size_bytes, documents=f"{num_documents:,}", tokens=f"{num_tokens:,}")
     for split in SPLITS:
         if not selection.keys[split]:
             raise ValueError(f"tokenize: expected documents in every split, found none in {split} (kept {_sizes(selection)}; left out "
@@ -87,8 +156,8 @@ def make_manifest(params: TokenizeParams, source: Source | ShardSource, tokenize
     """
     manifest = {
         "source": source.provenance,
-        "tokenizer": {"trained": source.tokenizer is None, "lossless": tokenizer.lossless, "vocab_size": tokenizer.vocab_size,
-                      "sha256": tokenizer.sha256},
+        "tokenizer": {"trained": source.tokenizer is None, "case_transform": tokenizer.case_transform,
+                      "lossless": tokenizer.lossless, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
         **splits,
     }
     _check_expectations(params.expect, summarize(manifest)["val"])
@@ -110,16 +179,19 @@ def _check_expectations(expect: ExpectParams, val: dict[str, Any]) -> None:
                              "tokenizer that the number is known of; correct the section tokenize, or set the key to null")
 
 
-def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[1])
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _check_bytes(document: EncodedDocument, split: str, tokenizer: Tokenizer) -> None:
+    if tokenizer.lossless and document.accounted_bytes != document.raw_bytes:
+        raise ValueError(f"the tokens of the {split} document that starts {document.start!r}: expected {document.raw_bytes} bytes, its "
+                         f"UTF-8 length, found {document.accounted_bytes}; it contains U+2581, or the tokenizer is not lossless as its "
+                         "normalizer says")
+
+
+def _training_texts(params: TokenizeParams, source: Source) -> Iterator[str]:
+    selection = Selection(params)
+    for batch in source.read():
+        for text, flaw, digest in (examine(text, params.min_document_bytes) for text in batch.texts()):
+            if selection.assign(flaw, digest) == "train":
+                yield text
 
 
 def _sizes(selection: Selection) -> str:

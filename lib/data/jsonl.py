@@ -1,17 +1,44 @@
-"""Documents in JSON lines files, plain or compressed, read as streams."""
+"""Documents in JSON lines files, plain or compressed, read as streams of blocks of whole lines."""
 
 import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
-from lib.progress import Progress
+CHUNK_BYTES = 1 << 16  # read from a file at a time
+BLOCK_BYTES = 1 << 20  # of lines that are parsed together
 
-CHUNK_BYTES = 1 << 16
+
+@dataclass(frozen=True)
+class Block:
+    """Lines of one file that follow each other.
+
+    Attributes:
+        path: the file.
+        number: of the first line, from 1.
+        lines: what is between two line ends, decompressed.
+        size_bytes: how far the block took the reader in the file.
+    """
+
+    path: Path
+    number: int
+    lines: bytes
+    size_bytes: int
+
+    def texts(self) -> Iterator[str]:
+        """The field ``text`` of every line.
+
+        Raises:
+            ValueError: a line that is not an object with a string ``text``.
+        """
+        for number, line in enumerate(self.lines.removesuffix(b"\n").split(b"\n"), self.number):
+            yield _parse(self.path, number, line)
 
 
 def find_files(path: Path, pattern: str) -> list[Path]:
@@ -31,28 +58,37 @@ def find_files(path: Path, pattern: str) -> list[Path]:
     return files
 
 
-def read_texts(files: Iterable[Path], description: str) -> Iterator[str]:
-    """The field ``text`` of every line of every file, in order, with memory for one line.
+def read_blocks(files: Iterable[Path]) -> Iterator[Block]:
+    """All lines of every file, in order, with memory for one block; a block has about a megabyte, or one longer line.
 
     Raises:
-        ValueError: a file that is damaged or truncated, or a line that is not an object with a string ``text``.
+        ValueError: a file that is damaged or truncated.
     """
-    files = list(files)
-    with Progress(description, sum(file.stat().st_size for file in files), "B") as progress:
-        for path in files:
-            with path.open("rb") as file:
-                position = 0
-                for number, line in enumerate(_read_lines(path, file), 1):
-                    yield _parse(path, number, line)
-                    progress.update(file.tell() - position)
-                    position = file.tell()
+    for path in files:
+        with path.open("rb") as file:
+            number, position = 1, 0
+            try:
+                for lines in _cut(READERS[path.suffix](file)):
+                    yield Block(path, number, lines, file.tell() - position)
+                    number, position = number + lines.count(b"\n"), file.tell()
+            except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+                raise ValueError(f"{path}: damaged or truncated ({error}); fetch or compress it again") from None
 
 
-def _read_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    try:
-        yield from READERS[path.suffix](file)
-    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-        raise ValueError(f"{path}: damaged or truncated ({error}); fetch or compress it again") from None
+def _cut(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks that end at line ends."""
+    block: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        end = chunk.rfind(b"\n") + 1
+        if end and size + end >= BLOCK_BYTES:
+            yield b"".join([*block, chunk[:end]])
+            block, size = [chunk[end:]], len(chunk) - end
+        else:
+            block.append(chunk)
+            size += len(chunk)
+    if size:
+        yield b"".join(block)
 
 
 def _parse(path: Path, number: int, line: bytes) -> str:
@@ -66,25 +102,27 @@ def _parse(path: Path, number: int, line: bytes) -> str:
     return text
 
 
+def _read(file: BinaryIO) -> Iterator[bytes]:
+    return iter(partial(file.read, CHUNK_BYTES), b"")
+
+
 def _read_gzip(file: BinaryIO) -> Iterator[bytes]:
-    with gzip.open(file) as lines:
-        yield from lines
+    with gzip.open(file) as content:
+        yield from iter(partial(content.read, CHUNK_BYTES), b"")
 
 
 def _read_zstd(file: BinaryIO) -> Iterator[bytes]:
-    frame, rest = None, b""
-    while chunk := file.read(CHUNK_BYTES):
-        while chunk:
+    frame = None
+    for chunk in _read(file):
+        rest = chunk
+        while rest:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
-            yield from lines
-            chunk = b""
+            yield frame.decompress(rest)
+            rest = b""
             if frame.eof:
-                chunk, frame = frame.unused_data, None
+                rest, frame = frame.unused_data, None
     if frame is not None:  # zstandard's own file objects take a truncated frame for a complete one
         raise EOFError("the file ends inside a compressed frame")
-    if rest:
-        yield rest
 
 
-READERS: dict[str, Callable[[BinaryIO], Iterable[bytes]]] = {".jsonl": iter, ".gz": _read_gzip, ".zst": _read_zstd}
+READERS: dict[str, Callable[[BinaryIO], Iterable[bytes]]] = {".jsonl": _read, ".gz": _read_gzip, ".zst": _read_zstd}

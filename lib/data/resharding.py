@@ -5,12 +5,9 @@ output written in pieces, so that memory holds a few numbers for each document a
 """
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,10 @@ from lib.artifacts.files import ArtifactError
 from lib.artifacts.tokens import SPLITS, SplitWriter
 from lib.data.config import TokenizeParams
 from lib.data.corpus import ALSO_IN_VAL, KEY_BYTES, normalized_hash, split_of
+from lib.data.encoder import decode_documents
 from lib.data.shards import Shards, Stream
 from lib.data.tokenizer import Tokenizer
+from lib.data.workers import map_in_order
 from lib.progress import Progress
 
 SEGMENT_TOKENS = 1 << 22  # one task of a process: seconds
@@ -66,25 +65,32 @@ class Reader:
         tokenizer: what the shards were made with.
         heldout_fraction: of training documents.
         val_keys: keys of the validation documents, which are left out; None: the stream is that of the validation documents.
+
+    Raises:
+        ArtifactError: files that are not sound, or do not begin with a document of this tokenizer.
     """
 
     def __init__(self, paths: tuple[Path, ...], tokenizer: Tokenizer, heldout_fraction: float, val_keys: frozenset[bytes] | None) -> None:
         self.stream = Stream(paths)
         self._tokenizer, self._heldout_fraction, self._val_keys = tokenizer, heldout_fraction, val_keys
+        if (first := self.stream.read(0, 1)[0]) != tokenizer.bos_id:
+            raise ArtifactError(f"{self.stream.locate(0)}: expected the BOS token {tokenizer.bos_id}, which starts every document, found "
+                                f"{first}; start with the first shard, and give the tokenizer that made the shards")
 
-    def read(self, start: int, stop: int) -> Documents:
-        """The documents that start from position `start` to `stop`, to their ends.
+    def __call__(self, segment: tuple[int, int]) -> Documents:
+        """The documents that start from the first position of a segment to the last, which is excluded, to their ends.
 
         Raises:
             ArtifactError: tokens beyond the vocabulary; a validation document of a lossless tokenizer whose text has other bytes than
                 its tokens.
         """
-        segment = self.stream.read(start, stop)
-        if int(segment.max()) >= self._tokenizer.vocab_size:
-            where = self.stream.locate(start + int(segment.argmax()))
+        start, stop = segment
+        tokens = self.stream.read(start, stop)
+        if int(tokens.max()) >= self._tokenizer.vocab_size:
+            where = self.stream.locate(start + int(tokens.argmax()))
             raise ArtifactError(f"{where}: expected tokens below {self._tokenizer.vocab_size}, the vocabulary of the tokenizer, found "
-                                f"{segment.max()}; give the tokenizer that made the shards")
-        starts = start + np.flatnonzero(segment == self._tokenizer.bos_id)
+                                f"{tokens.max()}; give the tokenizer that made the shards")
+        starts = start + np.flatnonzero(tokens == self._tokenizer.bos_id)
         end = self.stream.find(self._tokenizer.bos_id, stop) if len(starts) else start
         bounds = np.append(starts, end).astype(np.int64)
         keys, raw_bytes, accounted_bytes = bytearray(), [], [np.zeros(0, np.int64)]
@@ -93,7 +99,7 @@ class Reader:
             cuts = bounds[first:last + 1] - bounds[first]
             accounted_bytes.append(np.add.reduceat(np.append(0, self._tokenizer.target_bytes(tokens)), cuts[:-1]))
             ids = tokens.tolist()
-            for text in self._tokenizer.decode_documents([ids[a:b] for a, b in itertools.pairwise(cuts.tolist())]):
+            for text in decode_documents(self._tokenizer, [ids[a:b] for a, b in itertools.pairwise(cuts.tolist())]):
                 keys += normalized_hash(text)[:KEY_BYTES]
                 raw_bytes.append(len(text.encode()))
         documents = Documents(bounds, np.frombuffer(bytes(keys), f"V{KEY_BYTES}"), np.array(raw_bytes, np.int64),
@@ -116,7 +122,7 @@ class Reader:
             documents.outcomes[-1] = OUTCOMES.index(CUT_OFF)
 
 
-def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, folder: Path, num_processes: int) -> dict[str, Any]:
     """Write the splits of a published dataset.
 
     Validation is the validation shards as they are: every document, in order, repetitions too. Of the training documents are left
@@ -128,6 +134,7 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
         shards: the files.
         tokenizer: what they were made with.
         folder: gets a folder for each split.
+        num_processes: that decode.
 
     Returns:
         As `lib.data.encoding.write_splits`.
@@ -141,14 +148,14 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
     keys: dict[str, list[Keys]] = {split: [np.zeros(0, f"V{KEY_BYTES}")] for split in SPLITS}
     val_keys = None
     for description, paths in (("validation shards", shards.val), ("training shards", shards.train)):
-        stream = Stream(paths)
-        for documents in _read(stream, tokenizer, params.heldout_fraction, val_keys, description):
+        reader = Reader(paths, tokenizer, params.heldout_fraction, val_keys)
+        for documents in _read(reader, num_processes, description):
             for outcome, first, last in _runs(documents.outcomes):
                 if outcome not in writers:
                     skipped[outcome] += last - first
                     continue
                 keys[outcome].append(documents.keys[first:last])
-                tokens = stream.read(int(documents.bounds[first]), int(documents.bounds[last]))
+                tokens = reader.stream.read(int(documents.bounds[first]), int(documents.bounds[last]))
                 writers[outcome].add(tokens, int(documents.raw_bytes[first:last].sum()), int(documents.accounted_bytes[first:last].sum()),
                                      num_documents=last - first)
         val_keys = frozenset(key for part in keys["val"] for key in part.tolist())
@@ -164,40 +171,20 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
     }
 
 
-def _read(stream: Stream, tokenizer: Tokenizer, heldout_fraction: float, val_keys: frozenset[bytes] | None,
-          description: str) -> Iterator[Documents]:
-    """All documents of a stream in order, read by as many processes as there are cores."""
-    if stream.read(0, 1)[0] != tokenizer.bos_id:
-        raise ArtifactError(f"{stream.locate(0)}: expected the BOS token {tokenizer.bos_id}, which starts every document, found "
-                            f"{stream.read(0, 1)[0]}; start with the first shard, and give the tokenizer that made the shards")
+def _read(reader: Reader, num_processes: int, description: str) -> Iterator[Documents]:
+    """All documents of the reader's stream in order."""
+    stream = reader.stream
     segments = [(start, min(start + SEGMENT_TOKENS, len(stream))) for start in range(0, len(stream), SEGMENT_TOKENS)]
     num_documents = num_differ = 0
-    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(segments)), get_context("spawn"), _start_process,
-                               (stream.paths, tokenizer, heldout_fraction, val_keys))
-    try:
-        with Progress(description, len(stream), "token") as progress:
-            for (start, stop), documents in zip(segments, pool.map(_read_segment, segments), strict=True):
-                num_documents += len(documents.outcomes)
-                num_differ += int((documents.raw_bytes != documents.accounted_bytes).sum())
-                yield documents
-                progress.update(stop - start, documents=num_documents)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with Progress(description, len(stream), "token") as progress:
+        for (start, stop), documents in zip(segments, map_in_order(reader, segments, min(num_processes, len(segments))), strict=True):
+            num_documents += len(documents.outcomes)
+            num_differ += int((documents.raw_bytes != documents.accounted_bytes).sum())
+            yield documents
+            progress.update(stop - start, documents=num_documents)
     if num_differ > max(1, MAX_DIFFER_FRACTION * num_documents):
         raise ArtifactError(f"{stream.paths[0].parent}: expected documents whose decoded text has as many bytes as their tokens stand for, "
                             f"found {num_differ} of {num_documents} others; give the tokenizer that made the shards")
-
-
-_reader: Reader
-
-
-def _start_process(*args: Any) -> None:
-    global _reader  # noqa: PLW0603
-    _reader = Reader(*args)
-
-
-def _read_segment(segment: tuple[int, int]) -> Documents:
-    return _reader.read(*segment)
 
 
 def _batches(bounds: Int64s) -> Iterator[tuple[int, int]]:

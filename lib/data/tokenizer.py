@@ -1,7 +1,7 @@
-"""SentencePiece tokenizers: loading, encoding, and how many bytes of text each token stands for."""
+"""SentencePiece tokenizers: loading, and how many bytes of text each token stands for."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,16 @@ from lib.artifacts.files import ArtifactError
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """U+2581, what SentencePiece writes for a space inside pieces."""
 
+TITLE, ALLCAPS, CAPNEXT, ESC = OPERATORS = "\ue001\ue002\ue003\ue004"
+"""What the case transform writes before small letters, see `lib.data.case`; private-use characters, each a piece of its own."""
+
+OPERATOR_BYTES = len(ESC.encode())  # of each of the four
 MAX_VOCAB_SIZE = 65536  # tokens are stored as uint16
 
-# Field numbers of sentencepiece_model.proto: ModelProto.normalizer_spec and fields of NormalizerSpec.
-NORMALIZER_SPEC = 3
+# Numbers of sentencepiece_model.proto: fields of ModelProto, of SentencePiece and of NormalizerSpec, and a type of piece.
+PIECES, NORMALIZER_SPEC = 1, 3
+PIECE, TYPE = 1, 3
+USER_DEFINED = 4
 PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 2, 3, 4, 5
 
 
@@ -24,9 +30,11 @@ class Tokenizer:
     """A SentencePiece model with byte fallback.
 
     Attributes:
+        processor: the model; `lib.data.encoder` encodes with it.
         vocab_size: number of pieces.
         bos_id: the token that starts every document.
         sha256: checksum of the model, 64 hexadecimal digits.
+        case_transform: whether the model is for text whose capitals are written as operators: it has all of them as user-defined pieces.
         lossless: whether the normalizer leaves text as it is, so that accounted bytes are its UTF-8 bytes. Only U+2581 and a space at
             the start of a document escape the accounting; `lib.data.corpus` keeps them out.
 
@@ -39,12 +47,11 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes, path: Path) -> None:
-        self._processor = SentencePieceProcessor()
+        self.processor = processor = SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(model)
+            processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise ArtifactError(f"{path}: not a SentencePiece model ({error})") from None
-        processor = self._processor
         self.vocab_size: int = processor.vocab_size()
         self.bos_id: int = processor.bos_id()
         self.sha256 = hashlib.sha256(model).hexdigest()
@@ -58,45 +65,40 @@ class Tokenizer:
             raise ArtifactError(f"{path}: expected at most {MAX_VOCAB_SIZE} pieces (tokens are uint16), found {self.vocab_size}")
         self.lossless = _keeps_text(model)
         pieces = [processor.id_to_piece(i) for i in ids]
+        if fused := [piece for piece in pieces if len(piece) > 1 and not {*piece}.isdisjoint(OPERATORS)]:
+            raise ArtifactError(f"{path}: expected the case operators {OPERATORS!r} as pieces of their own, found the piece {fused[0]!r}, "
+                                "whose bytes cannot be counted; train it with the operators as user_defined_symbols, or set "
+                                "tokenize.tokenizer: null and tokenize.case_transform: true")
+        self.case_transform = _has_operators(model)
+        self._is_operator = np.array([self.case_transform and piece in {*OPERATORS} for piece in pieces])
+        self._escape = processor.piece_to_id(ESC)
         self._is_boundary = np.array([processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids])
         self._starts_with_space = np.array([piece.startswith(SPACE) for piece in pieces]) & ~self._is_boundary
         texts = [piece.removeprefix(SPACE).replace(SPACE, " ") for piece in pieces]
         num_bytes = np.array([1 if processor.is_byte(i) else len(text.encode()) for i, text in enumerate(texts)], np.int64)
-        self._num_bytes = np.where(self._is_boundary, 0, num_bytes)
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without BOS.
-
-        Raises:
-            UnicodeEncodeError: the text has lone surrogates.
-        """
-        tokens: list[int] = self._processor.encode(text)
-        return tokens
-
-    def encode_documents(self, texts: Sequence[str]) -> Iterator[npt.NDArray[np.uint16]]:
-        """Tokens of each document, (n,) uint16 with BOS first, encoded on all cores."""
-        for tokens in self._processor.encode(list(texts)):
-            yield np.array([self.bos_id, *tokens], np.uint16)
-
-    def decode_documents(self, documents: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each document, decoded on one core. BOS has none; a byte that is no part of UTF-8 text becomes U+FFFD."""
-        texts: list[str] = self._processor.decode(list(documents), num_threads=1)
-        return texts
+        self._num_bytes = np.where(self._is_boundary | self._is_operator, 0, num_bytes)
 
     def target_bytes(self, tokens: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
         """Bytes of text that each target stands for, by the challenge's accounting.
 
         A byte piece is 1. Any other piece is its UTF-8 length, spaces counted as 1, except that a leading space does not
-        count after a control, unknown or unused piece. Those pieces are 0.
+        count after a control, unknown or unused piece. Those pieces are 0, and so are the operators of the case transform, except
+        one that ESC says is part of the text: the bytes are those of the original text.
 
         Args:
-            tokens: (N + 1,) uint16; the first is only the predecessor of the second.
+            tokens: (N + 1,) uint16; the first is only the predecessor of the second, and no escaped ESC.
 
         Returns:
             (N,) int64, for ``tokens[1:]``.
         """
         targets, predecessors = tokens[1:], tokens[:-1]
         num_bytes: npt.NDArray[np.int64] = self._num_bytes[targets] + (self._starts_with_space[targets] & ~self._is_boundary[predecessors])
+        if self.case_transform:
+            escapes = np.flatnonzero(predecessors == self._escape)
+            order = np.arange(len(escapes))
+            first_of_run = np.maximum.accumulate(np.where(np.diff(escapes, prepend=-2) == 1, 0, order))
+            active = escapes[(order - first_of_run) % 2 == 0]  # in a run of ESC each second one is escaped itself
+            num_bytes[active] += np.where(self._is_operator[targets[active]], OPERATOR_BYTES, 0)
         return num_bytes
 
 
@@ -118,6 +120,12 @@ def load_tokenizer(path: Path, bos_id: int | None = None) -> Tokenizer:
     if bos_id not in (None, tokenizer.bos_id):
         raise ArtifactError(f"{path}: expected BOS token {bos_id} as in model.bos_id, found {tokenizer.bos_id}; set model.bos_id to it")
     return tokenizer
+
+
+def _has_operators(model: bytes) -> bool:
+    """Whether all operators of the case transform are user-defined pieces."""
+    pieces = [dict(_read_fields(value)) for number, value in _read_fields(model) if number == PIECES and isinstance(value, bytes)]
+    return {operator.encode() for operator in OPERATORS} <= {piece[PIECE] for piece in pieces if piece.get(TYPE) == USER_DEFINED}
 
 
 def _keeps_text(model: bytes) -> bool:

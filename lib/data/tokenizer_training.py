@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 from sentencepiece import SentencePieceTrainer
 
+from lib.data.case import encode_case
+from lib.data.tokenizer import OPERATORS
+from lib.progress import Progress, say
+
 CHARACTER_COVERAGE = 0.995
 """The rarest characters, 0.5 % of the text, stay byte pieces: for ASCII that costs no token and frees a place for a merge.
 
@@ -16,15 +20,17 @@ trigram entropy per byte; SentencePiece's default is 0.9995.
 MAX_DOCUMENT_BYTES = 1 << 30  # SentencePiece leaves out longer ones; its default of 4192 would leave out most
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: int) -> bytes:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: int, *, case_transform: bool = False) -> bytes:
     """Train a lossless BPE tokenizer: byte fallback, identity normalization, no dummy prefix, all white space kept.
 
-    Pieces 0 to 3 are pad, bos, eos and unk, 4 to 259 the bytes. One thread, so that the same documents give the same model.
+    Pieces 0 to 3 are pad, bos, eos and unk; then come the operators of the case transform, if it is used, and the 256 bytes. One
+    thread, so that the same documents give the same model.
 
     Args:
         documents: training documents; the first are used, until they have `training_bytes`.
         vocab_size: number of pieces.
         training_bytes: in UTF-8.
+        case_transform: whether the tokenizer is for text whose capitals are written as operators.
 
     Returns:
         The serialized SentencePiece model.
@@ -33,20 +39,24 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: i
         ValueError: no documents, or documents that do not give exactly `vocab_size` pieces.
     """
     sample, size = [], 0
-    for document in documents:
-        sample.append(document)
-        size += len(document.encode())
-        if size >= training_bytes:
-            break
+    with Progress("sample for the tokenizer", training_bytes, "B") as progress:
+        for document in documents:
+            sample.append(encode_case(document) if case_transform else document)
+            size += len(document.encode())
+            progress.update(len(document.encode()), total=max(size, training_bytes), documents=f"{len(sample):,}")
+            if size >= training_bytes:
+                break
     if not sample:
         raise ValueError("tokenize: expected training documents for the tokenizer, found none; enlarge the corpus")
+    say(f"train a tokenizer of {vocab_size} pieces on {size:,} bytes")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
             sentence_iterator=iter(sample), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
             character_coverage=CHARACTER_COVERAGE, normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-            max_sentence_length=MAX_DOCUMENT_BYTES, num_threads=1, minloglevel=2)
+            max_sentence_length=MAX_DOCUMENT_BYTES, num_threads=1, minloglevel=2,
+            user_defined_symbols=list(OPERATORS) if case_transform else [])
     except RuntimeError as error:
         raise ValueError(f"tokenize.vocab_size: expected {_expected_size(str(error))}, found {vocab_size} for {size} bytes of training "
                          "documents; change it, or use other documents or more of them (tokenize.tokenizer_training_bytes)") from None

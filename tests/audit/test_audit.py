@@ -17,6 +17,7 @@ from lib.audit.chronology import Check, check_score_before_update, check_single_
 from lib.audit.probe import geometry, make_probe
 from lib.audit.provenance import MANIFEST, PIPELINE, check_data, check_readers
 from lib.audit.verdict import AuditError, audit_scores, describe_audit, raise_violations
+from lib.data.encoder import encode_documents
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.distributed import SINGLE_CPU, Process
@@ -322,7 +323,7 @@ def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     write_bytes(path, train_tokenizer(TEXTS, 300, 100_000))
     tokenizer = load_tokenizer(path)
     writer = SplitWriter(MANIFEST.with_name("val"), 300, 100_000)
-    for text, tokens in zip(TEXTS, tokenizer.encode_documents(TEXTS), strict=True):
+    for text, tokens in zip(TEXTS, encode_documents(tokenizer, TEXTS), strict=True):
         writer.add(tokens, len(text.encode()), int(tokenizer.target_bytes(tokens).sum()))
     val = {**writer.close(), "distinct_documents": len(TEXTS)}
     write_json(MANIFEST, {"tokenizer": {"sha256": tokenizer.sha256}, "splits": {"val": val}, "shared_documents": {"train and val": 0}})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.data.encoder import encode_documents
 from lib.data.tokenizer import Tokenizer
 
 
@@ -17,7 +18,7 @@ def shard_bytes(tokens: Sequence[int]) -> bytes:
 
 def tokens_of(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
     """Documents, each with BOS in front, one after the other."""
-    return [token for text in texts for token in (tokenizer.bos_id, *tokenizer.encode(text))]
+    return [token for tokens in encode_documents(tokenizer, list(texts)) for token in tokens.tolist()]
 
 
 def write_shards(folder: Path, split: str, tokens: Sequence[int], shard_tokens: int) -> list[Path]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lib.data import corpus
 from lib.data.config import SourceName
-from lib.data.corpus import SOURCES, Selection, Source, normalized_hash, open_source, split_of
+from lib.data.corpus import SOURCES, Selection, Source, batch_texts, examine, normalized_hash, open_source, split_of
 from tests.data.texts import tiny_params
 
 WORDS = st.lists(st.text("abcßDEFÉ", min_size=1, max_size=6), min_size=1, max_size=8)
@@ -16,8 +16,16 @@ WHITE_SPACE = st.text(" \t\n\r\u00a0\u3000", min_size=1, max_size=3)
 
 
 def select(texts: list[str], **changes: object) -> tuple[list[tuple[str, str]], Selection]:
-    selection = Selection(tiny_params(**changes))
-    return list(selection.select(iter(texts))), selection
+    params = tiny_params(**changes)
+    selection, selected = Selection(params), []
+    for text, flaw, digest in (examine(text, params.min_document_bytes) for text in texts):
+        if split := selection.assign(flaw, digest):
+            selected.append((split, text))
+    return selected, selection
+
+
+def read(source: Source) -> list[str]:
+    return [text for batch in source.read() for text in batch.texts()]
 
 
 def test_every_source_name_is_registered() -> None:
@@ -42,6 +50,16 @@ def test_equal_documents_share_a_split_and_only_the_first_is_kept(texts: list[st
     for split, text in documents:  # the split depends on nothing but the document
         assert select([text.swapcase()], heldout_fraction=heldout, val_fraction=val)[0] == [(split, text.swapcase())]
     assert sum(map(len, selection.keys.values())) + selection.skipped.total() == len(texts)
+
+
+@given(texts=st.lists(st.text(st.characters(), max_size=8)), batch_bytes=st.integers(1, 30))
+def test_batches_hold_every_text_in_order(texts: list[str], batch_bytes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "BATCH_BYTES", batch_bytes)
+        batches = list(batch_texts(texts))
+    assert [text for batch in batches for text in batch.texts()] == texts
+    for batch in batches[:-1]:
+        assert batch.size_bytes >= batch_bytes > batch.size_bytes - len(batch.content[-1].encode(errors="surrogatepass"))
 
 
 def test_fractions_are_those_of_the_parameters() -> None:
@@ -92,7 +110,8 @@ def test_jsonl_source_can_be_read_again(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
     source = open_source(tiny_params(path=str(tmp_path)))
     assert isinstance(source, Source)
-    assert list(source.read("once")) == list(source.read("twice")) == ["first", "second"]
+    assert read(source) == read(source) == ["first", "second"]
+    assert source.size_bytes == sum(batch.size_bytes for batch in source.read()) == 17 + 18
     assert source.provenance == {"name": "jsonl", "file_bytes": {"a.jsonl": 17, "b.jsonl": 18}}
     assert open_source(tiny_params(path=str(tmp_path / "b.jsonl"))).provenance["file_bytes"] == {"b.jsonl": 18}
 
@@ -104,5 +123,6 @@ def test_embedded_source_drops_repeated_docstrings_and_sorts_by_hash(monkeypatch
     source = open_source(tiny_params(source="embedded", path="requirements.txt"))
     assert isinstance(source, Source)
     expected = ["One.\n\nTwo.", "Three.", "", "", "Four."]
-    assert list(source.read("once")) == list(source.read("twice")) == sorted(expected, key=normalized_hash)
+    assert read(source) == read(source) == sorted(expected, key=normalized_hash)
+    assert source.size_bytes == sum(batch.size_bytes for batch in source.read()) == len("".join(expected))
     assert source.provenance["packages"] == {"ark": "3.0"}

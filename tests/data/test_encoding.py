@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,26 +9,28 @@ import pytest
 
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tokens import SPLITS, load_split
-from lib.data import encoding
-from lib.data.corpus import Source
+from lib.data import corpus
+from lib.data.corpus import Source, batch_texts, open_source
+from lib.data.encoder import encode_documents
 from lib.data.encoding import make_manifest, provide_tokenizer, summarize, write_splits
-from lib.data.tokenizer import load_tokenizer
+from lib.data.tokenizer import OPERATORS, load_tokenizer
 from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, tiny_params, tiny_tokenizer
 
 SENTENCES = [f"Document {i}: {text}" for i in range(4) for text in (ENGLISH, *SCRIPTS.values())]
 
 
 def make_source(texts: list[str], tokenizer: Path | None = None) -> Source:
-    return Source(lambda description: iter(texts), {"name": "test"}, tokenizer)
+    batches = list(batch_texts(texts))
+    return Source(lambda: iter(batches), sum(batch.size_bytes for batch in batches), {"name": "test"}, tokenizer)
 
 
 def write(tmp_path: Path, texts: list[str], **changes: Any) -> dict[str, Any]:
     return write_splits(tiny_params(**changes), make_source(texts), tiny_tokenizer(), tmp_path)
 
 
-@pytest.mark.parametrize("batch_characters", [1, 500, 1 << 22])
-def test_splits_hold_every_document_once_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_characters: int) -> None:
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", batch_characters)
+@pytest.mark.parametrize("batch_bytes", [1, 500, 1 << 22])
+def test_splits_hold_every_document_once_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_bytes: int) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", batch_bytes)
     result = write(tmp_path, SENTENCES)
     tokenizer = tiny_tokenizer()
     found = []
@@ -35,7 +38,7 @@ def test_splits_hold_every_document_once_in_order(tmp_path: Path, monkeypatch: p
         split = load_split(tmp_path / name, TINY_VOCAB_SIZE)
         tokens = split.tokens()
         documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id)[1:])
-        texts = [next(text for text in SENTENCES if tokenizer.encode(text) == document[1:].tolist()) for document in documents]
+        texts = [next(text for text in SENTENCES if tokenizer.processor.encode(text) == document[1:].tolist()) for document in documents]
         assert texts == sorted(texts, key=SENTENCES.index)
         assert split.raw_bytes == split.accounted_bytes == tokenizer.target_bytes(tokens).sum() == sum(len(text.encode()) for text in texts)
         assert result["splits"][name]["documents"] == result["splits"][name]["distinct_documents"] == len(texts) == split.num_documents
@@ -55,7 +58,7 @@ def test_shared_documents_come_from_the_documents(tmp_path: Path, monkeypatch: p
 
 def test_lossless_tokenizer_with_other_bytes_fails(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer._num_bytes[tokenizer.encode("D")[0]] = 3
+    tokenizer._num_bytes[tokenizer.processor.encode("D")[0]] = 3
     with pytest.raises(ValueError, match=r"document that starts 'Document .*: expected \d+ bytes, its UTF-8 length, found \d+"):
         write_splits(tiny_params(), make_source(SENTENCES), tokenizer, tmp_path)
 
@@ -63,7 +66,7 @@ def test_lossless_tokenizer_with_other_bytes_fails(tmp_path: Path) -> None:
 def test_lossy_tokenizer_records_both_numbers(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.lossless = False
-    tokenizer._num_bytes[tokenizer.encode("D")[0]] = 3
+    tokenizer._num_bytes[tokenizer.processor.encode("D")[0]] = 3
     splits = write_splits(tiny_params(), make_source(SENTENCES), tokenizer, tmp_path)["splits"]
     assert sum(split["accounted_bytes"] for split in splits.values()) > sum(split["raw_bytes"] for split in splits.values())
 
@@ -79,7 +82,7 @@ def test_trained_tokenizer_sees_training_documents_only(tmp_path: Path) -> None:
     tokenizer = provide_tokenizer(params, source, tmp_path / "tokenizer.model")
     assert load_tokenizer(tmp_path / "tokenizer.model").sha256 == tokenizer.sha256
     write_splits(params, source, tokenizer, tmp_path)
-    train = [text for text in SENTENCES if tokenizer.encode(text)[:40] in _documents(tmp_path / "train", tokenizer.bos_id)]
+    train = [text for text in SENTENCES if tokenizer.processor.encode(text)[:40] in _documents(tmp_path / "train", tokenizer.bos_id)]
     assert 0 < len(train) < len(SENTENCES)
     assert provide_tokenizer(params, make_source(train), tmp_path / "again.model").sha256 == tokenizer.sha256
 
@@ -100,11 +103,64 @@ def test_given_tokenizer_is_copied(tmp_path: Path) -> None:
         provide_tokenizer(tiny_params(), make_source([], tmp_path / "none.model"), tmp_path / "tokenizer.model")
 
 
+def test_given_tokenizer_must_fit_the_case_transform(tmp_path: Path) -> None:
+    for case_transform in (False, True):
+        given, params = tmp_path / f"{case_transform}.model", tiny_params(case_transform=case_transform)
+        provide_tokenizer(params, make_source(SENTENCES), given)
+        fitting = make_source([], given)
+        assert provide_tokenizer(params, fitting, tmp_path / "tokenizer.model").case_transform is case_transform
+    with pytest.raises(ValueError, match=r"tokenize\.case_transform: expected true, because .*True\.model has all .*, found false; change"):
+        provide_tokenizer(tiny_params(), make_source([], tmp_path / "True.model"), tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match=r"tokenize\.case_transform: expected false, because .*False\.model has not all .*, found true"):
+        provide_tokenizer(tiny_params(case_transform=True), make_source([], tmp_path / "False.model"), tmp_path / "x.model")
+
+
+def test_case_transform_keeps_documents_and_bytes(tmp_path: Path) -> None:
+    params, source = tiny_params(case_transform=True), make_source([*SENTENCES, f"literal {OPERATORS} operators"])
+    tokenizer = provide_tokenizer(params, source, tmp_path / "tokenizer.model")
+    result = write_splits(params, source, tokenizer, tmp_path)
+    assert make_manifest(params, source, tokenizer, result)["tokenizer"]["case_transform"] is True
+    plain = write_splits(tiny_params(), source, tiny_tokenizer(), tmp_path / "plain")
+    assert result["skipped_documents"] == plain["skipped_documents"] == {}
+    for split in SPLITS:
+        for key in ("documents", "raw_bytes", "accounted_bytes"):
+            assert result["splits"][split][key] == plain["splits"][split][key]
+
+
+def test_result_is_the_same_with_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 500)
+    texts = [*SENTENCES, "", SENTENCES[3], "lone \ud800 surrogate", "contains \u2581"] * 2
+    results = [write_splits(tiny_params(), make_source(texts), tiny_tokenizer(), tmp_path / str(n), n) for n in (1, 3)]
+    assert results[0] == results[1]
+    assert results[0]["skipped_documents"] == {"contains U+2581": 2, "contains a lone surrogate": 2, "empty": 2, "repeated": 110}
+    files = [path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.*")]
+    assert len(files) > len(SPLITS) * 2
+    assert all((tmp_path / "1" / file).read_bytes() == (tmp_path / "3" / file).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_bad_line_is_named_from_any_process(tmp_path: Path, num_processes: int) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "good"}\nbad\n')
+    params = tiny_params(path=str(path))
+    with pytest.raises(ValueError, match=r"documents\.jsonl, line 2: expected a JSON object"):
+        write_splits(params, open_source(params), tiny_tokenizer(), tmp_path, num_processes)
+
+
+def test_tokenizer_training_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 500)
+    source = make_source(SENTENCES)
+    batches = source.read()
+    provide_tokenizer(tiny_params(tokenizer_training_bytes=2000), replace(source, read=lambda: batches), tmp_path / "tokenizer.model")
+    assert 2000 < source.size_bytes - sum(batch.size_bytes for batch in batches) < 4500  # about six of ten bytes are for training
+
+
 def test_manifest_and_metrics(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     manifest = make_manifest(tiny_params(), make_source([]), tokenizer, write(tmp_path, [*SENTENCES, "", SENTENCES[0].upper()]))
     assert manifest["source"] == {"name": "test"}
-    assert manifest["tokenizer"] == {"trained": True, "lossless": True, "vocab_size": TINY_VOCAB_SIZE, "sha256": tokenizer.sha256}
+    assert manifest["tokenizer"] == {"trained": True, "case_transform": False, "lossless": True, "vocab_size": TINY_VOCAB_SIZE,
+                                     "sha256": tokenizer.sha256}
     assert manifest["skipped_documents"] == {"empty": 1, "repeated": 1}
     val = json.loads((tmp_path / "val" / "split.json").read_text())
     assert manifest["splits"]["val"] == val | {"distinct_documents": val["documents"]}
@@ -136,6 +192,5 @@ def test_validation_documents_by_number_may_repeat(tmp_path: Path) -> None:
         "documents": 4, "distinct_documents": 3, "raw_bytes": 9}
     assert result["skipped_documents"] == {"also in val": 1}
     assert set(result["shared_documents"].values()) == {0}
-    tokenizer = tiny_tokenizer()
-    expected = [token for text in texts[:4] for token in (tokenizer.bos_id, *tokenizer.encode(text))]
-    assert load_split(tmp_path / "val", TINY_VOCAB_SIZE).tokens().tolist() == expected
+    expected = np.concatenate(list(encode_documents(tiny_tokenizer(), texts[:4])))
+    assert load_split(tmp_path / "val", TINY_VOCAB_SIZE).tokens().tolist() == expected.tolist()

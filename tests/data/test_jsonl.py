@@ -8,10 +8,15 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.data.jsonl import find_files, read_texts
+from lib.data import jsonl
+from lib.data.jsonl import find_files, read_blocks
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 TEXTS = ["one", "two\nlines", "", "Ωμέγα \U0001f600", "x" * 300_000]
+
+
+def read_texts(files: list[Path]) -> list[str]:
+    return [text for block in read_blocks(files) for text in block.texts()]
 
 
 def lines_of(texts: list[str]) -> bytes:
@@ -22,16 +27,16 @@ def lines_of(texts: list[str]) -> bytes:
 def test_texts_round_trip(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"documents.jsonl{suffix}"
     path.write_bytes(COMPRESS[suffix](lines_of(TEXTS)))
-    assert list(read_texts([path], "read")) == TEXTS
+    assert read_texts([path]) == TEXTS
     path.write_bytes(COMPRESS[suffix](lines_of(TEXTS).removesuffix(b"\n")))
-    assert list(read_texts([path, path], "read")) == TEXTS + TEXTS
+    assert read_texts([path, path]) == TEXTS + TEXTS
 
 
 @given(parts=st.lists(st.lists(st.text(max_size=5), max_size=3), max_size=4))
 def test_zstandard_frames_join(tmp_path_factory: pytest.TempPathFactory, parts: list[list[str]]) -> None:
     path = tmp_path_factory.mktemp("frames") / "documents.jsonl.zst"
     path.write_bytes(b"".join(zstandard.compress(lines_of(texts)) for texts in parts))
-    assert list(read_texts([path], "read")) == [text for texts in parts for text in texts]
+    assert read_texts([path]) == [text for texts in parts for text in texts]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -40,7 +45,7 @@ def test_truncated_file_is_an_error(tmp_path: Path, suffix: str, lost_bytes: int
     path = tmp_path / f"documents.jsonl{suffix}"
     path.write_bytes(COMPRESS[suffix](lines_of(TEXTS))[:-lost_bytes])
     with pytest.raises(ValueError, match=rf"documents\.jsonl\{suffix}: damaged or truncated"):
-        list(read_texts([path], "read"))
+        read_texts([path])
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -48,7 +53,7 @@ def test_foreign_content_is_an_error(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"documents.jsonl{suffix}"
     path.write_bytes(lines_of(TEXTS))
     with pytest.raises(ValueError, match=r"documents\.jsonl.*: damaged or truncated"):
-        list(read_texts([path], "read"))
+        read_texts([path])
 
 
 @pytest.mark.parametrize("line", [
@@ -59,7 +64,35 @@ def test_bad_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "documents.jsonl"
     path.write_bytes(lines_of(["good"]) + line + b"\n" + lines_of(["good"]))
     with pytest.raises(ValueError, match=r"documents\.jsonl, line 2: expected"):
-        list(read_texts([path], "read"))
+        read_texts([path])
+
+
+@given(texts=st.lists(st.text("ab\n", max_size=12), max_size=12), suffix=st.sampled_from(sorted(COMPRESS)), chunk_bytes=st.integers(1, 40),
+       block_bytes=st.integers(1, 60))
+def test_blocks_are_whole_lines_wherever_files_are_cut(tmp_path_factory: pytest.TempPathFactory, texts: list[str], suffix: str,
+                                                       chunk_bytes: int, block_bytes: int) -> None:
+    path = tmp_path_factory.mktemp("blocks") / f"documents.jsonl{suffix}"
+    path.write_bytes(COMPRESS[suffix](lines_of(texts)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonl, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(jsonl, "BLOCK_BYTES", block_bytes)
+        blocks = list(read_blocks([path]))
+    assert b"".join(block.lines for block in blocks) == lines_of(texts)
+    assert [text for block in blocks for text in block.texts()] == texts
+    assert [block.number for block in blocks] == [1 + sum(earlier.lines.count(b"\n") for earlier in blocks[:i]) for i in range(len(blocks))]
+    if suffix == "":  # a decompressor gives more than a chunk at a time
+        longest = max(map(len, lines_of(texts).splitlines(keepends=True)), default=0)
+        assert all(len(block.lines) <= block_bytes + longest + chunk_bytes for block in blocks)
+        assert sum(block.size_bytes for block in blocks) <= path.stat().st_size
+
+
+def test_bad_line_is_named_in_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 64)
+    path = tmp_path / "documents.jsonl"
+    path.write_bytes(lines_of(["good"] * 100) + b"bad\n" + lines_of(["good"] * 100))
+    with pytest.raises(ValueError, match=r"documents\.jsonl, line 101: expected"):
+        read_texts([path])
 
 
 def test_find_files(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lib.artifacts.tokens import SPLITS, load_split
 from lib.data import resharding
 from lib.data.corpus import normalized_hash
 from lib.data.resharding import OUTCOMES, Reader, write_shards
-from lib.data.shards import Shards, Stream
+from lib.data.shards import Shards
 from tests.data import shard_files
 from tests.data.shard_files import tokens_of
 from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, tiny_params, tiny_tokenizer
@@ -30,7 +30,7 @@ def make_shards(folder: Path, val: list[str] = VAL, train: list[str] = TRAIN, sh
 
 
 def reshard(folder: Path, shards: Shards, heldout_fraction: float = 0.2) -> dict[str, Any]:
-    return write_shards(tiny_params(val_fraction=None, val_documents=1, heldout_fraction=heldout_fraction), shards, TOKENIZER, folder)
+    return write_shards(tiny_params(val_fraction=None, val_documents=1, heldout_fraction=heldout_fraction), shards, TOKENIZER, folder, 2)
 
 
 def key(text: str) -> str:
@@ -74,7 +74,7 @@ def test_every_document_is_read_once_wherever_shards_segments_and_batches_end(
     reader = Reader(tuple(paths), TOKENIZER, 0.5, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resharding, "BATCH_TOKENS", batch)
-        parts = [reader.read(start, min(start + segment, len(tokens))) for start in range(0, len(tokens), segment)]
+        parts = [reader((start, min(start + segment, len(tokens)))) for start in range(0, len(tokens), segment)]
     assert [k for part in parts for k in part.keys.tolist()] == [normalized_hash(text)[:16] for text in texts]
     sizes = [len(text) for text in texts]
     assert [n for part in parts for n in part.raw_bytes.tolist()] == [n for part in parts for n in part.accounted_bytes.tolist()] == sizes
@@ -88,9 +88,9 @@ def test_shared_documents_come_from_the_documents(tmp_path: Path, monkeypatch: p
     """With a broken rule, the evidence in the manifest shows it."""
     shards = make_shards(tmp_path)
 
-    def read_with_a_broken_rule(stream: Stream, *_: Any) -> Any:
-        documents = Reader(stream.paths, TOKENIZER, 0.2, None).read(0, len(stream))
-        if stream.paths == shards.train:
+    def read_with_a_broken_rule(reader: Reader, *_: Any) -> Any:
+        documents = Reader(reader.stream.paths, TOKENIZER, 0.2, None)((0, len(reader.stream)))
+        if reader.stream.paths == shards.train:
             documents.outcomes[:] = np.arange(len(documents.outcomes)) % 2
         yield documents
 
@@ -127,14 +127,14 @@ def test_a_token_beyond_the_vocabulary_is_located(tmp_path: Path) -> None:
 
 def test_a_validation_document_with_other_bytes_is_refused_if_the_tokenizer_is_lossless(tmp_path: Path) -> None:
     shards = make_shards(tmp_path)
-    (byte_0,) = TOKENIZER.encode("\x00")
+    _, byte_0 = tokens_of(TOKENIZER, ["\x00"])
     start = len(tokens_of(TOKENIZER, VAL[:1]))
     replace_token(shards.val[0], start + 1, byte_0 + 0xFF)  # no UTF-8 text has this byte
     with pytest.raises(ArtifactError, match=rf"web_val_000000\.bin, token {start}: expected a document of \d+ bytes .*, found \d+ in its"):
-        Reader(shards.val, TOKENIZER, 0.2, None).read(0, start + 20)
+        Reader(shards.val, TOKENIZER, 0.2, None)((0, start + 20))
     lossy = tiny_tokenizer()
     lossy.lossless = False
-    documents = Reader(shards.val, lossy, 0.2, None).read(0, start + 20)
+    documents = Reader(shards.val, lossy, 0.2, None)((0, start + 20))
     assert np.flatnonzero(documents.raw_bytes != documents.accounted_bytes).tolist() == [1]
     assert {OUTCOMES[outcome] for outcome in documents.outcomes} == {"val"}
 

@@ -1,4 +1,5 @@
 import io
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,31 +11,35 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from lib.artifacts.files import ArtifactError
-from lib.data.tokenizer import SPACE, Tokenizer, load_tokenizer
-from tests.data.texts import ENGLISH, SCRIPTS, tiny_tokenizer
+from lib.data.case import encode_case
+from lib.data.encoder import encode_documents
+from lib.data.tokenizer import ALLCAPS, CAPNEXT, ESC, OPERATORS, SPACE, TITLE, Tokenizer, load_tokenizer
+from tests.data.test_case import CASED_TEXTS
+from tests.data.texts import ENGLISH, SCRIPTS, cased_tokenizer, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+CASED = cased_tokenizer()
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=[SPACE])).map(lambda text: text.lstrip(" "))
 
 
-def train(**changes: Any) -> bytes:
+def train(documents: Sequence[str] = (ENGLISH,), **changes: Any) -> bytes:
     options: dict[str, Any] = {
         "vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
         "remove_extra_whitespaces": False, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "minloglevel": 2,
     } | changes
     options = {key: value for key, value in options.items() if value is not None}
     model = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter([ENGLISH]), model_writer=model, **options)
+    SentencePieceTrainer.train(sentence_iterator=iter(documents), model_writer=model, **options)
     return model.getvalue()
 
 
 def accounted_bytes(tokenizer: Tokenizer, text: str) -> int:
-    (tokens,) = tokenizer.encode_documents([text])
+    (tokens,) = encode_documents(tokenizer, [text])
     return int(tokenizer.target_bytes(tokens).sum())
 
 
 def reference_bytes(model: bytes, tokens: list[int]) -> list[int]:
-    """The challenge's rule, token by token, for models whose pieces have U+2581 in front only."""
+    """The challenge's rule, token by token; spaces inside of a piece count 1 each."""
     processor = SentencePieceProcessor(model_proto=model)
 
     def is_boundary(token: int) -> bool:
@@ -48,7 +53,7 @@ def reference_bytes(model: bytes, tokens: list[int]) -> list[int]:
         elif processor.is_byte(token):
             size = 1
         else:
-            size = len(piece.removeprefix(SPACE).encode()) + (piece.startswith(SPACE) and not is_boundary(previous))
+            size = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode()) + (piece.startswith(SPACE) and not is_boundary(previous))
         result.append(size)
     return result
 
@@ -67,7 +72,7 @@ def test_accounted_bytes_are_utf8_bytes_of_any_text(text: str) -> None:
 
 @given(st.lists(TEXTS, max_size=5))
 def test_bytes_of_joined_documents_are_the_sum(texts: list[str]) -> None:
-    tokens = np.concatenate([np.array([TOKENIZER.bos_id], np.uint16), *TOKENIZER.encode_documents(texts)])
+    tokens = np.concatenate([np.array([TOKENIZER.bos_id], np.uint16), *encode_documents(TOKENIZER, texts)])
     assert TOKENIZER.target_bytes(tokens).sum() == sum(len(text.encode()) for text in texts)
 
 
@@ -80,18 +85,55 @@ def test_target_bytes_of_each_token_follow_the_rule() -> None:
     assert target_bytes.tolist() == reference_bytes(model, tokens.tolist())
 
 
+@given(CASED_TEXTS.map(lambda text: text.replace(SPACE, "").lstrip(" ")))
+@example("A")
+@example("  The  NASA xMl I ".lstrip())
+@example(f"{ESC}{ESC}{ESC} {ESC}{TITLE}{ESC}A {CAPNEXT}")
+def test_case_transform_counts_the_bytes_of_the_original_text(text: str) -> None:
+    assert accounted_bytes(CASED, text) == len(text.encode())
+
+
+@given(st.lists(CASED_TEXTS.map(lambda text: text.replace(SPACE, "").lstrip(" ")), max_size=5))
+def test_case_transform_counts_each_document_by_itself(texts: list[str]) -> None:
+    documents = list(encode_documents(CASED, texts))
+    target_bytes = CASED.target_bytes(np.concatenate([np.array([CASED.bos_id], np.uint16), *documents]))
+    ends = np.cumsum([0, *map(len, documents)])
+    assert [target_bytes[a:b].sum() for a, b in pairwise(ends)] == [len(text.encode()) for text in texts]
+
+
+@given(st.data())
+def test_case_transform_counts_each_token_by_the_rule(data: st.DataObject) -> None:
+    operators = [CASED.processor.piece_to_id(operator) for operator in OPERATORS]
+    some = st.one_of(st.sampled_from([*operators, operators[-1], operators[-1]]), st.integers(0, CASED.vocab_size - 1))
+    tokens = [CASED.bos_id, *data.draw(st.lists(some, max_size=20))]
+    expected, escaped = reference_bytes(CASED.processor.serialized_model_proto(), tokens), False
+    for position, token in enumerate(tokens[1:]):
+        if token in operators:
+            expected[position] = 3 if escaped else 0
+        escaped = token == operators[-1] and not escaped
+    assert CASED.target_bytes(np.array(tokens, np.uint16)).tolist() == expected
+
+
+@pytest.mark.parametrize("symbols", [[*OPERATORS, f"{TITLE}the"], None])
+def test_operators_inside_of_longer_pieces_are_refused(symbols: list[str] | None) -> None:
+    model = train([encode_case(ENGLISH)] * 3, user_defined_symbols=symbols)
+    with pytest.raises(ArtifactError, match=r"fused\.model: expected the case operators .* of their own, found the piece .*, whose bytes"):
+        Tokenizer(model, Path("fused.model"))
+
+
+@pytest.mark.parametrize("symbols", [list(OPERATORS[:3]), []])
+def test_without_all_operators_they_are_characters_like_others(symbols: list[str]) -> None:
+    tokenizer = Tokenizer(train([*OPERATORS, ENGLISH], user_defined_symbols=symbols, character_coverage=1.0), Path("plain.model"))
+    assert not tokenizer.case_transform
+    assert accounted_bytes(tokenizer, f"A{ESC}{ESC}{TITLE}b{ALLCAPS}") == 14
+
+
 def test_pieces_of_several_spaces_count_each_once() -> None:
     piece = SPACE * 4
     model = train(vocab_size=340, user_defined_symbols=[piece])
     tokenizer = Tokenizer(model, Path("spaces.model"))
     token = SentencePieceProcessor(model_proto=model).piece_to_id(piece)
     assert tokenizer.target_bytes(np.array([token, token, tokenizer.bos_id, token], np.uint16)).tolist() == [4, 0, 3]
-
-
-def test_encode_documents_prepends_bos() -> None:
-    documents = list(TOKENIZER.encode_documents(["a b", "", ENGLISH]))
-    assert [tokens.tolist() for tokens in documents] == [[1, *TOKENIZER.encode(text)] for text in ("a b", "", ENGLISH)]
-    assert all(tokens.dtype == np.uint16 for tokens in documents)
 
 
 @pytest.mark.parametrize(("changes", "text"), [

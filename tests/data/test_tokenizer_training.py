@@ -1,9 +1,10 @@
+import re
 from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from lib.data.tokenizer import SPACE, Tokenizer
+from lib.data.tokenizer import OPERATORS, SPACE, Tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from tests.data.texts import ENGLISH, SCRIPTS
 
@@ -20,6 +21,20 @@ def test_reserved_pieces_and_size() -> None:
 
 def test_training_is_deterministic() -> None:
     assert train_tokenizer(DOCUMENTS, 700, 100_000) == train_tokenizer(DOCUMENTS, 700, 100_000)
+
+
+def test_operators_are_reserved_and_capitals_are_not_needed() -> None:
+    model = train_tokenizer(DOCUMENTS, 700, 100_000, case_transform=True)
+    processor = SentencePieceProcessor(model_proto=model)
+    assert [processor.id_to_piece(token) for token in range(4, 8)] == list(OPERATORS)
+    assert [processor.id_to_piece(token) for token in range(8, 264)] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert not [piece for piece in map(processor.id_to_piece, range(264, 700)) if re.search("[A-Z]", piece)]
+    tokenizer = Tokenizer(model, Path("trained.model"))
+    assert tokenizer.lossless
+    assert tokenizer.case_transform
+    assert not Tokenizer(train_tokenizer(DOCUMENTS, 700, 100_000), Path("plain.model")).case_transform
+    with pytest.raises(ValueError, match=r"tokenize\.vocab_size: expected at least \d+ pieces"):
+        train_tokenizer(DOCUMENTS, 266, 100_000, case_transform=True)
 
 
 def test_only_the_first_documents_are_used() -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tokens import HEADER_BYTES, SPLIT_FILE, Split, SplitWriter, load_shards
+from lib.data.encoder import encode_documents
 from lib.data.tokenizer import Tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.data.validation import load_validation
@@ -22,7 +23,7 @@ def tokenizer() -> Tokenizer:
 def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     """A split of three shards that has lost its description."""
     writer = SplitWriter(tmp_path / "val", VOCAB_SIZE, 20)
-    for text, tokens in zip(DOCUMENTS, tokenizer.encode_documents(DOCUMENTS), strict=True):
+    for text, tokens in zip(DOCUMENTS, encode_documents(tokenizer, DOCUMENTS), strict=True):
         writer.add(tokens, len(text.encode()), int(tokenizer.target_bytes(tokens).sum()))
     writer.close()
     return tmp_path / "val"

@@ -59,6 +59,12 @@ def tiny_params(**changes: object) -> TokenizeParams:
     return TokenizeParams.model_validate(TINY_PARAMS | changes, strict=False)
 
 
+def cased_tokenizer() -> Tokenizer:
+    """As `tiny_tokenizer`, for text whose capitals are written as operators."""
+    model = train_tokenizer([ENGLISH, *SCRIPTS.values()], TINY_VOCAB_SIZE, 100_000, case_transform=True)
+    return Tokenizer(model, Path("cased.model"))
+
+
 def tiny_tokenizer() -> Tokenizer:
     """A lossless tokenizer with pieces of several letters, bytes or spaces in many scripts."""
     return Tokenizer(train_tokenizer([ENGLISH, *SCRIPTS.values()], TINY_VOCAB_SIZE, 100_000), Path("tiny.model"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lib.artifacts.tokens import Split
+from lib.data.encoder import encode_documents
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.comparison import Comparison, compare_heldout
 from lib.model.gpt import GPT
@@ -29,7 +30,7 @@ def make_pair() -> tuple[GPT, GPT]:
 def make_split(num_windows: int = 10) -> Split:
     """Two shards, and a few tokens more than the windows need."""
     tokenizer = tiny_tokenizer()
-    tokens = np.array([tokenizer.bos_id, *tokenizer.encode(ENGLISH * 5)], np.uint16)[:num_windows * WINDOW + 4]
+    tokens = next(encode_documents(tokenizer, [ENGLISH * 5]))[:num_windows * WINDOW + 4]
     return Split(Path("heldout"), (tokens[:len(tokens) // 3], tokens[len(tokens) // 3:]), 1, 0, 0, TINY_VOCAB_SIZE)
 
 

@@ -8,6 +8,7 @@ import torch
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.quantized import QuantizedModel
 from lib.artifacts.tokens import Split
+from lib.data.encoder import encode_documents
 from lib.data.tokenizer import Tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.evaluation.inputs import open_inputs
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 def make_inputs() -> tuple[QuantizedModel, Tokenizer, Split]:
     tokenizer = Tokenizer(train_tokenizer(DOCUMENTS, VOCAB_SIZE, 10_000), Path("test.model"))
-    tokens = np.concatenate(list(tokenizer.encode_documents(DOCUMENTS)))
+    tokens = np.concatenate(list(encode_documents(tokenizer, DOCUMENTS)))
     num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
     model = make_model(vocab_size=VOCAB_SIZE)
     vectors = {name: parameter.detach().half() for name, parameter in model.named_parameters()}

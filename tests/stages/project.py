@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from lib.artifacts.checkpoint import Checkpoint, save_checkpoint
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import SplitWriter
+from lib.data.encoder import encode_documents
 from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.params import SECTIONS
@@ -48,8 +49,7 @@ def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
     for name, part in (("train", documents[:9]), ("heldout", documents[9:])):
         writer = SplitWriter(folder / TOKENIZE_FOLDER / name, VOCAB_SIZE, 1500)
-        for document in part:
-            tokens = np.array([tokenizer.bos_id, *tokenizer.encode(document)], np.uint16)
+        for document, tokens in zip(part, encode_documents(tokenizer, part), strict=True):
             writer.add(tokens, len(document), len(document))
         writer.close()
     model = make_model(vocab_size=VOCAB_SIZE)

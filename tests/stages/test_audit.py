@@ -12,6 +12,7 @@ from lib.artifacts.scores import COLUMNS
 from lib.artifacts.tokens import SplitWriter
 from lib.audit.verdict import AuditError
 from lib.compression.container import pack
+from lib.data.encoder import encode_documents
 from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.params import SECTIONS
@@ -34,7 +35,7 @@ def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {}
     for name in ("train", "val"):
         writer = SplitWriter(TOKENIZE / name, VOCAB_SIZE, shard_tokens=150)
-        for text, tokens in zip(DOCUMENTS, tokenizer.encode_documents(DOCUMENTS), strict=True):
+        for text, tokens in zip(DOCUMENTS, encode_documents(tokenizer, DOCUMENTS), strict=True):
             writer.add(tokens, len(text.encode()), int(tokenizer.target_bytes(tokens).sum()))
         splits[name] = {**writer.close(), "distinct_documents": len(DOCUMENTS)}
     write_json(TOKENIZE / "manifest.json", {"tokenizer": {"sha256": tokenizer.sha256}, "splits": splits,

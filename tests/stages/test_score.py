@@ -17,6 +17,7 @@ from lib.artifacts.quantized import QuantizedModel
 from lib.artifacts.tokens import SplitWriter
 from lib.compression.bundle import make_bundle
 from lib.compression.container import pack
+from lib.data.encoder import encode_documents
 from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.params import SECTIONS
@@ -41,7 +42,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         write_bytes(TOKENIZE / "tokenizer.model", train_tokenizer(DOCUMENTS, VOCAB_SIZE, 100_000))
         tokenizer = load_tokenizer(TOKENIZE / "tokenizer.model")
         writer = SplitWriter(TOKENIZE / "val", VOCAB_SIZE, shard_tokens=150)
-        for text, tokens in zip(DOCUMENTS, tokenizer.encode_documents(DOCUMENTS), strict=True):
+        for text, tokens in zip(DOCUMENTS, encode_documents(tokenizer, DOCUMENTS), strict=True):
             writer.add(tokens[:70], len(text.encode()), int(tokenizer.target_bytes(tokens[:70]).sum()))
         writer.close()
         model = make_model(vocab_size=VOCAB_SIZE)
