@@ -115,6 +115,12 @@ def test_every_stage_writes_its_figures(clone: Clone) -> None:
     assert (clone.folder / "artifacts/report/report.html").stat().st_size > 1000
 
 
+def test_outputs_are_stored_once(clone: Clone) -> None:
+    """In the workspace and in DVC's cache by one hard link each, so that 16 GB of shards take 16 GB."""
+    outputs = [*(clone.folder / "artifacts/tokenize/train").iterdir(), clone.folder / f"artifacts/compress/seed{SEED}/model.ptz"]
+    assert {path.stat().st_nlink for path in outputs} == {2}
+
+
 def test_only_what_depends_on_a_change_runs_again_and_going_back_restores(clone: Clone) -> None:
     original, lock = clone.metrics(), clone.lock()
     assert clone.repro() == set()
