@@ -50,6 +50,15 @@ def test_presets_train_on_the_published_batch_and_quantize_what_they_trained_for
     assert params.compress.limit_bytes == 16_000_000
 
 
+@pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat", "pr585-free"])
+def test_presets_take_the_published_tokens_and_state_what_is_known_of_them(preset: str) -> None:
+    tokenize = load(ROOT / f"presets/{preset}.yaml").tokenize
+    assert (tokenize.source, tokenize.hub.repo, tokenize.hub.dataset) == ("hub", "willdepueoai/parameter-golf", "fineweb10B_sp1024")
+    assert (tokenize.hub.start, tokenize.hub.train_shards) == ("shards", 80)
+    assert tokenize.expect.model_dump() == {"val_documents": 50_000, "val_bytes_per_token": 2.43592}
+    assert (ROOT / tokenize.path).is_file()
+
+
 def test_a_wrong_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "presets/pr585.yaml").read_text().replace("stride_tokens:", "strid_tokens:"))

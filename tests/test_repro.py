@@ -65,6 +65,12 @@ def test_the_submission_repeats_the_score_in_another_place(clone: Clone, tmp_pat
     assert output.splitlines()[-1] in (submission / "README.md").read_text().splitlines()
 
 
+def test_outputs_are_stored_once(clone: Clone) -> None:
+    """In the workspace and in DVC's cache by one hard link each, so that 16 GB of shards take 16 GB."""
+    outputs = [*(clone.folder / "artifacts/tokenize/train").iterdir(), clone.folder / f"artifacts/compress/seed{SEED}/model.ptz"]
+    assert {path.stat().st_nlink for path in outputs} == {2}
+
+
 def test_only_what_depends_on_a_change_runs_again_and_going_back_restores(clone: Clone) -> None:
     original, lock = metrics_of(clone), clone.lock()
     assert clone.repro() == set()

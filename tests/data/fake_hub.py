@@ -29,6 +29,7 @@ class FakeHub:
         damaged: files that are sent with their last byte changed.
         cut_after: bytes after which the next transfers of a file break off, by path; each is used once.
         stall_after: bytes after which every transfer of a file stops, by path, and leaves its reader waiting.
+        ignores_ranges: every transfer starts at the beginning.
         requests: what was asked for: method, path, and where the range starts (0 without one).
     """
 
@@ -39,6 +40,7 @@ class FakeHub:
     damaged: set[str] = field(default_factory=set)
     cut_after: dict[str, list[int]] = field(default_factory=dict)
     stall_after: dict[str, int] = field(default_factory=dict)
+    ignores_ranges: bool = False
     requests: list[tuple[str, str, int]] = field(default_factory=list)
     commit: str = field(init=False)
     digests: dict[str, str] = field(init=False)
@@ -134,6 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = self.hub.files[name]
         digest = self.hub.digests[name]
+        if self.hub.ignores_ranges:
+            start = 0
         if name in self.hub.damaged:
             content = content[:-1] + bytes([content[-1] ^ 1])
         self.send_response(206 if start else 200)

@@ -122,6 +122,7 @@ def check(user: User, dataset: dict[str, Any]) -> None:
 
 
 def test_what_is_needed_is_downloaded_once(user: User) -> None:
+    user.environment = {"TQDM_POSITION": "-1"}  # huggingface_hub's bars would show on this machine, too
     (dataset,), printed = user.download()
     check(user, dataset)
     assert all(user.hub.transfers(name) == [0] for name in WANTED)
@@ -159,8 +160,25 @@ def test_a_broken_transfer_goes_on_where_it_broke(user: User) -> None:
     assert all(user.hub.transfers(name) == [0] for name in WANTED if name != LARGE)
 
 
+def test_what_cannot_be_gone_on_with_is_started_over(user: User) -> None:
+    """A part that is longer than the file, and one that the server does not go on with."""
+    too_long, ignored = WANTED[1], WANTED[3]
+    for name, part in ((too_long, bytes(len(FILES[too_long]) + 9)), (ignored, FILES[ignored][:900])):
+        partial = user.home / f"hub/datasets--owner--data/blobs/{sha256(FILES[name])}.incomplete"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(part)
+    user.hub.ignores_ranges = True
+    (dataset,), printed = user.download()
+    check(user, dataset)
+    assert user.hub.transfers(too_long) == [0]
+    assert user.hub.transfers(ignored) == [900]
+    size = f"{sum(len(FILES[name]) for name in WANTED) / 1e6:.1f}M"
+    assert f"download: 100% {size}/{size}" in printed
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_download_goes_on_in_the_next_process(user: User, signal_number: int) -> None:
+    user.environment = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}  # seconds until a thread that waits for the server sees that it is to stop
     user.hub.stall_after = {LARGE: CHUNK_BYTES + 100}
     process = user.start()
     deadline = time.monotonic() + 60
