@@ -86,6 +86,12 @@ def test_the_target_is_below_the_limit(tmp_path: Path) -> None:
         load(path)
 
 
+def test_the_committed_parameters_are_those_of_the_default_preset() -> None:
+    shown = [subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, check=True).stdout
+             for name in ("params.yaml", "presets/default.yaml")]
+    assert shown[0] == shown[1]
+
+
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git repository with params.yaml and the presets."""
@@ -116,7 +122,7 @@ def test_a_preset_does_not_replace_work(workspace: Path) -> None:
 
 def test_a_preset_that_is_unknown_or_wrong_changes_nothing(workspace: Path) -> None:
     before = (workspace / "params.yaml").read_bytes()
-    with pytest.raises(ParamsError, match=r"NAME: expected one of jsonl, .*pr585, found 'pr584'"):
+    with pytest.raises(ParamsError, match=r"NAME: expected one of default, jsonl, .*pr585, found 'pr584'"):
         apply_preset("pr584")
     (workspace / "presets/pr585.yaml").write_text((workspace / "presets/pr585.yaml").read_text().replace("num_layers: 11", "num_layers: 0"))
     with pytest.raises(ParamsError, match=r"presets/pr585\.yaml: model\.num_layers"):
