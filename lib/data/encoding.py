@@ -165,10 +165,11 @@ def make_manifest(params: TokenizeParams, source: Source | ShardSource, tokenize
 
 
 def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The stage's metrics: documents, tokens, bytes and bytes per target token of each split."""
-    return {split: {**{key: values[key] for key in ("documents", "tokens", "raw_bytes", "accounted_bytes")},
-                    "bytes_per_token": values["accounted_bytes"] / (values["tokens"] - 1)}
-            for split, values in manifest["splits"].items()}
+    """The stage's metrics: whether capitals are operators; documents, tokens, bytes and bytes per target token of each split."""
+    splits = {split: {**{key: values[key] for key in ("documents", "tokens", "raw_bytes", "accounted_bytes")},
+                      "bytes_per_token": values["accounted_bytes"] / (values["tokens"] - 1)}
+              for split, values in manifest["splits"].items()}
+    return {"case_transform": manifest["tokenizer"]["case_transform"], **splits}
 
 
 def _check_expectations(expect: ExpectParams, val: dict[str, Any]) -> None:

@@ -119,7 +119,8 @@ def test_case_transform_keeps_documents_and_bytes(tmp_path: Path) -> None:
     params, source = tiny_params(case_transform=True), make_source([*SENTENCES, f"literal {OPERATORS} operators"])
     tokenizer = provide_tokenizer(params, source, tmp_path / "tokenizer.model")
     result = write_splits(params, source, tokenizer, tmp_path)
-    assert make_manifest(params, source, tokenizer, result)["tokenizer"]["case_transform"] is True
+    manifest = make_manifest(params, source, tokenizer, result)
+    assert manifest["tokenizer"]["case_transform"] is summarize(manifest)["case_transform"] is True
     plain = write_splits(tiny_params(), source, tiny_tokenizer(), tmp_path / "plain")
     assert result["skipped_documents"] == plain["skipped_documents"] == {}
     for split in SPLITS:
