@@ -13,9 +13,10 @@ from lib.data import resharding
 from lib.data.corpus import normalized_hash
 from lib.data.resharding import OUTCOMES, Reader, write_shards
 from lib.data.shards import Shards
+from lib.data.tokenizer import OPERATORS
 from tests.data import shard_files
 from tests.data.shard_files import tokens_of
-from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, tiny_params, tiny_tokenizer
+from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, cased_tokenizer, tiny_params, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = [f"Document {i}: {text}" for i in range(5) for text in (ENGLISH, *SCRIPTS.values())]
@@ -62,6 +63,14 @@ def test_splits_are_those_of_a_reference_in_plain_python(result: tuple[Path, dic
     assert description["skipped_documents"] == {"also in val": sum(key(text) in val_keys for text in TRAIN),
                                                 "bytes of text and tokens differ": 1, "cut off by the last shard": 1}
     assert set(description["shared_documents"].values()) == {0}
+
+
+def test_operators_of_the_case_transform_are_decoded(tmp_path: Path) -> None:
+    tokenizer, texts = cased_tokenizer(), [*TEXTS, f"literal {OPERATORS} operators"]
+    tokens = tokens_of(tokenizer, texts)
+    documents = Reader(tuple(shard_files.write_shards(tmp_path, "val", tokens, 999)), tokenizer, 0.5, None)((0, len(tokens)))
+    assert documents.keys.tolist() == [normalized_hash(text)[:16] for text in texts]
+    assert documents.raw_bytes.tolist() == documents.accounted_bytes.tolist() == [len(text.encode()) for text in texts]
 
 
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12), shard_tokens=st.integers(1, 50), segment=st.integers(1, 40),
