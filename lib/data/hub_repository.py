@@ -108,11 +108,12 @@ class Repository:
         """The listing never changes, so it is kept for runs without a network."""
         folder = Path(self._hub.cached_assets_path("albatross", namespace=self._repo, subfolder="listings"))
         listing = folder / f"{self.commit}.json"
-        if not listing.exists():
-            entries = self._hub.HfApi().list_repo_tree(self._repo, recursive=True, revision=self.commit, repo_type="dataset")
-            files = (entry for entry in entries if isinstance(entry, self._hub.hf_api.RepoFile))
-            write_json(listing, {file.path: asdict(RemoteFile(file.size, "git-sha1", file.blob_id) if file.lfs is None else
-                                                   RemoteFile(file.lfs.size, "sha256", file.lfs.sha256)) for file in files})
+        with self._hub.utils.WeakFileLock(listing.with_suffix(".lock")):
+            if not listing.exists():
+                entries = self._hub.HfApi().list_repo_tree(self._repo, recursive=True, revision=self.commit, repo_type="dataset")
+                files = (entry for entry in entries if isinstance(entry, self._hub.hf_api.RepoFile))
+                write_json(listing, {file.path: asdict(RemoteFile(file.size, "git-sha1", file.blob_id) if file.lfs is None else
+                                                       RemoteFile(file.lfs.size, "sha256", file.lfs.sha256)) for file in files})
         return {name: RemoteFile(**values) for name, values in read_json(listing).items()}
 
     def _download(self, name: str, report: Report) -> Path:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,13 @@ class User:
         assert process.returncode == 0, printed
         return json.loads(output), printed
 
-    def partial(self) -> list[Path]:
-        """Unfinished files in the cache."""
-        return list(self.home.glob("hub/*/blobs/*.incomplete"))
+    def partial_sizes(self) -> list[int]:
+        """Of the unfinished files in the cache."""
+        sizes = []
+        for path in self.home.glob("hub/*/blobs/*.incomplete"):
+            with suppress(FileNotFoundError):  # finished meanwhile
+                sizes.append(path.stat().st_size)
+        return sizes
 
 
 @pytest.fixture
@@ -116,7 +121,7 @@ def check(user: User, dataset: dict[str, Any]) -> None:
     paths = [dataset["tokenizer"], *dataset["shards"]["train"], *dataset["shards"]["val"]]
     assert [Path(path).name for path in paths] == [Path(name).name for name in WANTED]
     assert [Path(path).read_bytes() for path in paths] == [user.hub.files[name] for name in WANTED]
-    assert not user.partial()
+    assert not user.partial_sizes()
     assert dataset["provenance"] == {"name": "hub", "repo": "owner/data", "commit": user.hub.commit, "dataset": "web_sp",
                                      "files": {name: f"sha256 {sha256(user.hub.files[name])}" for name in WANTED}}
 
@@ -182,14 +187,14 @@ def test_a_stopped_download_goes_on_in_the_next_process(user: User, signal_numbe
     user.hub.stall_after = {LARGE: CHUNK_BYTES + 100}
     process = user.start()
     deadline = time.monotonic() + 60
-    while not any(path.stat().st_size == CHUNK_BYTES for path in user.partial()) and time.monotonic() < deadline:
+    while not (all(map(user.hub.transfers, WANTED)) and user.partial_sizes() == [CHUNK_BYTES]) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal_number)
     user.hub.stall_after = {}
     process.communicate()
     assert process.returncode != 0
-    assert [path.stat().st_size for path in user.partial()] == [CHUNK_BYTES]
+    assert user.partial_sizes() == [CHUNK_BYTES]
     user.hub.requests.clear()
     (dataset,), printed = user.download()
     check(user, dataset)
