@@ -3,32 +3,26 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from lib.artifacts.files import read_csv, write_bytes, write_json
+from lib.artifacts.files import read_csv, write_json
 from lib.artifacts.metrics import load_metrics, load_timing
-from lib.artifacts.quantized import QuantizedModel
 from lib.artifacts.scores import load_curve
-from lib.artifacts.tokens import SplitWriter, load_split
-from lib.compression.container import load_artifact, pack
-from lib.data.encoder import encode_documents
+from lib.artifacts.tokens import load_split
+from lib.compression.container import load_artifact
 from lib.data.tokenizer import load_tokenizer
-from lib.data.tokenizer_training import train_tokenizer
 from lib.distributed import SINGLE_CPU
 from lib.evaluation.bpb import make_score
 from lib.evaluation.score import score_plain
 from lib.model.gpt import build_model
 from lib.params import SECTIONS
 from stages import evaluate
-from tests.evaluation.tiny import ADAPTATION, EVALUATE, STRATEGIES, make_model
+from tests.evaluation.tiny import ADAPTATION, EVALUATE, STRATEGIES
+from tests.stages.scored import DOCUMENTS, VOCAB_SIZE, write_scored
 
 TOKENIZE, COMPRESS, RESULT = Path("artifacts/tokenize"), Path("artifacts/compress/seed3"), Path("artifacts/evaluate/seed3")
-DOCUMENTS = [textwrap.dedent(str(kind.__doc__)) for kind in (str, list, dict, json, textwrap, np.ndarray)]
-VOCAB_SIZE = 400
 TABLES = {"curves": "tokens,bpb", "context": "context,tokens,loss", "documents": "length,documents,bytes,bpb",
           "ledger": "step,kind,state,first,last,num_steps,lr"}
 
@@ -38,16 +32,7 @@ def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that the stage may read, and nothing else."""
     monkeypatch.chdir(tmp_path)
     write_params({})
-    write_bytes(TOKENIZE / "tokenizer.model", train_tokenizer(DOCUMENTS, VOCAB_SIZE, 100_000))
-    tokenizer = load_tokenizer(TOKENIZE / "tokenizer.model")
-    writer = SplitWriter(TOKENIZE / "val", VOCAB_SIZE, shard_tokens=150)
-    for text, tokens in zip(DOCUMENTS, encode_documents(tokenizer, DOCUMENTS), strict=True):
-        writer.add(tokens[:70], len(text.encode()), int(tokenizer.target_bytes(tokens[:70]).sum()))
-    writer.close()
-    model = make_model(vocab_size=VOCAB_SIZE)
-    vectors = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-    quantized = QuantizedModel(model.params.model_dump(mode="json"), {}, {}, vectors)
-    write_bytes(COMPRESS / "model.ptz", pack(quantized, "zstd", 3).blob)
+    write_scored(COMPRESS / "model.ptz")
 
 
 def write_params(changes: dict[str, object]) -> None:

@@ -4,31 +4,22 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from lib.artifacts.files import write_bytes, write_json
 from lib.artifacts.metrics import load_metrics
-from lib.artifacts.quantized import QuantizedModel
-from lib.artifacts.tokens import SplitWriter
 from lib.compression.bundle import make_bundle
-from lib.compression.container import pack
-from lib.data.encoder import encode_documents
-from lib.data.tokenizer import load_tokenizer
-from lib.data.tokenizer_training import train_tokenizer
 from lib.params import SECTIONS
 from lib.reporting.strategies import format_strategies
 from stages import evaluate
-from tests.evaluation.tiny import EVALUATE, make_model
+from tests.evaluation.tiny import EVALUATE
+from tests.stages.scored import write_scored
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZE, ARTIFACT = Path("artifacts/tokenize"), Path("artifacts/compress/seed3/model.ptz")
-DOCUMENTS = [textwrap.dedent(str(kind.__doc__)) for kind in (str, list, dict, textwrap, np.ndarray)]
-VOCAB_SIZE = 400
 SETTINGS: dict[str, Any] = EVALUATE | {"audit": False, "strategies": ["plain", "score_first", "lora"], "strategy": "lora"}
 
 
@@ -39,15 +30,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_json(Path("params.yaml"), dict.fromkeys(SECTIONS) | {"evaluate": SETTINGS})  # JSON is YAML
-        write_bytes(TOKENIZE / "tokenizer.model", train_tokenizer(DOCUMENTS, VOCAB_SIZE, 100_000))
-        tokenizer = load_tokenizer(TOKENIZE / "tokenizer.model")
-        writer = SplitWriter(TOKENIZE / "val", VOCAB_SIZE, shard_tokens=150)
-        for text, tokens in zip(DOCUMENTS, encode_documents(tokenizer, DOCUMENTS), strict=True):
-            writer.add(tokens[:70], len(text.encode()), int(tokenizer.target_bytes(tokens[:70]).sum()))
-        writer.close()
-        model = make_model(vocab_size=VOCAB_SIZE)
-        vectors = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-        write_bytes(ARTIFACT, pack(QuantizedModel(model.params.model_dump(mode="json"), {}, {}, vectors), "zstd", 3).blob)
+        write_scored(ARTIFACT)
         evaluate.main(3)
         return folder, load_metrics(Path("artifacts/evaluate/seed3"))
 
