@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("bench", "lib", "stages", "tests", "presets", "params.yaml", "pyproject.toml")
 EXAMPLES = ("A clip rule", "A codec", "A strategy of test-time training", "An architecture option")
 CHANGED_TESTS = ("tests/quantization/test_clipping.py", "tests/compression/test_coding.py", "tests/evaluation/test_score_first.py",
-                 "tests/model/test_gpt.py", "tests/test_presets.py", "tests/evaluation/test_strategies.py::"
-                 "test_work_is_counted_in_inputs_and_three_times_where_it_is_trained_on")
+                 "tests/model/test_gpt.py", "tests/test_presets.py::test_is_valid_and_has_the_key_tree_of_params_yaml",
+                 "tests/evaluation/test_strategies.py::test_work_is_counted_in_inputs_and_three_times_where_it_is_trained_on")
 
 
 def run(folder: Path, *command: str, content: str = "") -> None:
