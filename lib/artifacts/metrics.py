@@ -17,7 +17,7 @@ from lib.artifacts.files import read_json, write_json
 
 METRICS_FILE = "metrics.json"
 TIMING_FILE = "timing.json"
-_CHECKSUM, _ENVIRONMENT = "metrics_sha256", "environment"
+_CHECKSUM, _ENVIRONMENT = "metrics_sha256", "environment"  # lists, which `dvc metrics` passes over
 
 
 def save_metrics(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> None:
@@ -31,7 +31,7 @@ def save_metrics(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, 
     """
     write_json(folder / METRICS_FILE, metrics)
     rounded = {key: round(value, 3) for key, value in timing.items()}
-    write_json(folder / TIMING_FILE, {**rounded, _ENVIRONMENT: _describe_environment(), _CHECKSUM: _checksum(folder)})
+    write_json(folder / TIMING_FILE, {**rounded, _ENVIRONMENT: _describe_environment(), _CHECKSUM: [_checksum(folder)]})
 
 
 def load_metrics(folder: Path) -> dict[str, Any]:
@@ -60,11 +60,11 @@ def _load_record(folder: Path) -> dict[str, Any] | None:
     if not (folder / TIMING_FILE).exists():
         return None
     record: dict[str, Any] = read_json(folder / TIMING_FILE)
-    return record if record[_CHECKSUM] == _checksum(folder) else None
+    return record if record[_CHECKSUM] == [_checksum(folder)] else None
 
 
 def _describe_environment() -> list[str]:
-    """A list, which `dvc metrics` passes over; no names of machines."""
+    """Versions, device, number of processes; no names of machines."""
     device = f"CPU {platform.machine()}, {os.cpu_count()} cores"
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():  # a stage that has no use for torch ran on the CPU
         device = torch.cuda.get_device_name()
