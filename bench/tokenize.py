@@ -1,0 +1,89 @@
+"""Tokenizing by one process and by all cores: ``python -m bench.tokenize [--megabytes 60]``.
+
+The embedded corpus, each time with other words doubled so that no two documents are equal, as JSON lines through source jsonl, and the
+shards that come of it through source shards. Printed are rates, their ratio, and the most memory that a process has held.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lib.data.config import TokenizeParams
+from lib.data.corpus import Source, open_source
+from lib.data.encoding import provide_tokenizer, write_splits
+from lib.params import load_params
+
+
+def vary(texts: list[str], num_bytes: int) -> Iterator[str]:
+    """Texts again and again, in round n with every n-th word doubled, until they have `num_bytes`."""
+    size = 0
+    for n in itertools.count(2):
+        for text in texts:
+            words = text.split(" ")
+            words[::n] = [f"{word} {word}" for word in words[::n]]
+            varied = " ".join(words)
+            yield varied
+            size += len(varied.encode())
+            if size >= num_bytes:
+                return
+
+
+def measure(params: TokenizeParams, folder: Path, num_processes: int) -> float:
+    """Seconds to write the splits of a source."""
+    source = open_source(params)
+    tokenizer = provide_tokenizer(params, source, folder / "tokenizer.model")
+    start = time.perf_counter()
+    write_splits(params, source, tokenizer, folder, num_processes)
+    return time.perf_counter() - start
+
+
+def publish(folder: Path, published: Path) -> int:
+    """Name the train and val shards as published ones; the number of their bytes."""
+    published.mkdir()
+    for split in ("train", "val"):
+        for path in sorted((folder / split).glob("*.bin")):
+            path.rename(published / f"text_{path.name}")
+    return sum(path.stat().st_size for path in published.iterdir())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=60, help="of JSON lines")
+    megabytes, num_cores = parser.parse_args().megabytes, os.cpu_count() or 1
+    default = load_params("tokenize", TokenizeParams)
+    embedded = open_source(default.model_copy(update={"source": "embedded", "path": "requirements.txt"}))
+    assert isinstance(embedded, Source)
+    texts = [text for batch in embedded.read() for text in batch.texts()]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with (folder / "documents.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in vary(texts, megabytes * 10**6))
+        documents = default.model_copy(update={"source": "jsonl", "path": str(folder / "documents.jsonl"), "tokenizer": None})
+        seconds = {n: measure(documents, folder / "out", n) for n in sorted({1, num_cores})}
+        report("jsonl", (folder / "documents.jsonl").stat().st_size / 1e6, "MB", seconds)
+        num_tokens = publish(folder / "out", folder / "published") / 2
+        shards = default.model_copy(update={"source": "shards", "path": str(folder / "published"), "val_fraction": None,
+                                            "tokenizer": str(folder / "out/tokenizer.model")})
+        seconds = {n: measure(shards, folder / "again", n) for n in sorted({1, num_cores})}
+        report("shards", num_tokens / 1e6, "M tokens", seconds)
+    memory = {who: resource.getrusage(which).ru_maxrss / 1024 for who, which in
+              (("this process", resource.RUSAGE_SELF), ("largest worker", resource.RUSAGE_CHILDREN))}
+    print("peak memory: " + ", ".join(f"{who} {mib:.0f} MiB" for who, mib in memory.items()))
+
+
+def report(source: str, amount: float, unit: str, seconds: dict[int, float]) -> None:
+    """Print the rate with each number of processes, and how much faster the last one is."""
+    rates = ", ".join(f"{n} process{'es' if n > 1 else ''} {amount / each:.1f} {unit}/s" for n, each in seconds.items())
+    taken = list(seconds.values())
+    print(f"{source}: {amount:.0f} {unit}: {rates}, ratio {taken[0] / taken[-1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
