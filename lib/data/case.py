@@ -11,7 +11,6 @@ An operator that the text itself contains is written as ESC and the operator; ev
 """
 
 import re
-from itertools import zip_longest
 
 from lib.data.tokenizer import ALLCAPS, CAPNEXT, ESC, OPERATORS, TITLE
 
@@ -26,27 +25,12 @@ def encode_case(text: str) -> str:
     return _CAPITALIZED.sub(_encode_word, text)
 
 
-def apply_operators(encoded: str) -> str:
-    """Write the capitals that the operators stand for; an operator without letters to apply to stays in the text.
+def decode_case(encoded: str) -> str:
+    """The text that `encode_case` was given: write the capitals that the operators stand for.
 
-    This decodes what a normalizer has changed after `encode_case`, where `decode_case` may find no text that is encoded like this.
+    A normalizer may have changed the encoded text since: an operator without letters to apply to stays in the text.
     """
     return _OPERATION.sub(lambda match: match[match.lastindex or 0].upper(), encoded)
-
-
-def decode_case(encoded: str) -> str:
-    """The text that `encode_case` was given: its exact inverse.
-
-    Raises:
-        ValueError: no text is encoded like this; the message says from which character on.
-    """
-    text = apply_operators(encoded)
-    again = encode_case(text)
-    if again != encoded:
-        position = next(index for index, (a, b) in enumerate(zip_longest(again, encoded)) if a != b)
-        raise ValueError(f"expected capitals as operators before small letters, found {encoded[position:position + 20]!r} at character "
-                         f"{position}, where {again[position:position + 20]!r} would stand for the same text")
-    return text
 
 
 def _encode_word(match: re.Match[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lib.artifacts.tokens import Tokens
-from lib.data.case import apply_operators, encode_case
+from lib.data.case import decode_case, encode_case
 from lib.data.tokenizer import Tokenizer
 
 
@@ -31,4 +31,4 @@ def decode_documents(tokenizer: Tokenizer, documents: Sequence[Sequence[int]]) -
     BOS has no text; bytes that are no UTF-8 become U+FFFD.
     """
     texts: list[str] = tokenizer.processor.decode(list(documents), num_threads=1) if documents else []
-    return [apply_operators(text) for text in texts] if tokenizer.case_transform else texts
+    return [decode_case(text) for text in texts] if tokenizer.case_transform else texts
