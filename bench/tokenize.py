@@ -1,7 +1,7 @@
 """Tokenizing by one process and by all cores: ``python -m bench.tokenize [--megabytes 60]``.
 
-The embedded corpus, each time with other words doubled so that no two documents are equal, as JSON lines through source jsonl, and the
-shards that come of it through source shards. Printed are rates, their ratio, and the most memory that a process has held.
+The embedded corpus several times, documents numbered so that no two are equal, as JSON lines through source jsonl, and the shards that come
+of it through source shards. Printed are rates, their ratio, and the most memory that a process has held.
 """
 
 import argparse
@@ -20,16 +20,13 @@ from lib.data.encoding import provide_tokenizer, write_splits
 from lib.params import load_params
 
 
-def vary(texts: list[str], num_bytes: int) -> Iterator[str]:
-    """Texts again and again, in round n with every n-th word doubled, until they have `num_bytes`."""
+def number(texts: list[str], num_bytes: int) -> Iterator[str]:
+    """Texts again and again, each followed by the number of the round, until they have `num_bytes`; no two are equal if none were."""
     size = 0
-    for n in itertools.count(2):
+    for n in itertools.count():
         for text in texts:
-            words = text.split(" ")
-            words[::n] = [f"{word} {word}" for word in words[::n]]
-            varied = " ".join(words)
-            yield varied
-            size += len(varied.encode())
+            yield f"{text}\n{n}"
+            size += len(text.encode())
             if size >= num_bytes:
                 return
 
@@ -64,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (folder / "documents.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in vary(texts, megabytes * 10**6))
+            file.writelines(json.dumps({"text": text}) + "\n" for text in number(texts, megabytes * 10**6))
         documents = default.model_copy(update={"source": "jsonl", "path": str(folder / "documents.jsonl"), "tokenizer": None})
         seconds = {n: measure(documents, folder / "out", n) for n in sorted({1, num_cores})}
         report("jsonl", (folder / "documents.jsonl").stat().st_size / 1e6, "MB", seconds)

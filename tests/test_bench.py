@@ -24,6 +24,7 @@ from bench.evaluate import (
     scoring_work,
     share_before_last_block,
 )
+from bench.tokenize import number
 from lib.distributed import SINGLE_CPU
 from lib.evaluation.adapter import training_work
 from lib.evaluation.config import EvaluateParams, ScoreFirstParams
@@ -210,3 +211,9 @@ def test_ways_run_and_are_drawn(tmp_path: Path) -> None:
     styles = [element.get("style", "") for element in xml.etree.ElementTree.fromstring(text).iter() if element.tag.endswith("}use")]
     assert all(sum(f"fill: {color}" in style for style in styles) == 2 for color in COLORS.values())  # a point, and one in the legend
     assert all(f">{way.strategy}<" in text for way in ways)
+
+
+def test_numbered_documents_are_all_different_and_as_long_as_asked_for() -> None:
+    documents = list(number(["one", "two\n0", "two"], 30))
+    assert len(set(documents)) == len(documents) == 8
+    assert documents[:4] == ["one\n0", "two\n0\n0", "two\n0", "one\n1"]
