@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lib.distributed import Process
+from lib.model.compilation import compile_seconds
 from lib.progress import Progress, say
 
 CHECKS = 200  # of the time, evenly spread over the work: each of them waits for the device and for the other processes
@@ -28,8 +29,8 @@ class TimeLimit:
 
     def __init__(self, limit_seconds: float, process: Process) -> None:
         self._limit_seconds, self._process = limit_seconds, process
-        self._start = time.monotonic()
-        self._work_start = self._checked_seconds = 0.0
+        self._start, self._compiled_before = time.monotonic(), compile_seconds()
+        self._work_start = self._checked_seconds = self._checked_compile_seconds = 0.0
         self._total = self._done = self._checked = 0
         self._warned = False
         self._phases: dict[str, float] = {}
@@ -45,9 +46,19 @@ class TimeLimit:
         return time.monotonic() - self._start
 
     @property
+    def compile_seconds(self) -> float:
+        """Part of `seconds` that this process has spent in ``torch.compile``."""
+        return compile_seconds() - self._compiled_before
+
+    @property
     def projected_seconds(self) -> float:
-        """Time that all the work will have taken if it goes on as it did until the last check."""
-        return self._work_start + (self._checked_seconds - self._work_start) * self._total / max(self._checked, 1)
+        """Time that all the work will have taken if it goes on as it did until the last check, with nothing more to compile."""
+        return self._work_start + self._checked_compile_seconds + self._seconds_of_work * self._total / max(self._checked, 1)
+
+    @property
+    def _seconds_of_work(self) -> float:
+        """Time of the work until the last check, without compilation."""
+        return self._checked_seconds - self._work_start - self._checked_compile_seconds
 
     def plan(self, total_work: int) -> Progress:
         """Announce all the work that will be reported with `advance`; the caller closes the progress that is returned."""
@@ -79,6 +90,7 @@ class TimeLimit:
         """
         self._process.synchronize()
         self._checked, self._checked_seconds = self._done, self._process.max(self.seconds)
+        self._checked_compile_seconds = self._process.max(self.compile_seconds)
         if self._checked_seconds > self._limit_seconds:
             raise TimeLimitError(
                 f"evaluate.limit_seconds: expected at most {self._limit_seconds:g} s, found {self._checked_seconds:.1f} s with "
@@ -101,7 +113,7 @@ class TimeLimit:
         """
         if not self._checked or not optional_work:
             return 1.0
-        seconds_per_work = (self._checked_seconds - self._work_start) / self._checked
+        seconds_per_work = self._seconds_of_work / self._checked
         left = ((1 - RESERVE) * self._limit_seconds - self._checked_seconds) / seconds_per_work - (self._done - self._checked)
         return min(1.0, max(0.0, (left - (self._total - self._done - optional_work)) / optional_work))
 

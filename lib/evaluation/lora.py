@@ -7,10 +7,10 @@ at a time (pr410-lora). Shapes: B documents of a batch, T inputs of a window, P 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.evaluation.adapter import BACKWARD_WORK, frozen
@@ -21,6 +21,7 @@ from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.windows import Documents, Integers
 
 INIT_SEED = 0
+SHAPES = 4  # of compiled windows: a quarter, a half, three quarters, the whole; batches are a quarter or whole
 
 
 def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple[nn.Module, int, int]]:
@@ -48,7 +49,7 @@ class LowRankAdapters:
     A starts with the same values for every document and run, so that scores do not depend on how documents are batched.
 
     Args:
-        model: gets the adapters by forward hooks, while `attached`.
+        model: whose layers have the adapters while they are `attached`.
         settings: the section ``evaluate.lora``.
         device: where they are.
     """
@@ -79,19 +80,13 @@ class LowRankAdapters:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Row n of what the model computes uses adapter n."""
-        handles = [module.register_forward_hook(_make_hook(a, b)) for module, (a, b) in zip(self._modules, self._pairs, strict=True)]
         try:
+            for module, pair in zip(self._modules, self._pairs, strict=True):
+                module.adapter = pair
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _make_hook(a: Tensor, b: Tensor) -> Any:
-    def add_low_rank(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]  # (B, T, inputs)
-        return output + (x @ a[: len(x)].transpose(1, 2)) @ b[: len(x)].transpose(1, 2)
-    return add_low_rank
+            for module in self._modules:
+                module.adapter = None
 
 
 class DocumentScorer:
@@ -140,7 +135,7 @@ class DocumentScorer:
             start = max(0, end - settings.window_tokens)
             scored = slice(first - start, end - start)
             rows, targets = self._gather(starts[: len(active.start)], lengths[: len(active.start)], start, scored)
-            with torch.set_grad_enabled(num_trained > 0):
+            with torch.set_grad_enabled(num_trained > 0 or self._job.forward.compiled):  # one graph for both
                 nats = self._forward(rows, scored)  # (B, P)
             self._job.sheet.write(targets, nats.detach(), torch.arange(first - start, end - start, device=rows.device))
             for number, begin, length in zip(numbers.tolist(), active.start.tolist(), active.length.tolist(), strict=False):
@@ -156,8 +151,17 @@ class DocumentScorer:
                 ledger.trained(begin + first, begin + end - 1, settings.steps, settings.lr, number)
 
     def _forward(self, rows: Tensor, scored: slice) -> Tensor:
-        repeats = rows.shape == (self._settings.batch_documents, self._settings.window_tokens + 1)
-        return self._job.forward(rows, scored, repeats=repeats)
+        """Losses (B, P) of the `scored` positions of rows (B, T+1) that end with them.
+
+        Where the model is compiled, rows and positions are filled up to one of few shapes, so that each is compiled once.
+        """
+        if not self._job.forward.compiled:
+            return self._job.forward(rows, scored)
+        size, step = (-(-number // SHAPES) for number in (self._settings.batch_documents, self._settings.window_tokens))
+        first, last = scored.start // step * step, min(-(-scored.stop // step) * step, self._settings.window_tokens)
+        num_rows = size if len(rows) <= size else self._settings.batch_documents
+        filled = F.pad(rows, (0, last - scored.stop, 0, num_rows - len(rows)))
+        return self._job.forward(filled, slice(first, last), repeats=True)[: len(rows), scored.start - first : scored.stop - first]
 
     def _gather(self, begin: Tensor, length: Tensor, start: int, scored: slice) -> tuple[Tensor, Tensor]:
         """Rows (B, T+1) of tokens from `start` of each document on, which end with a chunk, and the targets (B, P) of the chunk.

@@ -17,8 +17,6 @@ from lib.evaluation.sheet import Losses, ScoreSheet
 from lib.evaluation.windows import Windows, batch_size, plain_windows, split_batches
 from lib.params import Precision
 
-MAX_GRAPHS = 64
-
 
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
@@ -51,24 +49,22 @@ class Forward:
 
     Attributes:
         model: called as `GPT.forward`.
+        compiled: whether calls with `repeats` are compiled; others would each compile anew.
 
     Args:
         model: see above.
         precision: of the matrix products.
-        compiled: whether calls with `repeats` run through ``torch.compile``; others would each compile anew.
+        compiled: see above.
     """
 
     def __init__(self, model: nn.Module, precision: Precision, *, compiled: bool = False) -> None:
-        self.model, self._precision = model, precision
-        if compiled:  # one graph for each shape: more than torch expects of one function
-            torch._dynamo.config.recompile_limit = MAX_GRAPHS
-        self._compiled = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        self.model, self.compiled, self._precision = model, compiled, precision
 
     def __call__(self, rows: Tensor, positions: slice, attention_tokens: int | None = None, *, repeats: bool = False) -> Tensor:
         """Losses (B, P) fp32 of the tokens that follow the `positions` of `rows` (B, T+1) int64."""
-        run = self._compiled if repeats else self.model
         with autocast(rows.device, self._precision):
-            nats: Tensor = run(rows[:, :-1], rows[:, 1:][:, positions], positions, attention_tokens)
+            nats: Tensor = self.model(rows[:, :-1], rows[:, 1:][:, positions], positions, attention_tokens,
+                                      compiled=repeats and self.compiled)
         return nats
 
     def log_probabilities(self, rows: Tensor, position: int, attention_tokens: int | None = None) -> Tensor:

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.model.config import ModelParams
+from lib.model.linear import Linear, apply_jointly
 from lib.model.sdpa import Attend, Kernel, Sight
 
 ALL_POSITIONS = slice(None)
+SMALLEST_ENERGY = 1e-24  # of a value whose direction counts: |v| = 1e-12, as torch.nn.functional.normalize has it
 
 
 class Rotation(NamedTuple):
@@ -28,12 +30,14 @@ class Scope(NamedTuple):
 
     Attributes:
         rotation: of all T positions.
-        positions: the P positions whose output is wanted.
+        first: the first of the P positions whose output is wanted.
+        last: their end.
         attend: attention of these positions to the tokens that they may see.
     """
 
     rotation: Rotation
-    positions: slice
+    first: int
+    last: int
     attend: Attend
 
 
@@ -50,7 +54,7 @@ def make_scope(kernel: Kernel, rotation: Rotation, positions: slice, attention_t
     first, last, _ = positions.indices(len(rotation.cos))
     span = attention_tokens if attention_tokens is not None and attention_tokens < last else None
     sight = Sight(first, last, span, None if starts is None else starts[:, :last])
-    return Scope(rotation, positions, kernel.within(sight, rotation.cos.device))
+    return Scope(rotation, first, last, kernel.within(sight, rotation.cos.device))
 
 
 def make_rotation(params: ModelParams, num_tokens: int, attention_tokens: int | None, device: torch.device) -> Rotation:
@@ -68,9 +72,10 @@ def make_rotation(params: ModelParams, num_tokens: int, attention_tokens: int | 
     return Rotation(angles.cos(), angles.sin())
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """`x` over its root mean square along the last dimension, in the dtype of `x` also where autocast computes in fp32."""
-    return F.rms_norm(x, x.shape[-1:]).to(x.dtype)
+def rms_norm(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`x` over its root mean square along the last dimension, times a `scale` that broadcasts; computed in fp32, in the dtype of `x`."""
+    y = F.rms_norm(x.float(), x.shape[-1:])
+    return (y if scale is None else y * scale).to(x.dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -89,11 +94,12 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
         v: values (B, T, K, E); each serves H/K consecutive query heads.
 
     Returns:
-        y - (y . v̂) v̂ with v̂ = v/|v|, (B, T, H, E).
+        y - (y . v̂) v̂ with v̂ = v/|v|, (B, T, H, E); computed in fp32.
     """
-    direction = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
+    own = v[:, :, :, None]  # (B, T, K, 1, E)
     grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, K, G, E)
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+    along, energy = ((own * other).sum(-1, keepdim=True, dtype=torch.float32) for other in (grouped, own))
+    return (grouped - along / energy.clamp(min=SMALLEST_ENERGY) * own).flatten(2, 3).to(y.dtype)
 
 
 class Attention(nn.Module):
@@ -103,10 +109,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = params.num_heads, params.num_kv_heads
         self.exclusive = layer >= params.num_layers - params.num_xsa_layers
-        self.query = nn.Linear(params.model_dim, params.model_dim, bias=False)
-        self.key = nn.Linear(params.model_dim, params.kv_dim, bias=False)
-        self.value = nn.Linear(params.model_dim, params.kv_dim, bias=False)
-        self.output = nn.Linear(params.model_dim, params.model_dim, bias=False)
+        self.query = Linear(params.model_dim, params.model_dim)
+        self.key = Linear(params.model_dim, params.kv_dim)
+        self.value = Linear(params.model_dim, params.kv_dim)
+        self.output = Linear(params.model_dim, params.model_dim)
         self.q_gain = nn.Parameter(torch.empty(params.num_heads))
 
     def forward(self, x: Tensor, added_value: Tensor | None, scope: Scope) -> Tensor:
@@ -120,15 +126,18 @@ class Attention(nn.Module):
         Returns:
             (B, P, D).
         """
-        rotation, positions, attend = scope
-        last = positions.indices(x.shape[1])[1]
-        q = self.query(x[:, positions]).unflatten(-1, (self.num_heads, -1))  # (B, P, H, E)
-        k = self.key(x).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, E)
-        v = self.value(x)
+        rotation, first, last, attend = scope
+        if last - first == x.shape[1]:
+            q, k, v = apply_jointly((self.query, self.key, self.value), x)
+        else:
+            q = self.query(x[:, first:last])
+            k, v = apply_jointly((self.key, self.value), x)
+        q = q.unflatten(-1, (self.num_heads, -1))  # (B, P, H, E)
+        k = k.unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, E)
         v = (v if added_value is None else v + added_value).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, E)
-        q = rotate(rms_norm(q), Rotation(*(part[positions] for part in rotation))) * self.q_gain.to(q.dtype)[:, None]
+        q = rotate(rms_norm(q, self.q_gain[:, None]), Rotation(*(part[first:last] for part in rotation)))
         k = rotate(rms_norm(k), rotation)
         y = attend(q, k[:, :last], v[:, :last])  # (B, P, H, E)
         if self.exclusive:
-            y = remove_own_value(y, v[:, positions])
+            y = remove_own_value(y, v[:, first:last])
         return self.output(y.flatten(2))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.model.config import ModelParams
+from lib.model.linear import Linear
 
 HASH_CURRENT, HASH_PREVIOUS = 36313, 27191  # pr585, pr410
 
@@ -33,7 +34,7 @@ class BigramHash(nn.Module):
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
         self.table = nn.Embedding(params.bigram_rows, params.bigram_dim)
-        self.projection = nn.Linear(params.bigram_dim, params.model_dim, bias=False)
+        self.projection = Linear(params.bigram_dim, params.model_dim)
         self.scale = nn.Parameter(torch.empty(()))
 
     def forward(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
@@ -64,7 +65,7 @@ class ValueEmbedding(nn.Module):
         super().__init__()
         self.layers = params.value_embedding_layers
         self.table = nn.Embedding(params.vocab_size, params.value_embedding_dim)
-        self.projection = nn.Linear(params.value_embedding_dim, params.kv_dim, bias=False)
+        self.projection = Linear(params.value_embedding_dim, params.kv_dim)
         self.scale = nn.Parameter(torch.empty(()))
         self.layer_scales = nn.Parameter(torch.empty(len(self.layers)))
 

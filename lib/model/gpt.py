@@ -9,15 +9,17 @@ Shapes: B batch, T tokens, P wanted positions, D model, V vocabulary.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.model.attention import ALL_POSITIONS, Attention, Scope, make_rotation, make_scope, rms_norm
+from lib.model.attention import ALL_POSITIONS, Attention, Rotation, Scope, make_rotation, make_scope, rms_norm
+from lib.model.compilation import call
 from lib.model.config import ModelParams
 from lib.model.embedding import BigramHash, SmearGate, ValueEmbedding
+from lib.model.linear import Linear, LowRank, add_low_rank
 from lib.model.loss import softcapped_cross_entropy
 from lib.model.sdpa import SDPA, Kernel
 from lib.params import parse_params
@@ -30,8 +32,8 @@ class MLP(nn.Module):
 
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
-        self.up = nn.Linear(params.model_dim, params.mlp_hidden_dim, bias=False)
-        self.down = nn.Linear(params.mlp_hidden_dim, params.model_dim, bias=False)
+        self.up = Linear(params.model_dim, params.mlp_hidden_dim)
+        self.down = Linear(params.mlp_hidden_dim, params.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -50,24 +52,61 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.empty(params.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(params.model_dim))
         self.register_parameter("residual_mix", nn.Parameter(torch.empty(2, params.model_dim)) if params.residual_mix else None)
-        self.input_scale = 1 / math.sqrt(layer + 1) if params.ln_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, added_value: Tensor | None, scope: Scope) -> Tensor:
-        """One block: residual stream `x` and embedding `x0`, both (B, T, D) -> (B, P, D), at the positions of `scope`."""
+    def forward(self, x: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor] | None, added_value: Tensor | None, input_scale: Tensor | None,
+                scope: Scope) -> Tensor:
+        """One block.
+
+        Everything in which the layers of a model differ is an argument, so that one compiled graph serves them all.
+
+        Args:
+            x: residual stream (B, T, D).
+            x0: embedding (B, T, D).
+            skip: factors (D,) and the output (B, T, D) of an earlier block that is added with them, or None.
+            added_value: value embedding (B, T, K*E), or None.
+            input_scale: () fp32, of the normalised inputs, or None.
+            scope: of the T positions.
+
+        Returns:
+            (B, P, D), at the positions of `scope`.
+        """
+        if skip is not None:
+            factors, earlier = skip
+            x = x + factors.to(x.dtype) * earlier
         if self.residual_mix is not None:
             mix = self.residual_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        attended = self.attention(rms_norm(x) * self.input_scale, added_value, scope)
-        x = x[:, scope.positions] + self.attention_scale.to(x.dtype) * attended
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale)
+        attended = self.attention(rms_norm(x, input_scale), added_value, scope)
+        x = x[:, scope.first : scope.last] + self.attention_scale.to(x.dtype) * attended
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, input_scale))
 
 
 class TiedHead(nn.Module):
     """The output head that is the token embedding; a module, so that calibration sees its input and output."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter: LowRank | None = None
+
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """(B, P, D) and (V, D) -> (B, P, V)."""
-        return F.linear(x, weight)
+        return add_low_rank(F.linear(x, weight), x, self.adapter)
+
+
+class Start(NamedTuple):
+    """What the blocks start from.
+
+    Attributes:
+        x: (B, T, D), residual stream before the first block.
+        added_values: layer -> value embedding (B, T, K*E).
+        rotation: of the T positions.
+        input_scales: (L,) fp32 of the normalised inputs of the L layers; None for 1.
+    """
+
+    x: Tensor
+    added_values: dict[int, Tensor]
+    rotation: Rotation
+    input_scales: Tensor | None
 
 
 class GPT(nn.Module):
@@ -86,14 +125,15 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(params, layer) for layer in range(params.num_layers))
         num_skips = params.num_layers // 2 if params.unet_skips else 0
         self.register_parameter("skip_weights", nn.Parameter(torch.empty(num_skips, params.model_dim)) if num_skips else None)
-        self.head = TiedHead() if params.tied_head else nn.Linear(params.model_dim, params.vocab_size, bias=False)
+        self.head = TiedHead() if params.tied_head else Linear(params.model_dim, params.vocab_size)
 
     @property
     def num_parameters(self) -> int:
         """Number of weights, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, tokens: Tensor, targets: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None, *,
+                compiled: bool = False) -> Tensor:
         """Cross-entropy of the targets at chosen positions.
 
         Args:
@@ -101,26 +141,44 @@ class GPT(nn.Module):
             targets: (B, P) int64, the tokens that follow the chosen positions.
             positions: the P of the T positions that are scored.
             attention_tokens: how many tokens a position attends to at most, itself included; None for all.
+            compiled: whether embedding, blocks and head run through ``torch.compile``, each shape anew.
 
         Returns:
             (B, P) fp32 nats.
         """
-        z = self._head_outputs(tokens, positions, attention_tokens)
-        return softcapped_cross_entropy(z.flatten(0, 1), targets.flatten(), self.params.logit_softcap).view(targets.shape)
+        return call(_losses, self, self._run_blocks(tokens, positions, attention_tokens, compiled), targets, compiled=compiled)
 
     def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None) -> Tensor:
         """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64."""
         cap = self.params.logit_softcap
-        return cap * torch.tanh(self._head_outputs(tokens, positions, attention_tokens).float() / cap)
+        return cap * torch.tanh(self.head_outputs(self._run_blocks(tokens, positions, attention_tokens, compiled=False)).float() / cap)
 
-    def _head_outputs(self, tokens: Tensor, positions: slice, attention_tokens: int | None) -> Tensor:
-        """(B, P, V) before the soft cap, in the dtype of matrix products."""
-        x = self._hidden(tokens, positions, attention_tokens)
+    def head_outputs(self, x: Tensor) -> Tensor:
+        """(B, P, V) before the soft cap, in the dtype of matrix products, from the residual stream (B, P, D) after the last block."""
+        x = rms_norm(x)
         return self.head(x, self.token_embedding.weight) if self.params.tied_head else self.head(x)
 
-    def _hidden(self, tokens: Tensor, positions: slice, attention_tokens: int | None) -> Tensor:
-        """The normalised residual stream after the last block, (B, P, D); that block computes nothing for other positions."""
+    def _run_blocks(self, tokens: Tensor, positions: slice, attention_tokens: int | None, compiled: bool) -> Tensor:
+        """The residual stream after the last block, (B, P, D); that block computes nothing for other positions."""
         starts = self._starts(tokens) if self.params.document_mask else None
+        x, added_values, rotation, input_scales = call(GPT.start, self, tokens, starts, attention_tokens, compiled=compiled)
+        x0 = x.view_as(x)  # a tensor that is an argument twice would have a graph of its own
+        everywhere = make_scope(self.kernel, rotation, ALL_POSITIONS, attention_tokens, starts)
+        at_positions = everywhere if positions == ALL_POSITIONS else make_scope(self.kernel, rotation, positions, attention_tokens, starts)
+        earlier: list[Tensor] = []
+        num_layers = self.params.num_layers
+        for layer, block in enumerate(self.blocks):
+            skip = None
+            if self.skip_weights is not None and layer >= num_layers // 2 and earlier:
+                skip = self.skip_weights[len(self.skip_weights) - len(earlier)], earlier.pop()
+            x = call(_run_block, block, x, x0, skip, added_values.get(layer), None if input_scales is None else input_scales[layer],
+                     at_positions if layer == num_layers - 1 else everywhere, compiled=compiled)
+            if self.skip_weights is not None and layer < num_layers // 2:
+                earlier.append(x.view_as(x))
+        return x
+
+    def start(self, tokens: Tensor, starts: Tensor | None, attention_tokens: int | None) -> Start:
+        """What the blocks start from: `tokens` (B, T) int64, `starts` (B, T) bool or None for position 0 alone."""
         x = self.token_embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):  # then the residual stream is bf16 too: half the memory traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -129,19 +187,10 @@ class GPT(nn.Module):
         x = rms_norm(x)
         if self.smear_gate is not None:
             x = self.smear_gate(x, starts)
-        x0 = x
         rotation = make_rotation(self.params, tokens.shape[1], attention_tokens, tokens.device)
-        everywhere = make_scope(self.kernel, rotation, ALL_POSITIONS, attention_tokens, starts)
-        at_positions = everywhere if positions == ALL_POSITIONS else make_scope(self.kernel, rotation, positions, attention_tokens, starts)
-        added_values = self.value_embedding(tokens) if self.value_embedding is not None else {}
-        skips: list[Tensor] = []
-        for layer, block in enumerate(self.blocks):
-            if self.skip_weights is not None and layer >= self.params.num_layers // 2 and skips:
-                x = x + self.skip_weights[len(self.skip_weights) - len(skips)].to(x.dtype) * skips.pop()
-            x = block(x, x0, added_values.get(layer), at_positions if layer == self.params.num_layers - 1 else everywhere)
-            if self.skip_weights is not None and layer < self.params.num_layers // 2:
-                skips.append(x)
-        return rms_norm(x)
+        layers = torch.arange(1, self.params.num_layers + 1, dtype=torch.float64, device=tokens.device)
+        return Start(x, self.value_embedding(tokens) if self.value_embedding is not None else {}, rotation,
+                     layers.sqrt().reciprocal().float() if self.params.ln_scale else None)
 
     def _starts(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T) bool: true at position 0 and where a document begins."""
@@ -210,6 +259,17 @@ class GPT(nn.Module):
         if isinstance(self.head, nn.Linear):
             inputs["head"] = ("head.weight",)
         return inputs
+
+
+def _run_block(block: Block, *arguments: Any) -> Tensor:
+    x: Tensor = block(*arguments)  # as a module, so that hooks are seen
+    return x
+
+
+def _losses(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
+    """Losses (B, P) fp32 of `targets` (B, P), from the residual stream `x` (B, P, D) after the last block."""
+    z = model.head_outputs(x)
+    return softcapped_cross_entropy(z.flatten(0, 1), targets.flatten(), model.params.logit_softcap).view(targets.shape)
 
 
 def build_model(model: dict[str, Any], weights: dict[str, Tensor], kernel: Kernel = SDPA) -> GPT:

@@ -14,18 +14,20 @@ TIMED = ("tokenize", *STAGES)
 
 
 def timing_rows(params: Mapping[str, Any]) -> list[Row]:
-    """Seconds of each stage that has run and of all, memory of evaluate; a stage whose outputs came from the cache has none.
+    """Seconds of each stage that has run, of compilation and of all, memory of evaluate; a stage whose outputs came from the cache has none.
 
     Args:
         params: all of params.yaml.
     """
     def column(stage: str, key: str = "seconds") -> tuple[float | None, ...]:
         timings = [load_timing(_folder(stage, seed)) for seed in params["seeds"]]
-        return tuple(None if timing is None else timing[key] for timing in timings)
+        return tuple(None if timing is None else timing.get(key) for timing in timings)
 
     columns, limits = {stage: column(stage) for stage in TIMED if _has_run(stage, params["seeds"])}, _limits(params)
     total = tuple(_total(times) for times in zip(*columns.values(), strict=True))
     rows = [Row(f"seconds, {stage}", times, 1, _note(times, limits.get(stage))) for stage, times in columns.items()]
+    if any(compiling := column("evaluate", "compile_seconds")):
+        rows.append(Row("seconds, evaluate, compiling", compiling, 1, "part of evaluate"))
     return [*rows, Row("seconds, all stages", total, 1), Row("peak memory of evaluate, MiB", column("evaluate", "peak_memory_mib"), 0)]
 
 

@@ -78,7 +78,6 @@ class Run:
     def __init__(self, model: GPT, params: TrainParams, loader: Loader, process: Process) -> None:
         self.params, self.process = params, process
         self.model = model
-        self.losses_of = torch.compile(model, fullgraph=True) if params.compile else model
         self.batches = Prefetch(loader, process)
         self.parameters = FlatParameters(model)
         self.optimizers = Optimizers(self.parameters, params.optimizer, process)
@@ -145,7 +144,7 @@ class Run:
         for rows in tokens.split(self.params.micro_batch_sequences):
             if len(rows):  # a process has none when there are fewer rows than processes
                 with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.params.precision == "bf16"):
-                    losses = self.losses_of(rows[:, :-1], rows[:, 1:])
+                    losses = self.model(rows[:, :-1], rows[:, 1:], compiled=self.params.compile)
                 loss = losses.sum() / (self.params.batch_sequences * self.params.sequence_tokens)
                 loss.backward()
                 total += loss.detach()

@@ -229,3 +229,21 @@ def _stop_together(process: Process) -> None:
 
 def test_processes_stop_at_the_same_place() -> None:
     run_processes(_stop_together, 2)
+
+
+def test_compilation_counts_in_the_time_but_not_in_the_rate(clock: Clock, monkeypatch: pytest.MonkeyPatch,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    """Forty seconds of compilation in the first percent of the work project to forty seconds, not to an hour."""
+    compiling = [7.0]  # of other work before
+    monkeypatch.setattr("lib.evaluation.limit.compile_seconds", lambda: compiling[0])
+    limit = TimeLimit(100, SINGLE_CPU)
+    with limit.plan(400):
+        clock.now, compiling[0] = 141.0, 47.0
+        limit.advance(10)
+        assert limit.compile_seconds == 40
+        assert limit.projected_seconds == 40 + 40 * 1
+        assert limit.affordable(100) == 1
+        clock.now = 150.0
+        limit.advance(10)
+        assert limit.projected_seconds == 40 + 20 * 10
+    assert "on its way to 240 s" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from lib.evaluation.config import LoraParams
 from lib.evaluation.evaluation import Outcome, run_strategy
 from lib.evaluation.lora import LowRankAdapters, adapted_layers, document_work
 from lib.evaluation.windows import Documents
+from lib.model import compilation
 from lib.model.gpt import GPT
 from tests.evaluation.tiny import make_job, make_model, make_params, make_tokens
 
@@ -230,3 +231,24 @@ def test_no_hook_and_no_gradient_is_left_and_the_mode_is_that_of_scoring() -> No
 def test_work_is_three_times_the_inputs_of_trained_chunks_for_each_step(lengths: list[int], steps: int, expected: int) -> None:
     documents = Documents(np.cumsum([0, *lengths[:-1]]), np.array(lengths))
     assert document_work(documents, make_params(lora={"steps": steps}).lora) == expected
+
+
+@pytest.mark.parametrize(("window_tokens", "chunk_tokens"), [(8, 4), (8, 2), (12, 5)])
+def test_compiled_documents_have_the_scores_of_eager_ones(window_tokens: int, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All forward passes run compiled, on few shapes, among them those of chunks that do not divide the window."""
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    params = make_params(lora={"batch_documents": 5, "window_tokens": window_tokens, "chunk_tokens": chunk_tokens, "steps": 2})
+    scores = []
+    for compiled in (False, True):
+        model, shapes = make_model(), set[tuple[int, ...]]()
+        model.register_forward_pre_hook(
+            lambda _, inputs, options: shapes.add((*inputs[0].shape, options["compiled"])), with_kwargs=True)  # noqa: B023
+        job = make_job(model, make_tokens(NUM_TARGETS, starts=STARTS), params)
+        job.forward.compiled = compiled
+        scores.append(run_strategy("lora", job).nats)
+        assert {shape[2] for shape in shapes} == {compiled}
+        if compiled:
+            assert {shape[0] for shape in shapes} == {2, 5}
+            assert len({shape[1] for shape in shapes}) <= 4
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-4)
+    torch.compiler.reset()

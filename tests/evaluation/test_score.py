@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import nn
 
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.bpb import make_score
@@ -14,6 +13,7 @@ from lib.evaluation.ledger import SHARED, Event
 from lib.evaluation.score import Forward, Scorer, gather_rows, load_stream, mode, score_plain
 from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.windows import Windows, batch_size, one_pass_windows, plain_windows, sliding_windows, split_batches
+from lib.model import compilation
 from lib.model.gpt import GPT
 from tests.evaluation.tiny import MODEL, make_model, make_stream, make_tokens
 from tests.model.test_gpt import reference_logits, weights_of
@@ -235,49 +235,20 @@ def test_the_last_target_s_distribution_is_what_it_was_scored_with(windows: Wind
         unasked.collect_last(SINGLE_CPU)
 
 
-class Compiled(nn.Module):
-    """Stands for what torch.compile makes: notes the shapes of its calls."""
-
-    def __init__(self, model: nn.Module, **options: bool) -> None:
-        super().__init__()
-        self.model, self.options = model, options
-        self.calls: list[tuple[int, int]] = []
-
-    def forward(self, tokens: torch.Tensor, *others: object) -> torch.Tensor:
-        self.calls.append((tokens.shape[0], tokens.shape[1]))
-        nats: torch.Tensor = self.model(tokens, *others)
-        return nats
-
-
 @pytest.mark.parametrize("windows", [sliding_windows(101, 8, 2), plain_windows(101, 8), one_pass_windows(101, 8, 2)],
                          ids=["sliding", "plain", "one_pass"])
 def test_full_batches_and_only_they_are_compiled(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, made = make_model(), list[Compiled]()
-
-    def compile_model(model: nn.Module, **options: bool) -> Compiled:
-        made.append(Compiled(model, **options))
-        return made[-1]
-
-    monkeypatch.setattr(torch, "compile", compile_model)
+    """Traced as for a real compiler, and then run as it is: a part that cannot be traced would be an error."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    model, calls = make_model(), list[tuple[int, int]]()
+    model.register_forward_pre_hook(
+        lambda _, inputs, options: calls.append(inputs[0].shape) if options["compiled"] else None, with_kwargs=True)
     sheet = ScoreSheet(101, CPU)
     Scorer(Forward(model, "fp32", compiled=True), make_stream(101), sheet, batch_tokens=32, process=SINGLE_CPU).score(windows)
     full = [(len(batch.start), int(batch.length[0])) for batch in split_batches(windows, 32)
             if len(batch.start) == batch_size(int(batch.length[0]), 32)]
-    assert len(made) == 1 and made[0].model is model
-    assert made[0].options == {"fullgraph": True, "dynamic": False}
-    assert made[0].calls == full and 3 <= len(full) < len(split_batches(windows, 32))
+    assert calls == full and 3 <= len(full) < len(split_batches(windows, 32))
     assert len(set(full)) == 1  # one shape, compiled once
-    np.testing.assert_array_equal(sheet.collect(SINGLE_CPU)[0], scored(windows, 101, model).collect(SINGLE_CPU)[0])
-
-
-def test_what_is_compiled_is_one_graph_with_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as for a real compiler, and then run as it is: a part that cannot be traced would be an error."""
-    model, windows, compile_model = make_model(), one_pass_windows(101, 8, 2), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_model(model, backend="eager", **options))
-    forward = Forward(model, "fp32", compiled=True)
-    sheet = ScoreSheet(101, CPU)
-    scorer = Scorer(forward, make_stream(101), sheet, batch_tokens=32, process=SINGLE_CPU)
-    scorer.score(windows)
     expected = scored(windows, 101, model).collect(SINGLE_CPU)[0]
     np.testing.assert_allclose(sheet.collect(SINGLE_CPU)[0], expected, atol=1e-6)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lib.model import flash
+from lib.model import compilation, flash
 from lib.model.config import KernelName, ModelParams, ModelSection
 from lib.model.flash import find_documents
 from lib.model.gpt import GPT
@@ -175,15 +175,16 @@ def test_operators_of_flash4_are_registered_as_torch_demands(monkeypatch: pytest
     ("flash3", True, slice(9, 15), 5), ("flash4", False, slice(9, 15), 5), ("flash4", True, slice(None), None)])
 def test_a_compiled_model_is_the_eager_one(name: KernelName, document_mask: bool, positions: slice, window: int | None,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one graph, with gradients."""
+    """With gradients."""
     install(monkeypatch, name)
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     params = MODEL.model_copy(update={"document_mask": document_mask, "num_layers": 1, "value_embedding_layers": (0,), "num_xsa_layers": 1})
     model = GPT(params, choose_kernel(name, params, "bf16", CUDA))
     model.initialize(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = partial(model, compiled=True)
     tokens, targets = torch.randint(0, 12, (2, 2, 16), generator=torch.Generator().manual_seed(2))
     results = []
     with torch.autocast("cpu", torch.bfloat16):

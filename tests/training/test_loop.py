@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lib.training.loop
 from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU, Process
+from lib.model import compilation
 from lib.training.config import TrainParams
 from lib.training.loop import Run, TrainingError, TrainResult, train
 from tests.processes import run_processes
@@ -165,7 +165,7 @@ def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while quantization-aware training swaps the weights, which are views of one tensor."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")  # needs no C++ compiler
     changes: dict[str, Any] = {"budget_steps": 8, "micro_batch_sequences": 3, "qat": {"below_lr": 0.6}}
     eager, compiled = (run_training(tmp_path, make_params(**changes, compile=is_compiled)) for is_compiled in (False, True))
     assert compiled.losses == pytest.approx(eager.losses, abs=1e-4)

@@ -1,9 +1,12 @@
 """The switch of quantization-aware training: on the export grid, off without a trace, also in a compiled model."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from lib.artifacts.quantized import QuantizedTensor, exponents_of
+from lib.model import compilation
 from lib.quantization.grid import round_to_grid, row_scales
 from lib.training.flat import FlatParameters
 from lib.training.qat import FakeQuantization
@@ -13,12 +16,13 @@ TOKENS = torch.arange(16).view(2, 8)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_changes_when_it_switches_on_and_not_before(backend: str) -> None:
+def test_a_compiled_model_changes_when_it_switches_on_and_not_before(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", backend)
     model = make_model()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = partial(model, compiled=True)
     fake_quantization = FakeQuantization(FlatParameters(model), make_params().qat)
     before = compiled(TOKENS, TOKENS).detach()
     with fake_quantization.applied(False):
