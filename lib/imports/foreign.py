@@ -60,10 +60,8 @@ def _describe_entries(archive: zipfile.ZipFile, num_bytes: int) -> str | None:
         return f"a zip of {_list(names)}, without a torch archive in it"
     if any(name.endswith("/constants.pkl") for name in names):
         return "a TorchScript program; have its owner save model.state_dict()"
-    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size]
-    if packed or sum(entry.file_size for entry in entries) > num_bytes:
-        return (f"a torch archive of {sum(entry.file_size for entry in entries):,} bytes in {num_bytes:,}, while torch.save compresses "
-                f"nothing: {_list(packed or names)}")
+    if (unpacked_bytes := sum(entry.file_size for entry in entries)) > num_bytes:
+        return f"a torch archive of {unpacked_bytes:,} bytes in {num_bytes:,}, while torch.save compresses nothing"
     if wrong := archive.testzip():
         return (f"a torch archive whose checksum of {_list([wrong])} does not fit: damaged, copy it anew; or saved under "
                 "torch.serialization.set_crc32_options(False), save it without")

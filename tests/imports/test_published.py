@@ -4,6 +4,7 @@ import io
 import lzma
 import os
 import pickle
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -281,8 +282,14 @@ def test_all_that_is_wrong_in_an_artifact_is_listed(tmp_path: Path) -> None:
     (zlib.compress(b"text") + b"more", "expected a zlib stream of .* nothing after it, found more")], ids=range(3))
 def test_a_stream_cannot_take_any_amount_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str) -> None:
     monkeypatch.setattr(module, "MAX_BYTES", 1000)
-    with pytest.raises(ArtifactError, match=message):
-        read_published(write(tmp_path / "x", content))
+    write(tmp_path / "x", content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError, match=message):
+            read_published(tmp_path / "x")
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
@@ -308,7 +315,7 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
             alias.filename = f"archive/data/{number}"
             file.filelist.append(alias)
         file.writestr("archive/last", b"")
-    with pytest.raises(ArtifactError, match=r"found a torch archive of 14\d,\d\d\d bytes in 1\d,\d\d\d, .*: archive/data.pkl, "):
+    with pytest.raises(ArtifactError, match=r"found a torch archive of 14\d,\d\d\d bytes in 1\d,\d\d\d, while torch"):
         read_published(write(tmp_path / "x", buffer.getvalue()))
 
 
