@@ -50,6 +50,23 @@ def test_presets_train_on_the_published_batch_and_quantize_what_they_trained_for
     assert params.compress.limit_bytes == 16_000_000
 
 
+@pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat"])
+def test_presets_evaluate_as_the_logged_runs(preset: str) -> None:
+    """On eight processes 8 rows of each are a step of #585, one for each epoch and chunk, and 64 of each a step of #410."""
+    evaluate = load(ROOT / f"presets/{preset}.yaml").evaluate
+    assert (evaluate.window_tokens, evaluate.stride_tokens) == (2048, 32)
+    score_first = evaluate.score_first.model_dump()
+    assert score_first == {
+        "windows": "sliding", "chunk_tokens": 131_072, "epochs": 3, "lr": 1e-4, "lr_schedule": "cosine", "optimizer": "adamw",
+        "momentum": 0.9, "weight_decay": 0.0, "grad_clip": 1.0, "batch_sequences": 64, "trainable": ("last_2_blocks", "scales")}
+    assert score_first["batch_sequences"] * evaluate.window_tokens == score_first["chunk_tokens"]
+    common = {"lr_schedule": "cosine", "momentum": 0.9, "weight_decay": 0.0, "grad_clip": None, "batch_sequences": 512, "drop_last": True}
+    assert evaluate.two_phase.model_dump() == {
+        "recalibration": common | {"epochs": 100, "lr": 1e-2, "optimizer": "adamw", "trainable": ("block_scales", "residual_mix")},
+        "selective": common | {"epochs": 25, "lr": 5e-3, "optimizer": "sgd",
+                               "trainable": ("last_3_blocks", "block_scales", "residual_mix", "embedding")}}
+
+
 @pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat", "pr585-free"])
 def test_presets_take_the_published_tokens_and_state_what_is_known_of_them(preset: str) -> None:
     tokenize = load(ROOT / f"presets/{preset}.yaml").tokenize

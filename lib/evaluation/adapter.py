@@ -1,6 +1,6 @@
 """Training named groups of the model's own parameters on rows of the text that is scored.
 
-Shapes: N targets, T tokens of a row, R rows of one optimizer step.
+Shapes: N targets, T tokens of a row, R rows of one forward pass.
 """
 
 import math
@@ -14,7 +14,7 @@ from lib.evaluation.config import AdaptationParams
 from lib.evaluation.job import Job
 from lib.evaluation.score import gather_rows, mode
 from lib.evaluation.trainable import match_groups
-from lib.evaluation.windows import Integers
+from lib.evaluation.windows import Integers, batch_size
 from lib.model.attention import ALL_POSITIONS
 
 ADAM_BETA2 = 0.999  # pr585 leaves torch's default
@@ -99,11 +99,13 @@ class Adapter:
         own = starts[process.rank :: process.world_size]
         self._optimizer.zero_grad()
         if len(own):
-            rows = gather_rows(self._job.stream, own, window_tokens + 1)  # (R, T+1)
             full = len(own) == -(-self._settings.batch_sequences // process.world_size)
-            (self._job.forward(rows, ALL_POSITIONS, repeats=full).sum() / num_targets).backward()
+            for part in torch.split(own, batch_size(window_tokens, self._job.params.batch_tokens)):
+                rows = gather_rows(self._job.stream, part, window_tokens + 1)  # (R, T+1)
+                (self._job.forward(rows, ALL_POSITIONS, repeats=full).sum() / num_targets).backward()
         self._sum_gradients()
-        nn.utils.clip_grad_norm_(self._trainable, self._settings.grad_clip)
+        if self._settings.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self._trainable, self._settings.grad_clip)
         self._optimizer.step()
         self._job.limit.advance(training_work(num_targets))
 

@@ -24,8 +24,8 @@ class AdaptationParams(Params):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Momentum of SGD; beta1 of AdamW."""
     weight_decay: NonNegativeFloat
-    grad_clip: PositiveFloat
-    """Largest norm of the gradient of all trained parameters together."""
+    grad_clip: PositiveFloat | None
+    """Largest norm of the gradient of all trained parameters together; None does not clip it."""
     batch_sequences: Positive
     """Rows of evaluate.window_tokens tokens in one optimizer step, over all processes."""
     trainable: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -89,12 +89,19 @@ class PhasedParams(AdaptationParams):
     """Documents of a phase: they are scored, then trained on, then the next ones are scored."""
 
 
-class TwoPhaseParams(Params):
-    """Training on the text before it is scored (pr410): not a legal score. A cosine goes over epochs."""
+class WholeTextParams(AdaptationParams):
+    """Training on the whole text at once. A cosine goes over epochs."""
 
-    recalibration: AdaptationParams
+    drop_last: bool
+    """Leave out the rows that are left over when a pass is divided into steps of batch_sequences (pr410), if there is a whole step."""
+
+
+class TwoPhaseParams(Params):
+    """Training on the text before it is scored (pr410): not a legal score."""
+
+    recalibration: WholeTextParams
     """First: scales only."""
-    selective: AdaptationParams
+    selective: WholeTextParams
     """Then: some blocks and the embedding."""
 
 

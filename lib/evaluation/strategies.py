@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.evaluation.adapter import Adapter, scheduled_lr, training_work
-from lib.evaluation.config import AdaptationParams, EvaluateParams, StrategyName
+from lib.evaluation.config import AdaptationParams, EvaluateParams, StrategyName, WholeTextParams
 from lib.evaluation.job import Job
 from lib.evaluation.lora import DocumentScorer, document_work
-from lib.evaluation.windows import Documents, Windows, one_pass_windows, plain_windows, sliding_windows
+from lib.evaluation.windows import Documents, Integers, Windows, one_pass_windows, plain_windows, sliding_windows
 
 
 class Strategy(NamedTuple):
@@ -142,29 +142,29 @@ def _phased_work(documents: Documents, params: EvaluateParams) -> int:
 
 def _two_phase(job: Job) -> None:
     """pr410: train on the whole text, first scales, then some blocks and the embedding; then score it."""
-    rows = _all_rows(job.num_targets, job.params)
     with job.limit.phase("adaptation"):
         for settings in _two_phase_settings(job.params):
-            adapter = Adapter(job, settings)
+            adapter, rows = Adapter(job, settings), _all_rows(job.num_targets, job.params, settings)
             for epoch in range(settings.epochs):
                 adapter.train(rows, scheduled_lr(settings, epoch, settings.epochs), 1)
     with job.limit.phase("scoring"):
         job.scorer().score(_sliding(job.num_targets, job.params))
 
 
-def _all_rows(num_targets: int, params: EvaluateParams) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.arange(0, num_targets - params.window_tokens + 1, params.window_tokens)
+def _all_rows(num_targets: int, params: EvaluateParams, settings: WholeTextParams) -> Integers:
+    rows = np.arange(0, num_targets - params.window_tokens + 1, params.window_tokens)
+    left_over = len(rows) % settings.batch_sequences if settings.drop_last else 0
+    return rows[:(len(rows) - left_over) or len(rows)]
 
 
-def _two_phase_settings(params: EvaluateParams) -> tuple[AdaptationParams, ...]:
+def _two_phase_settings(params: EvaluateParams) -> tuple[WholeTextParams, ...]:
     return params.two_phase.recalibration, params.two_phase.selective
 
 
 def _two_phase_work(documents: Documents, params: EvaluateParams) -> int:
     num_targets = _num_targets(documents)
-    num_trained = len(_all_rows(num_targets, params)) * params.window_tokens
-    epochs = sum(settings.epochs for settings in _two_phase_settings(params))
-    return epochs * training_work(num_trained) + _sliding(num_targets, params).work
+    num_rows = sum(settings.epochs * len(_all_rows(num_targets, params, settings)) for settings in _two_phase_settings(params))
+    return training_work(num_rows * params.window_tokens) + _sliding(num_targets, params).work
 
 
 def _note_epochs(job: Job, num_epochs: int, num_parts: int) -> None:

@@ -56,7 +56,8 @@ def convert_checkpoint(published: Published, model: ModelParams, sequence_tokens
     Raises:
         ArtifactError: the file does not fit `model`, as `check_model` says.
     """
-    weights = {name: _turn(name, published.floats[source].to(torch.float32), model) for name, source in _sources(published, model).items()}
+    weights = {name: torch.eye(size) if source is None else _turn(name, published.floats[source].to(torch.float32), model)
+               for name, source, size in _sources(published, model)}
     return Checkpoint(weights, model.model_dump(mode="json"), _training(published, sequence_tokens))
 
 
@@ -70,16 +71,16 @@ def convert_artifact(published: Published, model: ModelParams, sequence_tokens: 
     """
     matrices: dict[str, QuantizedTensor] = {}
     vectors: dict[str, Tensor] = {}
-    for name, source in _sources(published, model).items():
+    for name, source, size in _sources(published, model):
+        if source is None:
+            matrices[name] = _make_matrix(torch.eye(size, dtype=torch.int16))
+            continue
         if source in published.floats:
             tensor = published.floats[source]
             vectors[name] = _turn(name, tensor if tensor.dtype == torch.float16 else tensor.to(torch.float32), model)
             continue
         codes, scales = published.codes[source]
-        codes = _turn(name, codes.to(torch.int16), model)
-        bits = next((bits for bits in range(MIN_BITS, MAX_BITS + 1) if int(codes.abs().max()) <= clip_range(bits)), None)
-        rows, columns = (torch.zeros(size, dtype=torch.int16) for size in codes.shape)
-        matrices[name] = QuantizedTensor(codes, rows, columns, bits)
+        matrices[name] = _make_matrix(_turn(name, codes.to(torch.int16), model))
         vectors[name + SCALE] = scales
     return QuantizedModel(model.model_dump(mode="json"), _training(published, sequence_tokens), matrices, vectors)
 
@@ -89,14 +90,24 @@ def describe_origin(published: Published) -> dict[str, Any]:
     return {"imported": published.name, "imported_bytes": published.num_bytes, "imported_sha256": published.sha256}
 
 
-def _sources(published: Published, model: ModelParams) -> dict[str, str]:
-    """Name of every parameter -> its published name."""
+def _sources(published: Published, model: ModelParams) -> list[tuple[str, str | None, int]]:
+    """Name of every parameter, its published name or None for an identity that the file leaves out, and its rows."""
+    shapes = published.shapes
     try:
-        check_model(published.shapes, model)
+        check_model(shapes, model)
     except ArtifactError as error:
         raise ArtifactError(f"{published.name}: {error}") from None
     with torch.device("meta"):
-        return {name: published_name(name) for name, _ in GPT(model).named_parameters()}
+        parameters = dict(GPT(model).named_parameters())
+    return [(name, source if (source := published_name(name)) in shapes else None, len(parameter) if parameter.ndim else 1)
+            for name, parameter in parameters.items()]
+
+
+def _make_matrix(codes: Tensor) -> QuantizedTensor:
+    """`codes` (R, C) int16 with steps of 1."""
+    bits = next((bits for bits in range(MIN_BITS, MAX_BITS + 1) if int(codes.abs().max()) <= clip_range(bits)), None)
+    rows, columns = (torch.zeros(size, dtype=torch.int16) for size in codes.shape)
+    return QuantizedTensor(codes, rows, columns, bits)
 
 
 def _training(published: Published, sequence_tokens: int) -> dict[str, Any]:

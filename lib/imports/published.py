@@ -1,50 +1,32 @@
 """Files as the scripts of parameter golf save them, read without running anything that is in them.
 
-Two layouts (#585, #410 and their relatives), told apart by what is inside, not by name:
-
-- a float checkpoint, ``final_model.pt``: `torch.save` of a state dict;
-- an artifact, ``final_model.int5.ptz`` or ``.int6.ptz``: a zstandard frame of `torch.save` of {"w": tensors, "m": kind of each
-  parameter}. A parameter NAME with integer codes has the tensors NAME.q and NAME.scale, any other the tensor NAME.
-
-Shapes: R rows, C columns.
+A file is an archive of `torch.save`, as it is (``final_model.pt``) or as one zstandard frame or zlib stream (``final_model.int5.ptz``,
+``.int6.ptz``, ``.int8.ptz``; #585 takes zlib where zstandard is not installed). What it is, is told by what is inside, not by its name.
 """
 
 import hashlib
 import io
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.artifacts.files import ArtifactError
 from lib.compression.coding import decompress_bytes
 from lib.compression.container import MAGIC
+from lib.imports.foreign import PICKLE, ZIP, describe_mark, describe_zip, is_whole_pickle
+from lib.imports.payload import SUPPORTED, Codes, read_payload
 
-ZIP, PICKLE, ZSTANDARD = b"PK\x03\x04", b"\x80", b"\x28\xb5\x2f\xfd"  # torch.save of today and of before 1.6; a zstandard frame
-SUPPORTED = "a float state dict saved by torch.save, or a zstandard frame of torch.save of {'w': tensors, 'm': kinds}"
-UNSUPPORTED = {  # how files begin that may be taken for these
-    MAGIC: "a .ptz file of this project, which evaluate reads as artifacts/compress/seed<seed>/model.ptz",
-    b"x\x01": "zlib", b"x^": "zlib", b"x\x9c": "zlib", b"x\xda": "zlib", b"\x1f\x8b": "gzip",
-    b"\xfd7zXZ": "xz (LZMA)", b"\x5d\x00\x00": "LZMA", b"LZMA": "LZMA",
-}
-MAX_BYTES = 2**30  # of what a frame decompresses to, far beyond any real model
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-PASSTHROUGH = ("passthrough", "passthrough_ctrl", "passthrough_fp16")
-CODES, SCALES = ".q", ".scale"
+ZSTANDARD, ZLIB = b"\x28\xb5\x2f\xfd", (b"x\x01", b"x^", b"x\x9c", b"x\xda")  # how they begin; zlib by its level
+MAX_BYTES = 2**30  # of what a file decompresses to, far beyond any real model
 NOT_IN_THE_MODEL = "mtp_heads."  # heads for tokens further ahead, which only training uses
 LAYER_SCALES = "ve_layer_scales"
-
-
-class Codes(NamedTuple):
-    """A matrix whose weights are code * scale of the row: `codes` (R, C) int8, `scales` (R,) fp16 or fp32."""
-
-    codes: Tensor
-    scales: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +41,7 @@ class Published:
         floats: published parameter name -> fp16, bf16 or fp32 tensor. The factors of the value embedding's layers, published one by
             one, are one tensor, `LAYER_SCALES`.
         codes: published parameter name -> codes and scales.
-        skipped: names of tensors that are not part of the model.
+        skipped: names of what is not part of the model.
     """
 
     name: str
@@ -78,7 +60,7 @@ class Published:
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights of the model."""
+        """Number of weights in the file."""
         return sum(tensor.numel() for tensor in (*self.floats.values(), *(matrix.codes for matrix in self.codes.values())))
 
 
@@ -87,8 +69,8 @@ def is_published(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        start = file.read(8)
-    return start.startswith((ZIP, PICKLE, ZSTANDARD, *UNSUPPORTED)) and not start.startswith(MAGIC)
+        start = file.read(16)
+    return not start.startswith(MAGIC) and (start.startswith((ZIP, PICKLE, ZSTANDARD, *ZLIB)) or describe_mark(start) is not None)
 
 
 def read_published(path: Path) -> Published:
@@ -103,107 +85,55 @@ def read_published(path: Path) -> Published:
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        payload = _load(_decompress(content))
-        if isinstance(payload, Mapping) and payload.keys() == {"w", "m"}:
-            is_quantized, (floats, codes) = True, _split(payload["w"], payload["m"])
-        else:
-            is_quantized, floats, codes = False, _check_floats(payload), {}
+        is_quantized, floats, codes, left_out = read_payload(_load(_decompress(content)))
     except ValueError as error:
         raise ArtifactError(f"{path}: {error}") from None
     skipped = sorted(name for name in (*floats, *codes) if name.startswith(NOT_IN_THE_MODEL))
     floats = _join_layer_scales({name: tensor for name, tensor in floats.items() if name not in skipped})
     codes = {name: matrix for name, matrix in codes.items() if name not in skipped}
-    return Published(path.name, len(content), hashlib.sha256(content).hexdigest(), is_quantized, floats, codes, tuple(skipped))
+    return Published(path.name, len(content), hashlib.sha256(content).hexdigest(), is_quantized, floats, codes, (*skipped, *left_out))
 
 
 def _decompress(content: bytes) -> bytes:
     """The `torch.save` archive of a file; raises ValueError."""
     if content.startswith(ZSTANDARD):
         content = decompress_bytes(content, MAX_BYTES)
-    if content.startswith((ZIP, PICKLE)):
-        return content
-    kind = next((kind for mark, kind in UNSUPPORTED.items() if content.startswith(mark)),
-                f"a file that begins with {content[:4]!r} (brotli has no mark of its own)")
-    raise ValueError(f"expected {SUPPORTED}, found {kind}")
+    elif content.startswith(ZLIB):
+        content = _decompress_zlib(content)
+    if kind := describe_mark(content) or (describe_zip(content) if content.startswith(ZIP) else None):
+        raise ValueError(f"expected {SUPPORTED}, found {kind}")
+    if not content.startswith((ZIP, PICKLE)):
+        raise ValueError(f"expected {SUPPORTED}, found a file that begins with {content[:4]!r} (brotli has no mark of its own)")
+    return content
+
+
+def _decompress_zlib(stream: bytes) -> bytes:
+    decompressor = zlib.decompressobj()
+    try:
+        content = decompressor.decompress(stream, MAX_BYTES + 1)
+    except zlib.error as error:
+        raise ValueError(f"not a valid zlib stream ({error}); copy it anew") from None
+    if len(content) > MAX_BYTES or decompressor.unused_data:
+        raise ValueError(f"expected a zlib stream of at most {MAX_BYTES} bytes of content and nothing after it, found more")
+    if not decompressor.eof:
+        raise ValueError(f"expected a whole zlib stream, found one that is cut off after {len(stream)} bytes; copy it anew")
+    return content
 
 
 def _load(archive: bytes) -> Any:
     """The content of a `torch.save` archive: tensors and plain values, or ValueError."""
     try:
-        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if needed := re.search(r"GLOBAL (\S+)", str(error)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is said below
+            return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader meets damage with exceptions of any kind
+        if isinstance(error, pickle.UnpicklingError) and (needed := re.search(r"GLOBAL (\S+)", str(error))):
             raise ValueError(f"expected {SUPPORTED}, found the Python object {needed[1]}, which could run anything when it is loaded, so "
                              "that it was not; have its owner save model.state_dict() alone") from None
-        raise ValueError(f"expected {SUPPORTED}, found a damaged file, or one with more than tensors and plain values in it; copy it "
-                         "anew") from None
-    except Exception as error:  # the reader meets damage with exceptions of any kind
-        raise ValueError(f"damaged, or not saved by torch.save ({type(error).__name__}); copy it anew") from None
-
-
-def _check_floats(tensors: Any) -> dict[str, Tensor]:
-    """Names and float tensors, or ValueError that lists what is neither."""
-    if not isinstance(tensors, Mapping):
-        raise ValueError(f"expected {SUPPORTED}, found {type(tensors).__name__}")
-    _check_names(tensors)
-    if problems := [f"{name}: {problem}" for name, tensor in tensors.items() if (problem := _find_problem(tensor, FLOATS))]:
-        raise ValueError("\n".join([f"expected {SUPPORTED}, found", *problems]))
-    return dict(tensors)
-
-
-def _split(tensors: Any, kinds: Any) -> tuple[dict[str, Tensor], dict[str, Codes]]:
-    """Floats and codes of an artifact, or ValueError that lists what is not as expected."""
-    if not isinstance(tensors, Mapping) or not isinstance(kinds, Mapping):
-        raise ValueError(f"expected {SUPPORTED}, found {type(tensors).__name__} and {type(kinds).__name__}")
-    _check_names([*tensors, *kinds])
-    floats: dict[str, Tensor] = {}
-    codes: dict[str, Codes] = {}
-    problems: list[str] = []
-    used: set[str] = set()
-    for name, kind in kinds.items():
-        if isinstance(kind, str) and kind in PASSTHROUGH:
-            parts: dict[str, tuple[torch.dtype, ...]] = {name: FLOATS}
-        elif isinstance(kind, dict) and kind.keys() <= {"type", "clip_range"} and re.fullmatch("int[2-8]", str(kind.get("type"))):
-            parts = {f"{name}{CODES}": (torch.int8,), f"{name}{SCALES}": FLOATS}
-        else:
-            problems.append(f"{name}: expected one of {', '.join(PASSTHROUGH)} or a type int2 to int8, found {str(kind)[:80]!r}")
-            continue
-        used |= parts.keys()
-        found = [f"{part}: {problem}" for part, dtypes in parts.items() if (problem := _find_problem(tensors.get(part), dtypes))]
-        problems += found
-        if found:
-            continue
-        first, *scales = (tensors[part] for part in parts)
-        if not scales:
-            floats[name] = first
-        elif first.ndim != 2 or scales[0].shape not in (first.shape[:1], ()):
-            problems.append(f"{name}: expected a matrix of codes and one scale for each row or for all, found shapes "
-                            f"{tuple(first.shape)} and {tuple(scales[0].shape)}")
-        else:
-            scale = scales[0] if scales[0].dtype == torch.float16 else scales[0].float()
-            codes[name] = Codes(first, scale.expand(len(first)))
-    problems += [f"{name}: a tensor that belongs to no parameter" for name in tensors if name not in used]
-    if problems:
-        raise ValueError("\n".join(["not in the layout of #585 and #410:", *problems]))
-    return floats, codes
-
-
-def _check_names(names: Iterable[Any]) -> None:
-    """That all are text, which does not command the terminal that prints it."""
-    if others := [name for name in names if not isinstance(name, str) or not name.isprintable()]:
-        raise ValueError(f"expected names of parameters, found {str(others[0])[:80]!r}")
-
-
-def _find_problem(tensor: Any, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why a value is no ordinary tensor of one of these types; None if it is one."""
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return f"expected a tensor of {names}, found {'nothing' if tensor is None else type(tensor).__name__}"
-    if tensor.dtype not in dtypes:
-        return f"expected {names}, found {tensor.dtype}"
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.nbytes > tensor.untyped_storage().nbytes():
-        return "expected values for all elements, found a sparse, an empty or an expanded tensor"  # of any size, from a small file
-    return None if bool(tensor.isfinite().all()) else "expected finite values, found NaN or infinity"
+        if archive.startswith(ZIP) or is_whole_pickle(archive):
+            raise ValueError(f"expected {SUPPORTED}, found a sound pickle with more than tensors and plain values in it, or not saved by "
+                             "torch.save; have its owner save model.state_dict() alone with torch.save") from None
+        raise ValueError(f"expected {SUPPORTED}, found a damaged file ({type(error).__name__}); copy it anew") from None
 
 
 def _join_layer_scales(floats: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class TrainerByHand:
     def step(self, rows: Tensor, lr: float) -> None:
         gradients = torch.autograd.grad(self.model(rows[:, :-1], rows[:, 1:]).mean(), self.trained)
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
-        clip = min(1.0, self.settings.grad_clip / (norm + 1e-6))
+        clip = 1.0 if self.settings.grad_clip is None else min(1.0, self.settings.grad_clip / (norm + 1e-6))
         self.num_steps += 1
         with torch.no_grad():
             for parameter, gradient, first, second in zip(self.trained, gradients, self.first_moments, self.second_moments, strict=True):
@@ -71,7 +71,8 @@ def make_adapter(settings: dict[str, Any], model: GPT | None = None) -> tuple[Ad
 
 @pytest.mark.parametrize("settings", [
     {}, {"batch_sequences": 1, "grad_clip": 0.1, "momentum": 0.5}, {"batch_sequences": 3, "weight_decay": 1.0}, {"grad_clip": 1e6},
-    {"optimizer": "sgd"}, {"optimizer": "sgd", "batch_sequences": 3, "weight_decay": 1.0, "momentum": 0.5},
+    {"optimizer": "sgd"}, {"optimizer": "sgd", "grad_clip": None, "lr": 1e-3},
+    {"optimizer": "sgd", "batch_sequences": 3, "weight_decay": 1.0, "momentum": 0.5},
     {"optimizer": "sgd", "momentum": 0.0, "grad_clip": 1e6, "lr": 1e-3}])
 def test_weights_are_those_of_the_optimizer_written_out(settings: dict[str, Any]) -> None:
     adapter, job = make_adapter(settings)
@@ -83,6 +84,21 @@ def test_weights_are_those_of_the_optimizer_written_out(settings: dict[str, Any]
     for name, weight in job.forward.model.state_dict().items():
         assert weight.numpy() == pytest.approx(hand[name].numpy(), abs=1e-4), name
         assert torch.equal(weight, original[name]) != is_last_block_or_scale(name), name
+
+
+def test_a_step_of_more_rows_than_a_forward_pass_takes_is_still_one_step() -> None:
+    """Rows of 8 tokens; 3 in a step, 2 in a forward pass."""
+    weights, sizes = [], []
+    for batch_tokens in (16, 32):
+        params = make_params(batch_tokens=batch_tokens, score_first={"batch_sequences": 3})
+        job = make_job(make_model(), make_tokens(NUM_TARGETS), params)
+        job.forward.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        Adapter(job, params.score_first).train(STARTS, 0.01, 1)
+        assert job.sheet.ledger.events == [Event(0, "trained", -1, 8, 39, 2, 0.01)]
+        weights.append(job.forward.model.state_dict())
+    assert sizes == [2, 1, 1, 3, 1]
+    for name, weight in weights[0].items():
+        assert weight.numpy() == pytest.approx(weights[1][name].numpy(), abs=1e-5), name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

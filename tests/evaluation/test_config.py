@@ -58,6 +58,7 @@ def nested(section: str, changes: dict[str, Any]) -> dict[str, Any]:
     ({"score_first": {"windows": "plain"}}, r"evaluate.score_first.windows: .*found \"plain\""),
     ({"phased": {"documents": 0}}, r"evaluate.phased.documents: .*found 0"),
     ({"phased": {"chunk_tokens": 16}}, r"evaluate.phased.chunk_tokens: unknown key"),
+    ({"two_phase": {"selective": {"drop_last": 1}}}, r"evaluate.two_phase.selective.drop_last: .*found 1"),
     ({"lora": {"chunk_tokens": 9}}, r"evaluate.lora.chunk_tokens: expected at most window_tokens 8, found 9"),
     ({"lora": {"layers": ["query", "value", "query"]}}, r"evaluate.lora.layers: expected each name once, found query, value, query"),
     ({"lora": {"layers": []}}, r"evaluate.lora.layers: .*found \[\]"),

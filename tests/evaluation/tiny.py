@@ -38,8 +38,8 @@ EVALUATE: dict[str, Any] = {
     "lora": {"rank": 2, "layers": ["query", "value", "head"], "window_tokens": 8, "chunk_tokens": 4, "steps": 1, "lr": 0.01,
              "adam_betas": [0.9, 0.95], "batch_documents": 2},
     "phased": ADAPTATION | {"documents": 2},
-    "two_phase": {"recalibration": ADAPTATION | {"trainable": ["block_scales", "residual_mix"]},
-                  "selective": ADAPTATION | {"optimizer": "sgd"}},
+    "two_phase": {"recalibration": ADAPTATION | {"drop_last": False, "trainable": ["block_scales", "residual_mix"]},
+                  "selective": ADAPTATION | {"drop_last": False, "optimizer": "sgd"}},
 }
 BOS = 1
 

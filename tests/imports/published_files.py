@@ -12,6 +12,9 @@ from torch import Tensor
 from tests.evaluation.tiny import MODEL
 
 State = dict[str, Tensor]
+STARTING_SCRIPT: dict[str, Any] = {  # what the challenge's starting script has not; it rotates whole heads
+    "smear_gate": False, "bigram_rows": 0, "value_embedding_dim": 0, "value_embedding_layers": [], "num_xsa_layers": 0, "ln_scale": False,
+    "rope_dims": 8}
 
 
 def make_state(model: dict[str, Any] = MODEL, seed: int = 0) -> State:
@@ -61,6 +64,27 @@ def quantize_state(state: State, keep: int = 40) -> tuple[dict[str, Tensor], dic
             tensors[name + ".q"] = (value / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8)
             tensors[name + ".scale"], kinds[name] = scale, {"type": "int6" if limit == 15 else "int8"}
     return tensors, kinds
+
+
+def quantize_int8(state: State, keep: int = 40) -> dict[str, Any]:
+    """What the challenge's starting script saves: int8 codes, an fp16 scale for each row; controls in fp32, other small tensors in fp16."""
+    saved: dict[str, Any] = {"quantized": {}, "scales": {}, "dtypes": {}, "passthrough": {}, "qmeta": {}, "passthrough_orig_dtypes": {}}
+    for name, value in state.items():
+        if name.endswith(("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")):
+            saved["passthrough"][name] = value.float()
+        elif value.numel() <= keep:
+            saved["passthrough"][name], saved["passthrough_orig_dtypes"][name] = value.half(), "float32"
+        else:
+            scale = (value.float().abs().amax(1) / 127).clamp(min=1 / 127)
+            saved["quantized"][name] = (value / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+            saved["scales"][name], saved["dtypes"][name], saved["qmeta"][name] = scale.half(), "float32", {"scheme": "per_row", "axis": 0}
+    return {"__quant_format__": "int8_clean_per_row_v1"} | saved
+
+
+def dequantize_int8(saved: dict[str, Any]) -> State:
+    """The weights that the starting script evaluates, before it rounds them to their type, fp32."""
+    return {name: tensor.float() for name, tensor in saved["passthrough"].items()} | {
+        name: codes.float() * saved["scales"][name].float()[:, None] for name, codes in saved["quantized"].items()}
 
 
 def dequantize(tensors: dict[str, Tensor], kinds: dict[str, Any]) -> State:

@@ -1,6 +1,7 @@
 """An imported model computes what the published one does: parameters by a mapping written out by hand, losses by a plain forward pass."""
 
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from lib.params import ParamsError, parse_params
 from tests.artifacts.quantized_models import assert_same
 from tests.evaluation.tiny import MODEL
 from tests.imports.published_files import (
+    STARTING_SCRIPT,
     State,
     dequantize,
+    dequantize_int8,
     make_state,
+    quantize_int8,
     quantize_state,
     rename,
     to_artifact,
@@ -149,6 +153,36 @@ def test_an_imported_artifact_computes_the_published_losses(tmp_path: Path, monk
     quantized = convert_artifact(read(tmp_path, to_artifact(tensors, kinds)), params_of(), 8)
     expected = published_loss(dequantize(tensors, kinds), TOKENS, MODEL, monkeypatch)
     assert loss_of(quantized.weights(), TOKENS, MODEL) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "name", "own"), [
+    ({"value_embedding_dim": 8}, "ve_shared.proj.weight", "value_embedding.projection.weight"),
+    ({"bigram_dim": 16}, "bigram.proj.weight", "bigram.projection.weight")])
+def test_a_projection_that_is_left_out_between_equal_widths_is_the_identity(tmp_path: Path, changes: dict[str, Any], name: str,
+                                                                            own: str) -> None:
+    whole = make_state(MODEL | changes)
+    state = {key: tensor for key, tensor in whole.items() if key != name}
+    checkpoint = convert_checkpoint(read(tmp_path, to_bytes(state)), params_of(**changes), 8)
+    assert checkpoint.weights.keys() == rename(whole).keys() and torch.equal(checkpoint.weights[own], torch.eye(len(whole[name])))
+    tensors, kinds = quantize_state(state)
+    quantized = convert_artifact(read(tmp_path, to_artifact(tensors, kinds)), params_of(**changes), 8)
+    expected = to_project(dequantize(tensors, kinds), MODEL | changes) | {own: torch.eye(len(whole[name]))}
+    for codec in CODECS:
+        assert_has_the_weights(unpack(pack(quantized, codec, 22).blob), expected)
+
+
+def test_the_starting_script_s_artifact_computes_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODEL | STARTING_SCRIPT
+    saved = quantize_int8(make_state(model))
+    published = read(tmp_path, zlib.compress(to_bytes(saved), 9))
+    quantized = convert_artifact(published, params_of(**STARTING_SCRIPT), 8)
+    expected = dequantize_int8(saved)
+    assert_has_the_weights(unpack(pack(quantized, "range", 22).blob), to_project(expected, model))
+    assert quantized.matrices["token_embedding.weight"].bits == 8
+    neutral = {"bigram.embed.weight": torch.zeros(2, 4), "bigram.proj.weight": torch.zeros(16, 4), "bigram.scale": torch.zeros(()),
+               "smear.gate": torch.full((16,), -torch.inf)}  # the plain forward pass always has them
+    loss = published_loss(expected | neutral, TOKENS, model | {"bigram_rows": 2}, monkeypatch)
+    assert loss_of(quantized.weights(), TOKENS, model) == pytest.approx(loss, rel=1e-5)
 
 
 def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:

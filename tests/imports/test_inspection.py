@@ -41,7 +41,9 @@ def test_an_artifact_with_the_range_of_its_codes(tmp_path: Path) -> None:
 def test_other_models_are_shown_with_why_they_are_none(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     text = describe_published(write(tmp_path / "x.pt", to_bytes(state)))
     assert ("layers.0.weight  2 x 3  float32" in text) == bool(state)
-    assert text.endswith("not a model of the layout of #585 and #410: tok_emb.weight: expected 2 dimensions, none empty, found nothing")
+    there = "layers.0.weight (2, 3)" if state else "no other tensors"
+    assert text.endswith("a checkpoint of another model than #585, #410 and the starting script: tok_emb.weight: expected 2 dimensions, "
+                         f"none empty, found nothing; there are {there}")
 
 
 def test_what_came_of_an_import(tmp_path: Path) -> None:

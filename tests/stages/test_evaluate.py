@@ -125,7 +125,8 @@ def test_too_little_time_fails_the_stage_and_leaves_the_curves_but_no_score_unti
 
 @pytest.mark.usefixtures("_inputs")
 def test_two_processes_write_one_result() -> None:
-    write_params({"two_phase": {settings: ADAPTATION | {"epochs": 1, "lr": 0.001} for settings in ("recalibration", "selective")}})
+    settings = ADAPTATION | {"epochs": 1, "lr": 0.001, "drop_last": True}
+    write_params({"two_phase": {"recalibration": settings, "selective": settings}})
     evaluate.main(3)
     metrics, ledger = load_metrics(RESULT), {name: read_results()[f"ledger/{name}.csv"] for name in ("sliding", "score_first", "two_phase")}
     shutil.rmtree(RESULT)
