@@ -56,7 +56,7 @@ $(INSTALLED): requirements.txt
 
 $(LOWEST)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lowest Python is 3.11; pass PYTHON=python3.11 to make, found " + sys.version.split()[0])'
-	@echo "installing the lowest versions into $(LOWEST), this once: 4 GB on Linux; some minutes"
+	@echo "installing the lowest versions into $(LOWEST), this once: 5 GB on Linux; some minutes"
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -r pyproject.toml --extra dev --extra hub
