@@ -4,21 +4,30 @@ PYTHON ?= python3
 VENV := .venv
 BENCH ?= baselines evaluate fuzz quantize tokenize train
 INSTALLED := $(VENV)/installed
+LOWEST := .venv-lowest
+PYTEST := -m pytest -n 2 --dist loadgroup
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+# Tools are run as modules: their scripts in the environment have its path inside, which is another one after the folder was moved.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint audit bench compare preset sweep clean
+.PHONY: repro test lint lowest audit bench compare preset sweep clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
 	@python -m lib.schema
-	@dvc repro $(ARGS)
+	@python -m dvc repro $(ARGS)
 	@python -m lib.reporting.summary
+	@$(if $(ARGS),,echo && echo "report: artifacts/report/report.html")
 
 test: lint  ## lint, types and tests
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(THREADS) python $(PYTEST) $(ARGS)
 
 lint: $(INSTALLED)
-	@ruff check .
-	@mypy
+	@python -m ruff check .
+	@python -m mypy
+
+lowest: $(LOWEST)/installed  ## the tests that depend on versions, with the lowest ones that pyproject.toml claims; ARGS as for test
+	@$(THREADS) $(LOWEST)/bin/python $(PYTEST) \
+		$(addprefix tests/,artifacts audit compression data evaluation imports model quantization training) $(ARGS)
 
 bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; see bench/RESULTS.md
 	@for script in $(BENCH); do echo "bench.$$script" && python -m bench.$$script || exit 1; done
@@ -36,10 +45,19 @@ sweep: $(INSTALLED)  ## rate-distortion curve: make sweep TARGETS="400000 600000
 	@python -m lib.reporting.sweep $(TARGETS)
 
 clean:  ## remove the environment and what the tools left; artifacts and the DVC cache stay
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=python3.11 to make, found " + sys.version.split()[0])'
+	@echo "installing packages into $(VENV), this once: 5 GB on Linux, where torch comes with CUDA, else 1.5 GB; some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(LOWEST)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lowest Python is 3.11; pass PYTHON=python3.11 to make, found " + sys.version.split()[0])'
+	@echo "installing the lowest versions into $(LOWEST), this once: 5 GB on Linux; some minutes"
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -r pyproject.toml --extra dev --extra hub
 	@touch $@

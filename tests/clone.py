@@ -78,7 +78,7 @@ class Clone:
 
     def repro(self, *arguments: str) -> set[str]:
         """Run `dvc repro` and return the stages that really ran (not those restored from the cache)."""
-        return {name.split("@")[0] for name in stages_run(self.run("dvc", "repro", *arguments))}
+        return {name.split("@")[0] for name in stages_run(self.run("python", "-m", "dvc", "repro", *arguments))}
 
     def lock(self) -> Any:
         """What dvc.lock says."""

@@ -119,4 +119,5 @@ def test_git_ignores_what_dvc_keeps_and_nothing_else() -> None:
 def test_process_count_invalidates_nothing() -> None:
     for name in ("train", "calibrate", "quantize", "evaluate"):
         nodes = "\\${RENDEZVOUS:---standalone}" if name == "train" else "--standalone"
-        assert STAGES[name]["cmd"].startswith(f"torchrun {nodes} --nproc_per_node=\\${{NPROC:-1}} -m stages.{name} ")
+        assert STAGES[name]["cmd"].startswith(
+            f"python -m torch.distributed.run {nodes} --nproc_per_node=\\${{NPROC:-1}} -m stages.{name} ")

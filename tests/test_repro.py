@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lib.artifacts.files import read_csv
-from tests.clone import SEED, Clone
+from tests.clone import SEED, TINY, Clone
 
 pytestmark = pytest.mark.xdist_group("repro")  # one clone for all tests of this file
 
@@ -34,7 +34,15 @@ def metrics_of(clone: Clone) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A clone whose environment was moved: console scripts name a Python that is gone."""
     made = Clone(tmp_path_factory.mktemp("clone"))
+    scripts = made.folder / ".venv/bin"
+    scripts.mkdir(parents=True)
+    for name in ("dvc", "torchrun", "ruff", "mypy", "pytest"):
+        (scripts / name).write_text("#!/gone/python\n")
+        (scripts / name).chmod(0o755)
+    (scripts.parent / "installed").touch()  # so that make uses this environment, and python from where it is
+    made.environment["PATH"] = f"{scripts}:{made.environment['PATH']}"
     assert made.repro() == {"tokenize", "train", "calibrate", "quantize", "compress", "evaluate", "report"}
     return made
 
@@ -49,7 +57,7 @@ def test_every_stage_writes_its_figures(clone: Clone) -> None:
     assert 0.99 * target <= metrics["compress"]["artifact_bytes"] <= target
     assert metrics["compress"]["blob_bytes"] == (clone.folder / f"artifacts/compress/seed{SEED}/model.ptz").stat().st_size
     assert (clone.folder / "artifacts/report/report.html").stat().st_size > 1000
-    shown = clone.run("dvc", "metrics", "show", "--md")
+    shown = clone.run("python", "-m", "dvc", "metrics", "show", "--md")
     assert "tokens_per_second" in shown
     assert "environment" not in shown  # a list, which DVC passes over
 
@@ -63,6 +71,21 @@ def test_the_submission_repeats_the_score_in_another_place(clone: Clone, tmp_pat
     output = subprocess.run(command, cwd=submission, env=clone.environment, capture_output=True, text=True, check=True).stdout
     assert output.endswith(f"\nval_bpb: {metrics['evaluate']['val_bpb']:.8f}\n")
     assert output.splitlines()[-1] in (submission / "README.md").read_text().splitlines()
+
+
+def test_make_repro_ends_with_the_results_and_where_the_report_is_or_with_the_error(clone: Clone) -> None:
+    printed = clone.run("make", "repro")
+    assert printed.splitlines()[-1] == "report: artifacts/report/report.html"
+    assert f"{metrics_of(clone)['evaluate']['val_bpb']:.4f}" in printed
+    assert (clone.folder / printed.split()[-1]).is_file()
+    assert "report:" not in clone.run("make", "repro", "ARGS=tokenize")  # the report may be older
+    clone.change({"quantize": {"target_bytes": 1000}})
+    result = subprocess.run(["make", "repro"], cwd=clone.folder, env=clone.environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "report:" not in result.stdout
+    assert "quantize.target_bytes" in result.stderr
+    clone.change({"quantize": {"target_bytes": TINY["quantize"]["target_bytes"]}})
+    assert clone.repro() == set()
 
 
 def test_outputs_are_stored_once(clone: Clone) -> None:
@@ -87,7 +110,7 @@ def test_only_what_depends_on_a_change_runs_again_and_going_back_restores(clone:
 
 def test_a_report_alone_refuses_results_of_other_settings(clone: Clone) -> None:
     clone.change({"evaluate": {"stride_tokens": 8}})
-    command = ("dvc", "repro", "--single-item", "report")
+    command = ("python", "-m", "dvc", "repro", "--single-item", "report")
     result = subprocess.run(command, cwd=clone.folder, env=clone.environment, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert f"evaluate@{SEED}: evaluate.stride_tokens: expected 8 as in params.yaml, found 16 in dvc.lock" in result.stderr
@@ -105,13 +128,13 @@ def test_a_sweep_is_one_experiment_per_size_and_leaves_the_workspace_alone(clone
         assert 0.99 * target <= float(row["artifact_bytes"]) <= target
     assert float(rows[0]["heldout_kl"]) > before["quantize"]["heldout_kl"] > float(rows[1]["heldout_kl"])
     assert (metrics_of(clone), (clone.folder / "params.yaml").read_text()) == (before, params)
-    assert set(clone.run("dvc", "exp", "list", "--name-only").split()) >= {f"target-{target}" for target in targets}
+    assert set(clone.run("python", "-m", "dvc", "exp", "list", "--name-only").split()) >= {f"target-{target}" for target in targets}
 
 
 def test_a_killed_training_continues_and_a_forced_run_gives_the_same_lock(clone: Clone) -> None:
     clone.change({"train": {"budget_steps": 400}})
     folder = clone.folder / f"artifacts/train/seed{SEED}"
-    run = subprocess.Popen(["dvc", "repro", "train"], cwd=clone.folder, env=clone.environment, stdout=subprocess.DEVNULL,
+    run = subprocess.Popen(["python", "-m", "dvc", "repro", "train"], cwd=clone.folder, env=clone.environment, stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (states := list(folder.glob("resume-*.pt"))) and time.monotonic() < deadline:

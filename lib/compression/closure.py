@@ -5,7 +5,7 @@ The closure follows every import statement, also those inside functions, without
 
 import ast
 from collections.abc import Iterable
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import files, packages_distributions, version
 from pathlib import Path
 
 
@@ -39,16 +39,26 @@ def imported_packages(paths: Iterable[Path], root: Path) -> dict[str, str]:
     Versions are without the suffix of a build for one kind of device (``+cpu``), which no package index but torch's own has.
     """
     distributions = packages_distributions()
-    modules = {name.split(".")[0] for path in paths for name in _imported_names(path, root)}
-    names = {name for module in modules if not _files_of(module, root) for name in distributions.get(module, ())}
-    return {name: version(name).partition("+")[0] for name in sorted(names, key=str.lower)}
+    found = set()
+    for name in {name for path in paths for name in _imported_names(path, root)}:
+        module = name.split(".")[0]
+        claiming = set() if _files_of(module, root) else set(distributions.get(module, ()))
+        if len(claiming) > 1:  # a namespace, such as ruamel
+            claiming = {each for each in claiming if {Path(path) for path in files(each) or ()}.intersection(_candidates(name))}
+        found |= claiming
+    return {name: version(name).partition("+")[0] for name in sorted(found, key=str.lower)}
 
 
 def _files_of(name: str, root: Path) -> list[Path]:
-    """Files that run when the dotted `name` is imported: packages and a module, as far as `name` goes through them."""
+    """Files below `root` that run when the dotted `name` is imported: packages and a module, as far as `name` goes through them."""
+    return [path for path in _candidates(name) if (root / path).is_file()]
+
+
+def _candidates(name: str) -> list[Path]:
+    """Where these files would be."""
     parts = name.split(".")
     modules = [Path(*parts[:n]) for n in range(1, len(parts) + 1)]
-    return [path for module in modules for path in (module / "__init__.py", module.with_suffix(".py")) if (root / path).is_file()]
+    return [path for module in modules for path in (module / "__init__.py", module.with_suffix(".py"))]
 
 
 def _imported_names(path: Path, root: Path) -> list[str]:

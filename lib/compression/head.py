@@ -22,6 +22,7 @@ from typing import Any
 
 import brotli
 
+FILE = __file__  # which is gone when functions of atexit import
 SETTINGS = "{}"
 
 
@@ -29,7 +30,7 @@ class Archive(MetaPathFinder, SourceLoader):  # type: ignore[misc]  # which the 
     """Imports modules from memory; tracebacks and `inspect` find their lines here."""
 
     def __init__(self, sources: dict[str, str]) -> None:
-        self.sources = {f"{__file__}/{path}": source for path, source in sources.items()}
+        self.sources = {f"{FILE}/{path}": source for path, source in sources.items()}
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """The module of a dotted name, if it is in the archive."""
@@ -44,7 +45,7 @@ class Archive(MetaPathFinder, SourceLoader):  # type: ignore[misc]  # which the 
         return self.sources[path].encode()
 
     def _paths(self, name: str) -> list[str]:
-        path = f"{__file__}/{name.replace('.', '/')}"
+        path = f"{FILE}/{name.replace('.', '/')}"
         return [found for found in (f"{path}.py", f"{path}/__init__.py") if found in self.sources]
 
 
@@ -61,7 +62,7 @@ def main() -> None:
         return
     sys.meta_path.insert(0, Archive(sources))
     sys.excepthook = traceback.print_exception  # unlike the built-in one, it shows lines that are in no file
-    importlib.import_module("stages.score").main(json.loads(SETTINGS), Path(__file__).parent, __doc__)
+    importlib.import_module("stages.score").main(json.loads(SETTINGS), Path(FILE).parent, __doc__)
 
 
 ARCHIVE = ""

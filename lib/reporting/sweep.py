@@ -31,6 +31,7 @@ COLUMNS = {  # column of the table -> stage and figure
     "sliding_bpb": ("evaluate", "sliding_bpb"),
     "val_bpb": ("evaluate", "val_bpb"),
 }
+DVC = (sys.executable, "-m", "dvc")
 COMPARED = ("plain", "sliding")  # what is scored beside evaluate.strategy
 LOSSES, SCORES = ("predicted_loss", "heldout_kl"), ("heldout_bpb", "plain_bpb", "sliding_bpb", "val_bpb")
 
@@ -50,13 +51,13 @@ def run_experiment(target_bytes: int, params: dict[str, Any]) -> None:
         params: all of params.yaml.
     """
     name = experiment_name(target_bytes)
-    subprocess.run(["dvc", "exp", "remove", "--quiet", name], stderr=subprocess.DEVNULL, check=False)  # of an earlier sweep
+    subprocess.run([*DVC, "exp", "remove", "--quiet", name], stderr=subprocess.DEVNULL, check=False)  # of an earlier sweep
     evaluate = params["evaluate"]
     strategies = [strategy for strategy in evaluate["strategies"] if strategy in (*COMPARED, evaluate["strategy"])]
     settings = {"quantize.target_bytes": target_bytes, "compress.limit_bytes": max(target_bytes, params["compress"]["limit_bytes"]),
                 "evaluate.strategies": f"[{','.join(strategies)}]"}
     changes = [argument for key, value in settings.items() for argument in ("--set-param", f"{key}={value}")]
-    subprocess.run(["dvc", "exp", "run", "--temp", "--name", name, *changes], check=True)
+    subprocess.run([*DVC, "exp", "run", "--temp", "--name", name, *changes], check=True)
 
 
 def read_figures(revision: str, seeds: Sequence[int]) -> Figures:
@@ -80,9 +81,11 @@ def save_sweep(folder: Path, points: dict[int, Figures]) -> None:
 
 def main() -> None:
     """Run the experiments and write table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("targets", type=int, nargs="+", metavar="BYTES", help="sizes of code and artifact together")
+    parser = argparse.ArgumentParser(usage='make sweep TARGETS="400000 600000"', description=__doc__.splitlines()[0])
+    parser.add_argument("targets", type=int, nargs="+", metavar="TARGETS", help="sizes of code and artifact together, in bytes")
     targets = sorted(set(parser.parse_args().targets))
+    if targets[0] < 1:
+        parser.error(f"TARGETS: expected numbers of bytes above 0, found {targets[0]}")
     try:
         params = read_params()
         if params["quantize"]["target_bytes"] is None:

@@ -59,7 +59,7 @@ class Budget:
         self._seconds = None if params.budget_seconds is None else params.budget_seconds - (params.reserve_seconds or 0.0)
         steps = params.budget_steps
         self.plan = Plan([] if steps is None else [(0, steps)] if isinstance(steps, int) else steps)
-        self._revised = 0, 0.0  # steps and seconds at the last of `REVISIONS`, from which steps are timed
+        self._timed_from, self._revised = (0, 0.0), (0, 0.0)  # steps and seconds: where timing begins, at the last of `REVISIONS`
 
     @property
     def has_plan(self) -> bool:
@@ -83,18 +83,19 @@ class Budget:
         """Take in the clock after `num_steps` steps, which took `seconds`."""
         if self._seconds is None:
             return
-        last_steps, last_seconds = self._revised
-        is_due = any(last_seconds < part * self._seconds <= seconds for part in REVISIONS)
+        is_due = any(self._revised[1] < part * self._seconds <= seconds for part in REVISIONS)
         if is_due or self.is_near_the_end(num_steps):
-            per_step = (seconds - last_seconds) / (num_steps - last_steps)
+            if num_steps - self._revised[0] >= CAREFUL_STEPS:  # fewer would not tell how long steps take
+                self._timed_from = self._revised
+            per_step = (seconds - self._timed_from[1]) / (num_steps - self._timed_from[0])
             self.plan.revise(num_steps, num_steps + max(0, int((self._seconds - seconds) / per_step)))
         if is_due:
             self._revised = num_steps, seconds
 
     def state_dict(self) -> dict[str, Any]:
         """State for exact resume."""
-        return {"plan": self.plan.revisions, "revised": self._revised}
+        return {"plan": self.plan.revisions, "timed_from": self._timed_from, "revised": self._revised}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of `state_dict`."""
-        self.plan, self._revised = Plan(state["plan"]), state["revised"]
+        self.plan, self._timed_from, self._revised = Plan(state["plan"]), state["timed_from"], state["revised"]

@@ -77,6 +77,16 @@ def test_tracebacks_show_the_line_and_its_number_in_the_project(project: Path) -
     assert f'train_gpt.py/lib/deep/module.py", line {line}, in fail\n    raise ValueError("é") from None\nValueError: é\n' in result.stderr
 
 
+def test_what_is_called_when_the_program_ends_can_import(project: Path) -> None:
+    """As torch does, whose functions of atexit import optional packages."""
+    (project / "lib/late.py").write_text("print('late')\n")
+    (project / "stages/score.py").write_text(
+        "import atexit\n\n\ndef late():\n    import lib.late\n    import wave\n\n\ndef main(*_):\n    atexit.register(late)\n")
+    (project.parent / "empty/train_gpt.py").write_bytes(make_bundle(SETTINGS, project))
+    result = run(project.parent / "empty")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "late\n", "")
+
+
 def test_extract_writes_the_sources(project: Path) -> None:
     assert not run(project.parent / "empty", "--extract", "out/put").stderr
     folder = project.parent / "empty/out/put"

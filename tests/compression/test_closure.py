@@ -41,7 +41,8 @@ def test_imports_of_packages_count(tmp_path: Path) -> None:
 
 def test_packages_are_those_that_are_imported_and_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_project(tmp_path)
-    distributions = {**packages_distributions(), "lib": ["pytest"]}  # as where this project itself is installed
+    distributions = {**packages_distributions(), "lib": ["pytest"],  # as where this project itself is installed
+                     "ruamel": ["ruamel.yaml", "pytest"]}  # two parts of a namespace, of which one is imported
     monkeypatch.setattr(closure, "packages_distributions", lambda: distributions)
     write(tmp_path, lib__a="import json, ruamel.yaml\nimport lib.d\n", lib__d="def f():\n    from tqdm import tqdm\n    import absent\n")
     paths = import_closure(Path("stages/run.py"), tmp_path)

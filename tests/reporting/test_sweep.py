@@ -41,7 +41,7 @@ def test_each_target_is_one_experiment_and_one_row(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
     monkeypatch.setattr(dvc.api, "metrics_show", metrics_of)
     sweep.main()
-    runs = [command[5:] for command in commands if command[:5] == ["dvc", "exp", "run", "--temp", "--name"]]
+    runs = [command[7:] for command in commands if command[:7] == [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name"]]
     assert runs == [[f"target-{target}", "--set-param", f"quantize.target_bytes={target}", "--set-param", f"compress.limit_bytes={limit}",
                      "--set-param", "evaluate.strategies=[plain,lora]"]
                     for target, limit in ((700000, 800000), (900000, 900000))]

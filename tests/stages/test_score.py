@@ -1,6 +1,7 @@
 """The submitted program, as others run it: an empty folder, no repository, the scores that evaluate found."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,11 +50,16 @@ def folder(tmp_path: Path, project: tuple[Path, dict[str, Any]]) -> Path:
 
 
 def run(folder: Path, *command: str, status: int = 0) -> str:
-    """What a command prints; nothing of the environment leads to the repository."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {"CUDA_VISIBLE_DEVICES": ""}
+    """What a command prints, of a successful one stdout, and nothing but notes and progress on stderr; nothing of the environment leads
+    to the repository."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-I", *command], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == status, result.stderr
-    return result.stdout if status == 0 else result.stderr
+    if status:
+        return result.stderr
+    assert [line for line in result.stderr.splitlines() if not re.match(r"(score_first|lora) trains |evaluate: |$", line)] == []
+    return result.stdout
 
 
 def figures(output: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lib.params import ParamsError
@@ -49,6 +49,7 @@ def run_with_clock(budget: Budget, seconds_of: list[float], seconds_per_step: fl
 
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=200), st.floats(0.05, 20.0))
+@example(seconds_of=[0.5, 0.9375, 1.90625, 0.5, 2.0, 1.90625], guess=1.0)  # a fast step just after a revision
 def test_a_budget_in_seconds_is_kept_to_a_step_whatever_the_first_guess(seconds_of: list[float], guess: float) -> None:
     budget = Budget(make_params(budget_steps=None, budget_seconds=520.0, reserve_seconds=20.0))
     seconds = run_with_clock(budget, seconds_of, guess)
