@@ -123,7 +123,7 @@ class EvaluateParams(Params):
     precision: Precision
     """bf16: matrix products in bfloat16 (torch.autocast), weights and losses in fp32."""
     compile: bool
-    """torch.compile the forward pass; needs a C++ compiler on CPUs, and takes up to a minute."""
+    """Compile the model's parts (needs a C++ compiler on CPUs, Triton on GPUs); the time that it takes counts in limit_seconds."""
     limit_seconds: PositiveFloat
     """Wall time from opening the artifact to the last score; when it is passed the stage fails. The challenge allows 600."""
     when_late: Literal["fail", "fewer_epochs"]

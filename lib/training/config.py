@@ -76,7 +76,7 @@ class TrainParams(Params):
     precision: Precision
     """Of matrix products; weights, optimizer state and averages are fp32."""
     compile: bool
-    """Compile the model (needs a C++ compiler on CPUs, Triton on GPUs)."""
+    """Compile the model's parts (needs a C++ compiler on CPUs, Triton on GPUs)."""
     optimizer: OptimizerParams
     averaging: AveragingParams
     qat: QatParams
