@@ -32,5 +32,5 @@ def test_the_worked_examples_work(tmp_path: Path) -> None:
             run(tmp_path, "sh", "-c", command)
         tests |= set(re.findall(r"^\+\+\+ b/(tests/\S*test_\S+)", patch, re.MULTILINE))
     assert {test.split("::")[0] for test in CHANGED_TESTS} >= tests
-    run(tmp_path, "ruff", "check", "--no-cache", ".")
+    run(tmp_path, sys.executable, "-m", "ruff", "check", "--no-cache", ".")
     run(tmp_path, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", *CHANGED_TESTS)
