@@ -6,7 +6,7 @@ BENCH ?= baselines evaluate fuzz quantize tokenize train
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint audit bench compare preset sweep clean
+.PHONY: repro test lint audit bench compare preset sweep gpu-bundle clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
 	@python -m lib.schema
@@ -35,8 +35,12 @@ compare: $(INSTALLED)  ## parameters that differ, and figures: make compare REVS
 sweep: $(INSTALLED)  ## rate-distortion curve: make sweep TARGETS="400000 600000"
 	@python -m lib.reporting.sweep $(TARGETS)
 
+gpu-bundle: $(INSTALLED)  ## pack .gpu for a GPU machine without a network: PYTHON_VERSION=3.12 TEXT=mine.jsonl.zst TOKENIZER=mine.model
+	@python -m bench.gpu_bundle $(if $(PYTHON_VERSION),--python-version $(PYTHON_VERSION)) $(if $(TEXT),--text $(TEXT)) \
+		$(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(GIVEN),--given $(GIVEN))
+
 clean:  ## remove the environment and what the tools left; artifacts and the DVC cache stay
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=python3.11 to make, found " + sys.version.split()[0])'

@@ -97,7 +97,8 @@ def format_summary(params: Mapping[str, Any], record: RecordParams, *, recorded:
     headline, times = headline_rows(metrics), timing_rows(params)
     by_seed = seed_lines([*headline, *times], seeds)[:1 + len(seeds)] if len(seeds) > 1 else []
     return "\n\n".join([
-        *([] if recorded else [UNRECORDED]), format_table(headline, seeds), *([align(by_seed, "l" + "r" * len(SEED_COLUMNS))] if by_seed else []),
+        *([] if recorded else [UNRECORDED]), format_table(headline, seeds),
+        *([align(by_seed, "l" + "r" * len(SEED_COLUMNS))] if by_seed else []),
         *([f"{test.headline}\n{test.evidence}".strip()] if record.loss else []), f"{strategies}\n{audit}", format_table(times, seeds)])
 
 
