@@ -40,7 +40,7 @@ gpu-bundle: $(INSTALLED)  ## pack .gpu for a GPU machine without a network: PYTH
 		$(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(GIVEN),--given $(GIVEN))
 
 clean:  ## remove the environment and what the tools left; artifacts and the DVC cache stay
-	rm -rf $(VENV) .gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=python3.11 to make, found " + sys.version.split()[0])'

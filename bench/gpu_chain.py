@@ -22,7 +22,7 @@ SEED = 1337
 WORK = "work"
 STAGES = ("tokenize", "train", "calibrate", "quantize", "compress", "evaluate", "report")
 SEQUENCES = 48  # one of eight GPUs' share of #585
-MAX_RESERVE_SECONDS = 60.0  # for calibrate, on one GPU
+RESERVE_SECONDS = 60.0  # for calibrate, on one GPU
 LIMIT_BYTES = 24_000_000  # what training for minutes leaves compresses less than what training to the end does
 SMOKE: dict[str, Any] = {
     "model": {"num_layers": 2, "model_dim": 64, "num_heads": 2, "num_kv_heads": 1, "mlp_hidden_dim": 64, "num_xsa_layers": 1,
@@ -34,9 +34,9 @@ SMOKE: dict[str, Any] = {
     "quantize": {"heldout_tokens": 2000},
     "evaluate": {"strategies": ["plain", "sliding", "one_pass", "score_first", "lora", "phased"], "window_tokens": 64, "stride_tokens": 32,
                  "segment_tokens": 128, "batch_tokens": 4096, "precision": "fp32", "compile": False,
-                 "score_first": {"chunk_tokens": 4096, "epochs": 1, "batch_sequences": 8},
+                 "score_first": {"chunk_tokens": 256, "epochs": 1, "batch_sequences": 8},
                  "lora": {"window_tokens": 64, "chunk_tokens": 32},
-                 "phased": {"documents": 4, "batch_sequences": 8}},
+                 "phased": {"documents": 1, "batch_sequences": 8}},
 }
 
 
@@ -60,7 +60,7 @@ def make_params(bundle: Path, seconds: float, smoke: bool) -> dict[str, Any]:
         "model": {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id},
         "tokenize": default | {"source": "jsonl", "path": str(find_text(bundle)), "tokenizer": str(bundle / TOKENIZER),
                                "vocab_size": tokenizer.vocab_size, "case_transform": tokenizer.case_transform},
-        "train": {"budget_seconds": seconds, "reserve_seconds": min(MAX_RESERVE_SECONDS, seconds / 2), "batch_sequences": SEQUENCES,
+        "train": {"budget_seconds": seconds + RESERVE_SECONDS, "reserve_seconds": RESERVE_SECONDS, "batch_sequences": SEQUENCES,
                   "micro_batch_sequences": SEQUENCES},
         "compress": {"limit_bytes": LIMIT_BYTES},
         "evaluate": {"strategies": ["plain", "sliding", "one_pass", "score_first", "lora"]},

@@ -166,7 +166,7 @@ def test_parameters_of_the_chain_are_a_whole_file_of_the_preset(bundle: Path, sm
     params = parse_params(values, PipelineParams, "")
     tokenizer = load_tokenizer(bundle / TOKENIZER)
     assert params.model.vocab_size == params.tokenize.vocab_size == tokenizer.vocab_size == 300
-    assert (params.model.num_layers, params.train.budget_seconds) == ((2, None) if smoke else (11, 150.0))
+    assert (params.model.num_layers, params.train.budget_seconds) == ((2, None) if smoke else (11, 210.0))
     preset = YAML(typ="safe", pure=True).load(ROOT / "presets/pr585.yaml")
     assert values["quantize"]["bits"] == preset["quantize"]["bits"]
 
@@ -194,9 +194,26 @@ def test_all_pieces_at_the_smoke_size_without_dvc(bundle: Path, monkeypatch: pyt
     assert re.search(r"[\d.]+ x as fast as the plain loop.*aten::mm$", blocks["bench.train"], re.DOTALL | re.MULTILINE)
     chain = blocks["bench.gpu_chain"]
     assert UNRECORDED in chain
+    for name in ("score_first", "lora", "phased"):
+        assert re.search(rf"^strategies\.{name}\.score_before_update: passed: targets trained [1-9]", chain, re.MULTILINE)
     assert re.search(r"^audit: legal \(\d+ passed", chain, re.MULTILINE)
     assert UNRECORDED in (bundle / "work/artifacts/report/report.html").read_text()
     assert (bundle / "work/artifacts/report/submission/train_gpt.py").exists()
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("piece", PIECES)
+def test_every_command_of_a_piece_is_one_that_its_module_takes(piece: str, smoke: bool) -> None:
+    for command in PIECES[piece](Path(".gpu"), smoke):
+        module = re.match(r"-m ([\w.]+)", command.arguments)
+        assert module is not None
+        if module[1] != "pytest":
+            source = (ROOT / module[1].replace(".", "/")).with_suffix(".py").read_text()
+            options = re.findall(r"--[\w-]+", command.arguments)
+            assert options
+            assert all(f'add_argument("{option}"' in source for option in options)
+        paths = re.findall(r"(?:presets|tests)/\S+", command.arguments)
+        assert all((ROOT / path).exists() for path in paths)
 
 
 def test_a_command_that_fails_stops_no_other(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
