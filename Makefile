@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-BENCH ?= baselines evaluate fuzz quantize tokenize train
+BENCH ?= baselines compile evaluate fuzz quantize tokenize train
 INSTALLED := $(VENV)/installed
 LOWEST := .venv-lowest
 PYTEST := -m pytest -n 2 --dist loadgroup
@@ -10,7 +10,7 @@ THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # Tools are run as modules: their scripts in the environment have its path inside, which is another one after the folder was moved.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint lowest audit bench compare preset sweep clean
+.PHONY: repro test lint lowest audit bench compare preset sweep gpu-bundle clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
 	@python -m lib.schema
@@ -43,6 +43,10 @@ compare: $(INSTALLED)  ## parameters that differ, and figures: make compare REVS
 
 sweep: $(INSTALLED)  ## rate-distortion curve: make sweep TARGETS="400000 600000"
 	@python -m lib.reporting.sweep $(TARGETS)
+
+gpu-bundle: $(INSTALLED)  ## pack .gpu for a GPU machine without a network: PYTHON_VERSION=3.12 TEXT=mine.jsonl.zst TOKENIZER=mine.model
+	@python -m bench.gpu_bundle $(if $(PYTHON_VERSION),--python-version $(PYTHON_VERSION)) $(if $(TEXT),--text $(TEXT)) \
+		$(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(GIVEN),--given $(GIVEN))
 
 clean:  ## remove the environment and what the tools left; artifacts and the DVC cache stay
 	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -35,7 +35,7 @@ from lib.evaluation.sheet import Losses, ScoreSheet
 from lib.evaluation.strategies import STRATEGIES
 from lib.evaluation.trainable import match_groups
 from lib.evaluation.windows import Documents, Windows, batch_size, one_pass_windows, sliding_windows, split_batches
-from lib.model.config import ModelParams
+from lib.model.config import ModelParams, ModelSection
 from lib.model.gpt import GPT
 from lib.params import PARAMS_FILE, load_params
 
@@ -308,7 +308,8 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=3, help="chunks of the protocol's slice")
     parser.add_argument("--chunk-tokens", type=int, help="tokens of a chunk of the slice; score_first.chunk_tokens where not given")
     options = parser.parse_args()
-    model_params, params = load_params("model", ModelParams, options.preset), load_params("evaluate", EvaluateParams, options.preset)
+    model_params = load_params("model", ModelSection, options.preset).architecture
+    params = load_params("evaluate", EvaluateParams, options.preset)
     if options.batch_tokens:
         params = params.model_copy(update={"batch_tokens": options.batch_tokens})
     with start_process() as process:

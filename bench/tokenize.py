@@ -19,6 +19,8 @@ from lib.data.corpus import Source, open_source
 from lib.data.encoding import provide_tokenizer, write_splits
 from lib.params import load_params
 
+EMBEDDED = {"source": "embedded", "path": "requirements.txt"}
+
 
 def number(texts: list[str], num_bytes: int) -> Iterator[str]:
     """Texts again and again, each followed by the number of the round, until they have `num_bytes`; no two are equal if none were."""
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=60, help="of JSON lines")
     megabytes, num_cores = parser.parse_args().megabytes, os.cpu_count() or 1
     default = load_params("tokenize", TokenizeParams)
-    embedded = open_source(default.model_copy(update={"source": "embedded", "path": "requirements.txt"}))
+    embedded = open_source(default.model_copy(update=EMBEDDED))
     assert isinstance(embedded, Source)
     texts = [text for batch in embedded.read() for text in batch.texts()]
     with tempfile.TemporaryDirectory() as name:

@@ -5,6 +5,7 @@ The plain loop is what training scripts do without much thought: the forward pas
 tensor at a time, EMA over `state_dict`, the loss read from the device in every step. Both have the same attention kernel, start
 from the same weights, see the same batches and make the same steps, those at the beginning of a long run: full learning rate, no
 fake quantization, no snapshots. Their losses must agree. ``--preset presets/pr585.yaml --sequences 48`` is one GPU's share of #585.
+``--profile STEPS`` adds where the time of the project's loop goes: kernels of a GPU, operators of a CPU.
 
 Model FLOPs per token, forward and backward: 6 for each weight of a matrix that is multiplied with (a table that is only looked up does
 not count, a tied head does), and 12 * layers * width * T/2 for attention, of whose T keys a query sees half on average.
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from bench.evaluate import Stopwatch
 from lib.artifacts.tokens import Split
@@ -44,6 +46,8 @@ LONG_RUN_STEPS = 10**9  # so that schedules stay where they begin
 EPOCH_STEPS = 20  # after so many the random tokens come again
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}  # relative; sums in another order are taken up by every later step
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "B200": 2250.0}  # bf16 without sparsity, SXM, NVIDIA's data sheets
+PROFILE_ROWS = 30
+NAME_WIDTH = 90  # of kernels, whose names have no end
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}  # of the product that measures other devices
 
 
@@ -224,6 +228,30 @@ def print_table(measured: Mapping[str, Measured], tokens_per_step: int, flops: f
     print(f"{plain.seconds / ours.seconds:.2f} x as fast as the plain loop, ratio of medians")
 
 
+def print_profile(make: Callable[[], Loop], process: Process, num_steps: int) -> None:
+    """Calls and milliseconds of a step by kernel, the longest first, of a new loop after one step that is not counted.
+
+    Args:
+        make: makes the loop.
+        process: on a CPU the times are those of operators, without the operators that they call.
+        num_steps: that are recorded.
+    """
+    cuda, loop = process.device.type == "cuda", make()
+    loop.step()
+    loop.sync()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
+        for _ in range(num_steps):
+            loop.step()
+        loop.sync()
+    milliseconds = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000 / num_steps
+                    for event in recorded.key_averages()}
+    calls, total = {event.key: event.count / num_steps for event in recorded.key_averages()}, sum(milliseconds.values())
+    print(f"{total:.2f} ms of {'kernels' if cuda else 'operators'} in a step of the project's loop")
+    print(f"{'calls':>8}{'ms':>10}{'share':>8}  name")
+    for name in sorted(milliseconds, key=lambda name: -milliseconds[name])[:PROFILE_ROWS]:
+        print(f"{calls[name]:8,.0f}{milliseconds[name]:10.3f}{milliseconds[name] / total:8.1%}  {name[:NAME_WIDTH]}")
+
+
 def check_losses(measured: Mapping[str, Measured], precision: Precision) -> None:
     """Compare the mean losses of all steps.
 
@@ -241,6 +269,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, help="sequences per step on this device; train.batch_sequences where not given")
     parser.add_argument("--compile", action="store_true", help="as if train.compile were true")
     parser.add_argument("--steps", type=int, default=100, help="measured steps of each loop, in blocks")
+    parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="steps of the project's loop whose kernels are listed")
     parser.add_argument("--device-peak-tflops", type=float, help="that utilisation is a share of")
     options = parser.parse_args()
     section, params = load_params("model", ModelSection, options.preset), load_params("train", TrainParams, options.preset)
@@ -248,7 +277,8 @@ def main() -> None:
                                        "compile": options.compile or params.compile})
     with start_process() as process:
         kernel = choose_kernel(section.attention, section, params.precision, process.device)
-        measured = measure(make_loops(section.architecture, params, kernel, process), process, options.steps)
+        loops = make_loops(section.architecture, params, kernel, process)
+        measured = measure(loops, process, options.steps)
         with torch.device("meta"):
             model = GPT(section.architecture)
         flops = flops_per_token(model, params.sequence_tokens)
@@ -260,6 +290,8 @@ def main() -> None:
         print(f"{flops / 1e6:,.2f} million model FLOPs per token; the device's peak is {peak:,.3f} TFLOP/s, {source}")
         print_table(measured, params.batch_sequences * params.sequence_tokens, flops, peak)
         check_losses(measured, params.precision)
+        if options.profile:
+            print_profile(loops["lib.training.loop"], process, options.profile)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from lib.reporting.summary import read_metrics
 def main() -> None:
     """Run the stage."""
     report, params = load_params("report", ReportParams), read_params()
-    check_runs(params)
+    recorded = check_runs(params)
     metrics = read_metrics(params["seeds"])
-    write_bytes(REPORT_FOLDER / "report.html", make_report(report, params, metrics).encode())
+    write_bytes(REPORT_FOLDER / "report.html", make_report(report, params, metrics, recorded=recorded).encode())
     write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(report, metrics))
     program = Program(make_bundle(params["evaluate"], Path()), list_packages(Path()))
     write_submission(REPORT_FOLDER / "submission", report, params, metrics, program)

@@ -49,6 +49,13 @@ def test_imports_follow_the_table(path: Path) -> None:
     assert {name[1] for name in own} - {layer} <= ALLOWED[layer]
 
 
+def test_only_the_sweep_needs_dvc() -> None:
+    """So that stages and report run on a machine without it."""
+    users = {str(path) for path in SOURCES if any(name.split(".")[0] == "dvc" for name in imported_modules(path))}
+    assert users == {"lib/reporting/sweep.py"}
+    assert not any("lib.reporting.sweep" in imported_modules(path) for path in SOURCES)
+
+
 def test_the_table_names_what_exists() -> None:
     existing = {path.parts[1].removesuffix(".py") for path in SOURCES if path.parts[0] == "lib"} - {"__init__"}
     assert set(ALLOWED) == existing

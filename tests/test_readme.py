@@ -50,8 +50,8 @@ def test_commands_presets_links_and_parameters_exist(path: Path) -> None:
     text, params = path.read_text(), read_params(ROOT / "params.yaml")
     for module in re.findall(r"python -m ((?:stages|lib|bench)\.[\w.]*\w)", text):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"(?:`|^)make (\w+)", text, re.MULTILINE)) <= set(targets)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE)) <= set(targets)
     for preset in re.findall(r"presets/([\w-]+)\.yaml|preset NAME=([\w-]+)", text):
         assert (ROOT / f"presets/{''.join(preset)}.yaml").exists(), preset
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):

@@ -17,7 +17,7 @@ from lib.artifacts.scores import load_curve
 from lib.reporting.audit import CONDITIONS, format_verdicts, load_audit
 from lib.reporting.config import ReportParams
 from lib.reporting.figures import plot_curves, plot_dots, plot_steps
-from lib.reporting.runs import flatten
+from lib.reporting.runs import UNRECORDED, flatten
 from lib.reporting.scoring import (
     Curves,
     context_curves,
@@ -41,13 +41,14 @@ ERRORS = {"predicted_loss": "predicted loss, nats per token", "relative_error": 
 SIZE_COLUMNS = ("part", "num_tensors", "num_weights", "bits", "coded_bits", "num_bytes")
 
 
-def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequence[dict[str, dict[str, Any]]]) -> str:
+def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequence[dict[str, dict[str, Any]]], *, recorded: bool) -> str:
     """The report on all seeds.
 
     Args:
         report: headline, and what the seeds are tested against.
         params: all of params.yaml.
         metrics: from `read_metrics`, in the order of ``seeds``.
+        recorded: whether DVC's record was found to agree, from `check_runs`.
 
     Raises:
         ArtifactError: results that are missing or damaged.
@@ -72,6 +73,7 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
                               lstrip_blocks=True)
     return environment.get_template(TEMPLATE).render(
         title=report.title,
+        unrecorded="" if recorded else UNRECORDED,
         seeds=seeds,
         columns=column_names(seeds),
         statistics=statistics_names(seeds),

@@ -1,10 +1,12 @@
 """Whether the results of all seeds belong together: made with one configuration, by one code, and the files are those of these runs.
 
 ``dvc.lock`` tells: for each stage and seed, DVC records the parameters that it was run with and the MD5 checksums of its code, inputs
-and outputs. While the report is made within ``dvc repro``, the stages before it are recorded already.
+and outputs. While the report is made within ``dvc repro``, the stages before it are recorded already. On a machine without DVC stages
+are started by hand and nothing is recorded; then summary and report say so.
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,27 +26,48 @@ STAGES = ("train", "calibrate", "quantize", "compress", "evaluate")
 READ_HERE = (".json", ".csv")  # suffixes of the files that reports are made from; of folders all files are
 SHOWN = 12  # differences, at most, in an error
 ABSENT = "nothing"
+UNRECORDED = "not recorded by DVC: what the results were made from was not checked"
 
 Entries = Mapping[str, Any]
 """Name of a stage, ``train@1337`` -> what dvc.lock says of it."""
 
 
-def check_runs(params: Mapping[str, Any]) -> None:
+def check_runs(params: Mapping[str, Any]) -> bool:
     """Compare the record of every stage and seed with `params`, the first seed, the stages before it, and the files on disk.
 
     Args:
         params: all of params.yaml.
 
+    Returns:
+        Whether the results are recorded. They are not where there is no ``dvc.lock``, and where it is that of other results on a
+        machine that has no DVC to renew it; nothing was compared then, except that no imported seed is among trained ones.
+
     Raises:
-        ArtifactError: there is no record, or something differs; each difference is named with stage, seed and both values.
+        ArtifactError: the record is damaged, or something differs; each difference is named with stage, seed and both values.
     """
-    recorded, seeds = _load_entries(), params["seeds"]
+    seeds, recorded = params["seeds"], LOCK_FILE.exists()
+    if recorded:
+        try:
+            _compare(_load_entries(), params)
+        except ArtifactError:
+            if importlib.util.find_spec("dvc") is not None:
+                raise
+            recorded = False
+    _refuse(list(_list_origins(seeds)))
+    return recorded
+
+
+def _compare(recorded: Entries, params: Mapping[str, Any]) -> None:
+    seeds = params["seeds"]
     names = ["tokenize", *(f"{stage}@{seed}" for seed in seeds for stage in STAGES)]
     if missing := [name for name in names if name not in recorded]:
         raise ArtifactError(f"{LOCK_FILE}: expected a record of every stage and seed, found none of {', '.join(missing)}; "
-                            "run `dvc repro`: results of stages that were started by hand are not reported")
+                            "run `dvc repro`: results of stages that were started by hand are not reported beside a record of others")
     entries = {name: recorded[name] for name in names}
-    differences = [*_list_settings(entries, params), *_list_inputs(entries, seeds[0]), *_list_files(entries)] or list(_list_origins(seeds))
+    _refuse([*_list_settings(entries, params), *_list_inputs(entries, seeds[0]), *_list_files(entries)])
+
+
+def _refuse(differences: Sequence[str]) -> None:
     if differences:
         more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
         raise ArtifactError("\n  ".join(["results do not belong together; run `dvc repro`, which makes those anew that differ:",
@@ -63,9 +86,6 @@ def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _load_entries() -> Entries:
     try:
         entries: Entries = YAML(typ="safe", pure=True).load(LOCK_FILE.read_text(encoding="utf-8"))["stages"]
-    except FileNotFoundError:
-        raise ArtifactError(f"{LOCK_FILE}: no such file, so that nothing tells which parameters and code the results come from; "
-                            "`dvc repro` makes it") from None
     except (YAMLError, KeyError, TypeError) as error:
         raise ArtifactError(f"{LOCK_FILE}: not a record of DVC ({error!r}); get it back by git, or remove it and run `dvc repro`") from None
     return entries

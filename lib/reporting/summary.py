@@ -13,7 +13,7 @@ from lib.artifacts.paths import stage_folder
 from lib.params import ParamsError, load_params, read_params
 from lib.reporting.audit import format_verdicts, load_audit
 from lib.reporting.config import RecordParams, ReportParams
-from lib.reporting.runs import check_runs
+from lib.reporting.runs import UNRECORDED, check_runs
 from lib.reporting.statistics import compare_with_record
 from lib.reporting.strategies import format_strategies
 from lib.reporting.table import Row, align, column_names, difference, ratio, statistics_names
@@ -78,12 +78,13 @@ def seed_lines(rows: Sequence[Row], seeds: Sequence[int]) -> list[list[str]]:
     return [list(line) for line in zip(["", *column_names(seeds)], *columns, strict=True)]
 
 
-def format_summary(params: Mapping[str, Any], record: RecordParams) -> str:
+def format_summary(params: Mapping[str, Any], record: RecordParams, *, recorded: bool) -> str:
     """All tables, from the files of the working directory.
 
     Args:
         params: all of params.yaml.
         record: what the seeds are tested against.
+        recorded: whether DVC's record was found to agree, from `check_runs`.
 
     Raises:
         ArtifactError: figures that are missing or damaged.
@@ -96,7 +97,8 @@ def format_summary(params: Mapping[str, Any], record: RecordParams) -> str:
     headline, times = headline_rows(metrics), timing_rows(params)
     by_seed = seed_lines([*headline, *times], seeds)[:1 + len(seeds)] if len(seeds) > 1 else []
     return "\n\n".join([
-        format_table(headline, seeds), *([align(by_seed, "l" + "r" * len(SEED_COLUMNS))] if by_seed else []),
+        *([] if recorded else [UNRECORDED]), format_table(headline, seeds),
+        *([align(by_seed, "l" + "r" * len(SEED_COLUMNS))] if by_seed else []),
         *([f"{test.headline}\n{test.evidence}".strip()] if record.loss else []), f"{strategies}\n{audit}", format_table(times, seeds)])
 
 
@@ -109,10 +111,13 @@ def format_table(rows: Sequence[Row], seeds: Sequence[int]) -> str:
 def main() -> None:
     """Print the figures of all seeds of params.yaml."""
     try:
-        params = read_params()
-        if len(params["seeds"]) > 1:  # so that no mean is of runs that differ; one seed's figures are shown as they are
-            check_runs(params)
-        print(format_summary(params, load_params("report", ReportParams).record))
+        params, recorded = read_params(), False
+        try:
+            recorded = check_runs(params)
+        except ArtifactError:
+            if len(params["seeds"]) > 1:  # no mean is of runs that differ; one seed's figures are shown as they are
+                raise
+        print(format_summary(params, load_params("report", ReportParams).record, recorded=recorded))
     except (ArtifactError, ParamsError) as error:
         sys.exit(str(error))
 

@@ -13,6 +13,7 @@ from lib.audit.verdict import NOT_AUDITED
 from lib.params import load_params, read_params
 from lib.reporting.config import ReportParams
 from lib.reporting.html import make_metrics, make_report
+from lib.reporting.runs import UNRECORDED
 from lib.reporting.summary import read_metrics
 from tests.reporting import results
 from tests.reporting.results import make_audit, write_evaluation, write_results
@@ -26,9 +27,9 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def report() -> str:
+def report(*, recorded: bool = True) -> str:
     params = read_params()
-    return make_report(load_params("report", ReportParams), params, read_metrics(params["seeds"]))
+    return make_report(load_params("report", ReportParams), params, read_metrics(params["seeds"]), recorded=recorded)
 
 
 @cache
@@ -46,6 +47,11 @@ def figures(html: str) -> dict[str, list[str]]:
     """Description of each figure -> texts in it."""
     found = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]*)" alt="([^"]*)">', html)
     return {alt: texts(base64.b64decode(image).decode()) for image, alt in found}
+
+
+def test_results_without_a_record_are_marked() -> None:
+    write_results([1337])
+    assert [UNRECORDED in visible(report(recorded=recorded)) for recorded in (True, False)] == [False, True]
 
 
 @pytest.mark.parametrize("seeds", [[1337], [1, 2]])

@@ -1,4 +1,5 @@
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,28 @@ def test_stages_that_were_not_run_by_dvc_are_named(lock: dict[str, Any]) -> None
         check_runs(read_params())
 
 
-def test_without_a_record_nothing_is_averaged() -> None:
+def test_without_a_record_the_results_are_not_recorded() -> None:
+    assert check_runs(read_params())
     Path("dvc.lock").unlink()
-    with pytest.raises(ArtifactError, match=r"^dvc\.lock: no such file, .*; `dvc repro` makes it"):
+    assert not check_runs(read_params())
+    save_metrics(Path("artifacts/train/seed42"), {"imported": "final_model.pt"}, {"seconds": 1.0})
+    with pytest.raises(ArtifactError, match=r"\n  train@42: .* found one that was imported"):
         check_runs(read_params())
+
+
+@pytest.mark.parametrize("text", ["", "stages: {}", None])
+def test_the_record_of_other_results_is_none_where_there_is_no_dvc(text: str | None, lock: dict[str, Any],
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    lock["train@42"]["params"]["params.yaml"]["train"] = {"budget_steps": 150}
+    write_lock({"stages": lock})
+    if text is not None:
+        Path("dvc.lock").write_text(text)
+    with pytest.raises(ArtifactError):
+        check_runs(read_params())
+    monkeypatch.setitem(sys.modules, "dvc", None)
+    assert not check_runs(read_params())
+    write_lock(make_lock(SEEDS))
+    assert check_runs(read_params()), "a record that agrees is one"
 
 
 @pytest.mark.parametrize("text", ["", "stages", "a: {", "schema: '2.0'"])

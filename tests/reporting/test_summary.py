@@ -8,6 +8,7 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
 from lib.params import read_params
+from lib.reporting.runs import UNRECORDED
 from lib.reporting.summary import headline_rows, main, read_metrics
 from lib.reporting.timing import timing_rows
 from tests.reporting.results import make_lock, make_metrics, write_evaluation, write_lock, write_results
@@ -104,11 +105,21 @@ def test_stages_that_never_ran_are_left_out() -> None:
     assert [row.label for row in timing_rows(read_params())][:3] == ["seconds, tokenize", "seconds, calibrate", "seconds, quantize"]
 
 
-def test_one_seed_is_shown_without_a_record_of_dvc(capsys: pytest.CaptureFixture[str]) -> None:
-    write_results([1])
+@pytest.mark.parametrize("seeds", [[1], [1, 2]])
+def test_results_without_a_record_of_dvc_are_shown_and_marked(seeds: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    write_results(seeds)
+    main()
+    recorded = capsys.readouterr().out
     Path("dvc.lock").unlink()
     main()
-    assert "validation bpb" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{UNRECORDED}\n\n{recorded}"
+
+
+def test_one_seed_that_differs_from_its_record_is_shown_and_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results([1])
+    write_lock({"stages": {}})
+    main()
+    assert capsys.readouterr().out.startswith(f"{UNRECORDED}\n\n")
 
 
 def test_the_headline_knows_no_times() -> None:
@@ -129,6 +140,7 @@ def test_a_run_without_audit_says_so(capsys: pytest.CaptureFixture[str]) -> None
 def test_only_the_strategies_that_ran_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     write_results([1])
     write_evaluation(1, 0, ("plain", "score_first"))
+    write_lock(make_lock([1]))
     main()
     table = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert [line.split()[:3] for line in table[1:3]] == [["plain", "1.7200", "yes"], ["score_first", "1.6500", "yes"]]  # no difference

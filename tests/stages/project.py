@@ -37,12 +37,17 @@ def write_params(folder: Path, section: str | None = None, **changes: Any) -> No
         YAML(typ="safe").dump(params, file)
 
 
+def make_documents(number: int) -> list[str]:
+    """Texts of 100 words each, about 550 bytes, from a vocabulary of 60."""
+    generator = np.random.default_rng(0)
+    words = ["".join(map(chr, generator.integers(97, 123, generator.integers(2, 8)))) for _ in range(60)]
+    return [" ".join(generator.choice(words, 100)) for _ in range(number)]
+
+
 def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
     """What tokenize and train leave in their folders, and a file that stands for the submitted code."""
     write_params(folder)
-    generator = np.random.default_rng(0)
-    words = ["".join(map(chr, generator.integers(97, 123, generator.integers(2, 8)))) for _ in range(60)]
-    documents = [" ".join(generator.choice(words, 100)) for _ in range(12)]
+    documents = make_documents(12)
     tokenizer_path = folder / TOKENIZE_FOLDER / "tokenizer.model"
     tokenizer_path.parent.mkdir(parents=True)
     tokenizer_path.write_bytes(train_tokenizer(documents, VOCAB_SIZE, 100_000))

@@ -35,10 +35,12 @@ def test_the_stage_writes_the_same_files_each_time(tmp_path: Path, monkeypatch: 
     assert first == outputs()
 
 
-def test_results_that_nothing_is_recorded_of_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_results([1, 2])
-    Path("dvc.lock").unlink()
-    with pytest.raises(ArtifactError, match=r"dvc\.lock: no such file"):
+    lock = make_lock([1, 2])
+    lock["stages"]["evaluate@2"]["params"]["params.yaml"]["evaluate"] = {"limit_seconds": 60.0}
+    write_lock(lock)
+    with pytest.raises(ArtifactError, match=r"evaluate@2: evaluate\.limit_seconds: expected 600\.0"):
         report.main()
     assert not Path("artifacts/report").exists()

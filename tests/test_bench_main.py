@@ -1,0 +1,136 @@
+"""Every script of bench/ starts, runs to its end and prints its table, on a tiny run of the pipeline."""
+
+import importlib
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench.curve
+import bench.evaluate
+from lib.artifacts.files import write_json
+from lib.params import read_params
+from stages import calibrate, compress, evaluate, quantize, tokenize, train
+from tests.clone import SEED, TINY
+from tests.evaluation.tiny import merge
+
+pytestmark = pytest.mark.xdist_group("bench")  # one run for all tests of this file
+
+ROOT = Path(__file__).parents[1]
+OTHERS = {"train", "gpu", "gpu_bundle", "gpu_chain", "gpu_checks"}  # test_bench_train.py, test_bench_gpu.py
+NUMBER = r"[+-]?[\d,]+(?:\.\d+)?"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny parameters in which all stages but the report have run."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        (folder / "stages").mkdir()
+        (folder / "stages/score.py").write_text("import sys\n")
+        words = (ROOT / "lib/training/loop.py").read_text().split()
+        documents = [" ".join(words[n:n + 40] + words[:n % 7]) for n in range(0, len(words) - 40, 3)]
+        (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        short = {"evaluate": {"strategies": ["plain", "score_first"], "strategy": "score_first", "audit": False},
+                 "quantize": {"target_bytes": 16_000}}
+        write_json(folder / "params.yaml", merge(merge(read_params(ROOT / "presets/default.yaml"), TINY), short))  # JSON is YAML
+        tokenize.main()
+        for stage in (train, calibrate, quantize, compress, evaluate):
+            stage.main(SEED)
+    return folder
+
+
+def output_of(name: str, arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What ``python -m bench.NAME ARGUMENTS`` prints in `folder`."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
+    importlib.import_module(f"bench.{name}").main()
+    return capsys.readouterr().out
+
+
+def test_every_script_is_run_by_a_test() -> None:
+    scripts = {path.stem for path in (ROOT / "bench").glob("*.py") if "\ndef main(" in path.read_text()}
+    called = {name for path in (ROOT / "tests").glob("test_bench*.py") for name in re.findall(r'output_of\("(\w+)"', path.read_text())}
+    assert scripts == called | OTHERS
+
+
+def test_baselines(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output_of("baselines", "", run, monkeypatch, capsys).splitlines()
+    names = ["bzip2 -9", "zstd -22", "xz -9", *(f"seed {SEED}, {name}" for name in ("plain_bpb", "score_first_bpb", "val_bpb"))]
+    assert sorted(line[:40].strip() for line in lines[1:]) == sorted(names)
+    assert all(0 < float(line[40:]) < 8 for line in lines[1:])
+
+
+def test_curve(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = bench.curve.list_ways()
+    monkeypatch.setattr(bench.curve, "list_ways", lambda: ways[::6])
+    monkeypatch.setattr(bench.curve, "FIGURE", run / "curve.svg")
+    lines = output_of("curve", "--repeats 1", run, monkeypatch, capsys).splitlines()
+    assert [line[2:15].strip() for line in lines].count("strategy") == 1
+    assert sorted(line[2:59].split() for line in lines[2:]) == sorted([way.strategy, *way.settings.split()] for way in ways[::6])
+    assert lines[2].startswith("* "), "nothing is faster than the fastest"
+    assert (run / "curve.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_evaluate(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiled: bool) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, and then run as it is
+    monkeypatch.setattr(bench.evaluate, "REPEATS", 1)
+    monkeypatch.setattr(bench.evaluate, "STRIDES", (2,) if compiled else (2, 8))
+    arguments = "--batches 1 --batch-tokens 256 --processor-time" + ("" if compiled else " --eager")
+    output = output_of("evaluate", arguments, run, monkeypatch, capsys)
+    assert re.search(rf"processor time; params\.yaml: {NUMBER} parameters, fp32, 256 inputs in a forward pass", output)
+    assert re.findall(r"^stride (\d+) of windows of 32", output, re.MULTILINE) == (["16"] if compiled else ["16", "4"])
+    assert output.count("targets/s") == (4 if compiled else 6)
+
+
+def test_evaluate_with_the_protocol(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench.evaluate, "ENTRY_TOKENS", 10_000)
+    output = output_of("evaluate", "--protocol --chunks 2 --chunk-tokens 64", run, monkeypatch, capsys)
+    for kind in ("sliding", "one_pass"):
+        assert re.search(rf"^{kind}(?: +{NUMBER}){{8}}$", output, re.MULTILINE)
+
+
+def test_fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output_of("fuzz", "--seconds 0.5", tmp_path, monkeypatch, capsys).splitlines()
+    counts = [int(line.split()[0].replace(",", "")) for line in lines]
+    assert counts[0] == sum(counts[1:]) > 10
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantize(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("bench.quantize.FRACTIONS", (0.9,))
+    lines = output_of("quantize", f"--seed {SEED} --heldout-tokens 500", run, monkeypatch, capsys).splitlines()
+    rows = {line[:44].strip(): line[44:].split() for line in lines[2:] if not line.startswith(" ")}
+    assert {"GPTQ as published (#585), zstd", "GPTQ int5, zstd", "free steps, 90% of its bytes"} <= rows.keys()
+    assert all(len(row) == 9 for row in rows.values())
+    assert sum(" x that of " in line for line in lines) == 5
+
+
+def test_quantize_at_given_sizes(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output_of("quantize", f"--seed {SEED} --heldout-tokens 500 --targets 16000 12000", run, monkeypatch, capsys).splitlines()
+    assert [line.split(" from ")[1].split()[0] for line in lines[2:]] == ["16,000", "12,000"]
+
+
+def test_recipe(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output_of("recipe", f"--seeds {SEED}", run, monkeypatch, capsys).splitlines()
+    starts: list[Any] = [line[:34].split() for line in lines[2:]]
+    averages = ["raw", "ema", "swa"]
+    assert [start[-1] for start in starts] == averages * 5
+    for line in lines[2:14]:
+        assert all(0 < float(cell) < 8 for cell in line[34:].split())
+
+
+def test_tokenize(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    params = read_params(run / "params.yaml")
+    monkeypatch.setattr("bench.tokenize.EMBEDDED", {"source": "jsonl", "path": params["tokenize"]["path"]})
+    jsonl, shards, memory = output_of("tokenize", "--megabytes 1", run, monkeypatch, capsys).splitlines()
+    assert jsonl.startswith("jsonl: 1 MB: 1 process ")
+    assert re.match(rf"shards: {NUMBER} M tokens: 1 process .*, ratio {NUMBER}$", shards)
+    assert re.match(rf"peak memory: this process {NUMBER} MiB, largest worker {NUMBER} MiB$", memory)
