@@ -3,17 +3,17 @@
 import importlib
 import json
 import re
+import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import bench.curve
 import bench.evaluate
 from lib.artifacts.files import write_json
+from lib.model import compilation
 from lib.params import read_params
 from stages import calibrate, compress, evaluate, quantize, tokenize, train
 from tests.clone import SEED, TINY
@@ -80,7 +80,7 @@ def test_curve(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_evaluate(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiled: bool) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, and then run as it is
+    monkeypatch.setattr(compilation, "BACKEND", "eager")  # traced, and then run as it is
     monkeypatch.setattr(bench.evaluate, "REPEATS", 1)
     monkeypatch.setattr(bench.evaluate, "STRIDES", (2,) if compiled else (2, 8))
     arguments = "--batches 1 --batch-tokens 256 --processor-time" + ("" if compiled else " --eager")
@@ -88,6 +88,15 @@ def test_evaluate(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert re.search(rf"processor time; params\.yaml: {NUMBER} parameters, fp32, 256 inputs in a forward pass", output)
     assert re.findall(r"^stride (\d+) of windows of 32", output, re.MULTILINE) == (["16"] if compiled else ["16", "4"])
     assert output.count("targets/s") == (4 if compiled else 6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compile(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    output = output_of("compile", "--tokens 16 --parts-only", run, monkeypatch, capsys)
+    figures = re.search(rf"^parts +(\d+) +(\d+) +({NUMBER}) +{NUMBER} +{NUMBER}$", output, re.MULTILINE)
+    assert figures is not None
+    graphs, passes, kilobytes = (int(figure) for figure in figures.groups())
+    assert 3 <= graphs <= passes and kilobytes > 0
 
 
 def test_evaluate_with_the_protocol(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
