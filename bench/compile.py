@@ -62,7 +62,8 @@ class Graphs(logging.Handler):
 
     def compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """What ``torch.compile`` takes as a backend."""
-        compiled, number = compile_fx(graph, inputs), len(self.calls)
+        compiled: Any = compile_fx(graph, inputs)
+        number = len(self.calls)
         self.calls.append(0)
 
         def run(*arguments: Any) -> Any:
@@ -75,7 +76,8 @@ class Graphs(logging.Handler):
         """Note the figures of a graph."""
         arguments: Any = record.args
         figures = arguments if isinstance(arguments, dict) else arguments[0]
-        self._figures[V.graph.graph_id].append((len(figures["nodes_num_elem"]), figures["num_bytes_accessed"]))
+        graph: Any = V.graph
+        self._figures[graph.graph_id].append((len(figures["nodes_num_elem"]), figures["num_bytes_accessed"]))
 
     def totals(self) -> tuple[int, int]:
         """Passes and bytes of all graphs, as often as each has served."""
@@ -115,7 +117,7 @@ def measure(model: GPT, rows: Tensor, *, whole: bool) -> Step:
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16):
                 losses = losses_of(rows[:, :-1], rows[:, 1:])
-            losses.mean().backward()  # type: ignore[no-untyped-call]
+            losses.mean().backward()
             seconds.append(time.perf_counter() - start)
         return Step(len(graphs.calls), *graphs.totals(), *seconds)
 

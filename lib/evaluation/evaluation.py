@@ -116,7 +116,8 @@ class Evaluation:
 
     def timing(self, limit: TimeLimit, process: Process) -> dict[str, float]:
         """Figures for ``timing.json``: seconds from opening the artifact on, of each strategy and its phases, and memory."""
-        figures = {"seconds": limit.seconds, "open_seconds": limit.open_seconds, "compile_seconds": limit.compile_seconds, "peak_memory_mib": peak_memory_mib(process.device)}
+        figures = {"seconds": limit.seconds, "open_seconds": limit.open_seconds, "compile_seconds": limit.compile_seconds,
+                   "peak_memory_mib": peak_memory_mib(process.device)}
         for name, outcome in self.outcomes.items():
             figures |= {f"{name}_{phase}": seconds for phase, seconds in outcome.seconds.items()}
             figures[f"{name}_tokens_per_second"] = len(outcome.nats) / outcome.seconds["seconds"]

@@ -19,26 +19,29 @@ from lib.evaluation.job import Job
 from lib.evaluation.score import mode
 from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.windows import Documents, Integers
+from lib.model.gpt import TiedHead
+from lib.model.linear import Linear
 
 INIT_SEED = 0
 SHAPES = 4  # of compiled windows: a quarter, a half, three quarters, the whole; batches are a quarter or whole
 
 
-def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple[nn.Module, int, int]]:
+def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple[Linear | TiedHead, int, int]]:
     """The modules that get an adapter, by name: module, number of its inputs, number of its outputs.
 
     Raises:
         ValueError: a kind of layer that the model has not.
     """
     vocab_size, model_dim = model.get_parameter("token_embedding.weight").shape
-    found: dict[str, tuple[nn.Module, int, int]] = {}
+    found: dict[str, tuple[Linear | TiedHead, int, int]] = {}
     for layer in layers:
         names = [name for name, _ in model.named_modules() if name.rsplit(".", maxsplit=1)[-1] == layer]
         if not names:
             raise ValueError(f"evaluate.lora.layers: {layer}: the model has no such layer")
         for name in names:
             module = model.get_submodule(name)
-            sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (model_dim, vocab_size)  # tied head
+            assert isinstance(module, Linear | TiedHead)
+            sizes = (module.in_features, module.out_features) if isinstance(module, Linear) else (model_dim, vocab_size)
             found[name] = (module, *sizes)
     return found
 
@@ -56,7 +59,8 @@ class LowRankAdapters:
 
     def __init__(self, model: nn.Module, settings: LoraParams, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(INIT_SEED)
-        self._modules, self._initial, self._pairs = [], [], []
+        self._modules: list[Linear | TiedHead] = []
+        self._initial, self._pairs = [], []
         for module, num_inputs, num_outputs in adapted_layers(model, settings.layers).values():
             initial = (2 * torch.rand(settings.rank, num_inputs, generator=generator) - 1) / math.sqrt(num_inputs)
             self._modules.append(module)

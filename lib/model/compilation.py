@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch._dynamo.callback import on_compile_end, on_compile_start
+from torch._dynamo.callback import CallbackArgs, callback_handler
 
 Backend = str | Callable[..., Any]
 
@@ -24,33 +24,31 @@ class _Clock:
     """Seconds that this process has spent compiling."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._start: float | None = None
-        on_compile_start(self._begin)
-        on_compile_end(self._end)
+        self.seconds = self._start = 0.0
 
-    def _begin(self, *_: Any) -> None:
+    def watch(self) -> None:
+        """See to it that compilation is noticed; ``torch.compiler.reset`` forgets who wants to know."""
+        if self._begin not in callback_handler.start_callbacks:
+            callback_handler.register_start_callback(self._begin)
+            callback_handler.register_end_callback(self._end)
+
+    def _begin(self, _: CallbackArgs) -> None:
         self._start = time.monotonic()
 
-    def _end(self, *_: Any) -> None:
-        if self._start is not None:
-            self.seconds += time.monotonic() - self._start
-        self._start = None
+    def _end(self, _: CallbackArgs) -> None:
+        self.seconds += time.monotonic() - self._start
 
 
-@cache
-def _clock() -> _Clock:
-    return _Clock()
+_CLOCK = _Clock()
 
 
 def compile_seconds() -> float:
     """Seconds that this process has spent in ``torch.compile`` so far, backward passes included."""
-    return _clock().seconds
+    return _CLOCK.seconds
 
 
 @cache
 def _compiled(part: Callable[..., T], backend: Backend) -> Callable[..., T]:
-    _clock()
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # a graph that was traced without hooks must not serve with them
     return torch.compile(part, fullgraph=True, dynamic=False, backend=backend)
@@ -58,4 +56,7 @@ def _compiled(part: Callable[..., T], backend: Backend) -> Callable[..., T]:
 
 def call(part: Callable[..., T], *arguments: Any, compiled: bool) -> T:
     """``part(*arguments)``, of a function that exists once (it is what a graph belongs to), compiled or not."""
-    return (_compiled(part, BACKEND) if compiled else part)(*arguments)
+    if not compiled:
+        return part(*arguments)
+    _CLOCK.watch()
+    return _compiled(part, BACKEND)(*arguments)

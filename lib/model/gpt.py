@@ -53,8 +53,8 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.empty(params.model_dim))
         self.register_parameter("residual_mix", nn.Parameter(torch.empty(2, params.model_dim)) if params.residual_mix else None)
 
-    def forward(self, x: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor] | None, added_value: Tensor | None, input_scale: Tensor | None,
-                scope: Scope) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, scope: Scope, *, skip: tuple[Tensor, Tensor] | None = None,
+                added_value: Tensor | None = None, input_scale: Tensor | None = None) -> Tensor:
         """One block.
 
         Everything in which the layers of a model differ is an argument, so that one compiled graph serves them all.
@@ -62,10 +62,10 @@ class Block(nn.Module):
         Args:
             x: residual stream (B, T, D).
             x0: embedding (B, T, D).
-            skip: factors (D,) and the output (B, T, D) of an earlier block that is added with them, or None.
-            added_value: value embedding (B, T, K*E), or None.
-            input_scale: () fp32, of the normalised inputs, or None.
             scope: of the T positions.
+            skip: factors (D,) and the output (B, T, D) of an earlier block that is added with them.
+            added_value: value embedding (B, T, K*E).
+            input_scale: () fp32, of the normalised inputs.
 
         Returns:
             (B, P, D), at the positions of `scope`.
@@ -171,8 +171,8 @@ class GPT(nn.Module):
             skip = None
             if self.skip_weights is not None and layer >= num_layers // 2 and earlier:
                 skip = self.skip_weights[len(self.skip_weights) - len(earlier)], earlier.pop()
-            x = call(_run_block, block, x, x0, skip, added_values.get(layer), None if input_scales is None else input_scales[layer],
-                     at_positions if layer == num_layers - 1 else everywhere, compiled=compiled)
+            x = call(_run_block, block, x, x0, at_positions if layer == num_layers - 1 else everywhere, skip, added_values.get(layer),
+                     None if input_scales is None else input_scales[layer], compiled=compiled)
             if self.skip_weights is not None and layer < num_layers // 2:
                 earlier.append(x.view_as(x))
         return x
@@ -261,9 +261,11 @@ class GPT(nn.Module):
         return inputs
 
 
-def _run_block(block: Block, *arguments: Any) -> Tensor:
-    x: Tensor = block(*arguments)  # as a module, so that hooks are seen
-    return x
+def _run_block(block: Block, x: Tensor, x0: Tensor, scope: Scope, *optional: Any) -> Tensor:
+    """A block, called as a module, so that hooks are seen; `optional` are its optional arguments in order."""
+    skip, added_value, input_scale = optional
+    y: Tensor = block(x, x0, scope, skip=skip, added_value=added_value, input_scale=input_scale)
+    return y
 
 
 def _losses(model: GPT, x: Tensor, targets: Tensor) -> Tensor:

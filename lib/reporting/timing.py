@@ -14,7 +14,7 @@ TIMED = ("tokenize", *STAGES)
 
 
 def timing_rows(params: Mapping[str, Any]) -> list[Row]:
-    """Seconds of each stage that has run, of compilation and of all, memory of evaluate; a stage whose outputs came from the cache has none.
+    """Seconds of stages that have run, of compilation and of all, memory of evaluate; a stage whose outputs came from the cache has none.
 
     Args:
         params: all of params.yaml.

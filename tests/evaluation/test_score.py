@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import nn
 
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.bpb import make_score

@@ -87,7 +87,8 @@ def attach_adapters(model: GPT) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(3)
     layers = [module for name, module in model.named_modules() if isinstance(module, Linear) and ".attention." in name]
     for layer in layers:
-        layer.adapter = (torch.randn(3, 2, layer.in_features, generator=generator), torch.randn(3, layer.out_features, 2, generator=generator))
+        layer.adapter = (torch.randn(3, 2, layer.in_features, generator=generator),
+                         torch.randn(3, layer.out_features, 2, generator=generator))
 
     def detach() -> None:
         for layer in layers:
@@ -96,7 +97,8 @@ def attach_adapters(model: GPT) -> Callable[[], None]:
 
 
 def attach_hooks(model: GPT) -> Callable[[], None]:
-    handles = [module.register_forward_hook(lambda _, inputs, output: output * 1.5) for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(lambda _, inputs, output: output * 1.5)
+               for module in model.modules() if isinstance(module, nn.Linear)]
 
     def detach() -> None:
         for handle in handles:
