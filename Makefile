@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-BENCH ?= baselines evaluate fuzz quantize tokenize train
+BENCH ?= baselines evaluate forecast fuzz quantize tokenize train
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 

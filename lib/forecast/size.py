@@ -26,8 +26,8 @@ from lib.quantization.grid_config import FLOAT_BITS
 from lib.quantization.policy import choose_bits
 from lib.quantization.quantizer import Quantizer
 
-SAMPLED_WEIGHTS = 2**18  # of all matrices together
-MIN_ROWS, MAX_ROWS = 4, 64  # of each matrix, where it has so many
+SAMPLED_WEIGHTS = 2**18  # of all matrices together, about
+MIN_ROWS = 4  # of each matrix, where it has so many
 SPREAD = 0.17
 """Standard deviation that trained weights are taken to have; it matters only where a scale floor acts. With it the int5 grid of #585, whose
 rows are all at the floor, takes its published 15.4 MB."""
@@ -63,8 +63,8 @@ class _Alone(Process):
 def sample_weights(weights: Mapping[str, Tensor]) -> Samples:
     """Evenly spaced rows of each matrix of a model, and its vectors; all parameters by name, on any device."""
     num_rows = {name: len(weight) for name, weight in weights.items() if role_of(name, weight.ndim) in MATRIX_ROLES}
-    wanted = SAMPLED_WEIGHTS // sum(weights[name].shape[1] for name in num_rows)
-    strides = {name: -(-rows // min(max(wanted, MIN_ROWS), MAX_ROWS)) for name, rows in num_rows.items()}
+    stride = -(-sum(weights[name].numel() for name in num_rows) // SAMPLED_WEIGHTS)
+    strides = {name: max(1, min(stride, rows // MIN_ROWS)) for name, rows in num_rows.items()}
     return Samples({name: weight[::strides.get(name, 1)] if weight.ndim else weight for name, weight in weights.items()}, num_rows)
 
 
