@@ -11,6 +11,7 @@ from lib.quantization.config import QuantizeParams
 
 CERTAIN = 0.9
 """Share of the forecast for Gaussian weights that trained weights are taken to need at least; bench/RESULTS.md has what was measured."""
+COARSE = 1.05  # steps are made so much wider than needed, as coarse codes lose less than a bit for twice the step
 VANISHING = 2.0**-10  # times the usual spread: grids that follow the weights take as much as ever, a scale floor leaves zeros
 
 
@@ -49,6 +50,6 @@ def _list_remedies(parts: Sequence[Part], num_bytes: int, room: int) -> list[str
     num_weights = sum(part.num_weights or 0 for part in parts)
     if not num_weights:
         return list_remedies(parts, num_bytes, room)
-    wider = math.ceil(100 * 2 ** (8 * (num_bytes - room) / num_weights)) / 100
+    wider = math.ceil(100 * COARSE * 2 ** (8 * (num_bytes - room) / num_weights)) / 100
     return [*list_remedies(parts, num_bytes, room), f"steps {wider:g} times as wide (quantize.scale_factors [{wider:g}], or a scale floor)",
             f"all quantize.bits free and quantize.target_bytes {room}"]

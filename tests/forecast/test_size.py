@@ -38,7 +38,7 @@ def test_codes_of_normal_weights_take_their_entropy(bits: int) -> None:
 
 @pytest.mark.parametrize("codec", ["zstd", "brotli", "range"])
 @pytest.mark.parametrize(("changes", "tolerance"), [
-    ({}, 0.015), ({"bits_of": {"token_embedding.weight": 16, "blocks.1.mlp.up.weight": 7}}, 0.025)], ids=["int5", "mixed"])
+    ({}, 0.015), ({"bits_of": {"token_embedding.weight": 16, "blocks.1.mlp.up.weight": 7}}, 0.03)], ids=["int5", "mixed"])
 def test_weights_are_forecast_at_what_they_take_when_they_are_packed(codec: str, changes: dict[str, Any], tolerance: float) -> None:
     params = make_pipeline(quantize=FIXED | changes, compress={"codec": codec, "level": 19})
     model = params.model.architecture
