@@ -49,7 +49,7 @@ def make_weights(model: ModelParams, kind: str) -> dict[str, Tensor]:
     for name, shape in shapes.items():
         weight = torch.randn(shape, generator=generator) * SPREAD
         if kind == "student 5":
-            weight /= sum(torch.randn(shape, generator=generator).square() for _ in range(5)).div(5).sqrt()
+            weight /= torch.stack([torch.randn(shape, generator=generator).square() for _ in range(5)]).mean(0).sqrt()
         elif kind == "rows" and weight.ndim == 2:
             for size, spread in (((len(weight), 1), 0.5), ((1, weight.shape[1]), 0.3)):
                 weight *= (spread * torch.randn(size, generator=generator)).exp()
