@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from lib.compression.config import CompressParams
 from lib.data.config import TokenizeParams
 from lib.evaluation.config import EvaluateParams
-from lib.forecast.check import ForecastError, check_size
+from lib.forecast.check import check_size
 from lib.model.config import ModelSection
 from lib.params import PARAMS_FILE, NonNegative, Params, ParamsError, parse_params, read_params
 from lib.quantization.config import CalibrateParams, QuantizeParams
@@ -54,10 +54,10 @@ def main() -> None:
     try:
         params = parse_params(read_params(path), PipelineParams, f"{path}: ")
         print(check_size(params.model.architecture, params.quantize, params.compress, Path()))
-    except ForecastError as error:
-        sys.exit(f"{path}: {error}")
     except ParamsError as error:
         sys.exit(str(error))
+    except ValueError as error:  # of the forecast: the limit, or names of matrices
+        sys.exit(f"{path}: {error}")
 
 
 if __name__ == "__main__":

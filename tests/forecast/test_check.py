@@ -76,9 +76,12 @@ def test_free_steps_need_no_torch() -> None:
     assert result.returncode == 0 and result.stdout.startswith("forecast: 550,000 bytes, which is what free steps are chosen for")
 
 
-def test_the_command_names_the_file_and_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("target_bytes: 550000", "target_bytes: 20000", "quantize.target_bytes: expected more than"),
+    ("bits_of: {}", "bits_of: {blocks.9.mlp.up.weight: 5}", "quantize.bits_of: blocks.9.mlp.up.weight: expected the name of a matrix")])
+def test_the_command_names_the_file_and_fails(old: str, new: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text((ROOT / "params.yaml").read_text().replace("target_bytes: 550000", "target_bytes: 20000"))
+    path.write_text((ROOT / "params.yaml").read_text().replace(old, new))
     result = subprocess.run([sys.executable, "-m", "lib.schema", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.startswith(f"{path}: quantize.target_bytes: expected more than")
+    assert result.stderr.startswith(f"{path}: {message}")
