@@ -64,7 +64,7 @@ class Bench:
         model.initialize(seed)
         loader = Loader(self.splits["train"], params.sequence_tokens, params.batch_sequences, seed)
         with tempfile.TemporaryDirectory() as folder:
-            candidates = train(model, params, loader, self.process, Path(folder) / "resume.pt").candidates
+            candidates = train(model, params, loader, self.process, Path(folder) / "resume.pt", status=dict).candidates
         training = {"sequence_tokens": params.sequence_tokens, "qat": None}
         figures: Figures = {}
         for average, weights in candidates.items():

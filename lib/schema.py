@@ -1,7 +1,7 @@
 """The whole parameter file at once: which class describes which section.
 
 Stages read only their own sections, so that none depends on another's parameters. ``python -m lib.schema [FILE]`` checks
-everything before a pipeline starts, in a fraction of a second (no torch is imported).
+everything before a pipeline starts, the size of its artifact too; torch is imported for grids of fixed bits alone.
 """
 
 import sys
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from lib.compression.config import CompressParams
 from lib.data.config import TokenizeParams
 from lib.evaluation.config import EvaluateParams
+from lib.forecast.check import check_size
 from lib.model.config import ModelSection
 from lib.params import PARAMS_FILE, NonNegative, Params, ParamsError, parse_params, read_params
 from lib.quantization.config import CalibrateParams, QuantizeParams
@@ -47,12 +48,16 @@ class PipelineParams(Params):
 
 
 def main() -> None:
-    """Check one parameter file; the exit status is 1, with every problem on a line of its own, if it cannot be used."""
+    """Check one parameter file and print the size that its artifact will have; the exit status is 1, with every problem on a line of its
+    own, if it cannot be used."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else PARAMS_FILE
     try:
-        parse_params(read_params(path), PipelineParams, f"{path}: ")
+        params = parse_params(read_params(path), PipelineParams, f"{path}: ")
+        print(check_size(params.model.architecture, params.quantize, params.compress, Path()))
     except ParamsError as error:
         sys.exit(str(error))
+    except ValueError as error:  # of the forecast: the limit, or names of matrices
+        sys.exit(f"{path}: {error}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from lib.data.loader import Loader
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
 from lib.evaluation.heldout import score_heldout
+from lib.forecast.watch import SizeWatch
 from lib.model.config import ModelSection
 from lib.model.gpt import GPT
 from lib.model.kernels import choose_kernel
@@ -34,11 +35,11 @@ def main(seed: int) -> None:
         model = GPT(architecture, kernel).to(process.device)
         model.initialize(seed)
         resume_path = resume_file(folder, params, architecture, seed, sha256_of(TOKENIZE_FOLDER / "train" / SPLIT_FILE))
-        result = train(model, params, Loader(train_split, params.sequence_tokens, params.batch_sequences, seed), process, resume_path)
+        loader, watch = Loader(train_split, params.sequence_tokens, params.batch_sequences, seed), SizeWatch(model, enabled=process.is_main)
+        result = train(model, params, loader, process, resume_path, status=watch.status)
         score = partial(score_heldout, split=heldout, tokenizer=tokenizer, window_tokens=params.sequence_tokens,
                         batch_windows=params.micro_batch_sequences, precision=params.precision, process=process)
-        scores = score_candidates(model, result.candidates, score)
-        selected = select(scores, params.averaging.select)
+        selected = select(scores := score_candidates(model, result.candidates, score), params.averaging.select)
         if not process.is_main:
             return
         save_checkpoint(folder / "checkpoint.safetensors", Checkpoint(

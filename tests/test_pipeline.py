@@ -18,11 +18,14 @@ STAGES: dict[str, dict[str, Any]] = PIPELINE["stages"]
 TOKENS_FOR_ALL = {"artifacts/tokenize/tokenizer.model", "artifacts/tokenize/train", "artifacts/tokenize/heldout"}
 TOOLS = {"audit", "imports", "inspect", "score"}  # entry points that are no stages of the pipeline
 UNDECLARED_CODE = {"lib/progress.py"}  # prints to the terminal and nothing else
+WATCH = "lib.forecast.watch"  # so does this, but it needs much code, and other parameters, to do it
 SUBMITTED = "score"  # the entry point whose code is submitted
 USE_SUBMITTED = {"quantize", "compress", "report"}  # they count its bytes or write it out, those of lib/progress.py included
 
 IMPORTED_FILES = """
 import sys
+from unittest.mock import MagicMock
+sys.modules[{watch!r}] = MagicMock()
 import stages.{stage}
 for module in list(sys.modules.values()):
     path = getattr(module, "__file__", None)
@@ -41,7 +44,7 @@ def code(stage: str) -> set[str]:
 
 def imported_code(stage: str) -> set[str]:
     """Files with content that a fresh interpreter has loaded after importing the stage."""
-    script = IMPORTED_FILES.format(stage=stage, root=str(ROOT))
+    script = IMPORTED_FILES.format(stage=stage, root=str(ROOT), watch=WATCH)
     output = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return {path for path in output.split() if (ROOT / path).stat().st_size}
 
@@ -58,6 +61,12 @@ def test_declared_code_is_the_imported_code(stage: str) -> None:
     templates = {path for path in code(stage) if not path.endswith(".py")}
     assert code(stage) - templates == expected
     assert all((ROOT / path).is_file() for path in templates)
+
+
+def test_train_alone_has_code_that_it_does_not_declare_and_does_not_depend_on_the_parameters_that_code_reads() -> None:
+    """What that code computes is printed; tests/forecast/test_watch.py sees that the training does not change."""
+    assert {path.stem for path in (ROOT / "stages").glob("*.py") if "lib.forecast" in path.read_text()} == {"train"}
+    assert STAGES["train"]["params"] == ["model", "train"]
 
 
 def test_stages_have_the_name_of_their_script_and_say_what_they_do() -> None:

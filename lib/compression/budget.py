@@ -80,14 +80,14 @@ def check_limit(parts: Sequence[Part], limit_bytes: int) -> None:
     """
     artifact_bytes = summarize(parts)["artifact_bytes"]
     if artifact_bytes > limit_bytes:
-        remedies = _list_remedies(parts, artifact_bytes, limit_bytes) or ["a smaller model (fewer bits for these roles are not enough)"]
+        remedies = list_remedies(parts, artifact_bytes, limit_bytes) or ["a smaller model (fewer bits for these roles are not enough)"]
         raise BudgetError(
             f"compress.limit_bytes: expected code and blob of at most {limit_bytes:,} bytes, found {artifact_bytes:,} ("
             + ", ".join(f"{part.part} {part.num_bytes:,}" for part in parts) + f"): {artifact_bytes - limit_bytes:,} too many. "
             "What would fit, any one of: " + "; ".join([*remedies, f"compress.limit_bytes {artifact_bytes}"]))
 
 
-def _list_remedies(parts: Sequence[Part], artifact_bytes: int, limit_bytes: int) -> list[str]:
+def list_remedies(parts: Sequence[Part], artifact_bytes: int, limit_bytes: int) -> list[str]:
     """A target for free steps; for each role with bits the most that would fit; if none would, the most bits of all these together.
 
     Coded bytes are taken to be proportional to the bits: within some percent for the clip rule mse, too much for max.

@@ -8,7 +8,7 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,12 +212,14 @@ class Run:
         self._pending.clear()
 
 
-def train(model: GPT, params: TrainParams, loader: Loader, process: Process, resume_path: Path) -> TrainResult:
+def train(model: GPT, params: TrainParams, loader: Loader, process: Process, resume_path: Path, *,
+          status: Callable[[], Mapping[str, str]]) -> TrainResult:
     """Train an initialised model on this process's device for the whole budget.
 
     On SIGINT or SIGTERM the state is saved and the process exits with status 130; the next call with the same `resume_path`
     continues and, on a CPU, ends in the same weights bit for bit. The state of the finished run stays at `resume_path` until
-    the caller has written the result.
+    the caller has written the result. `status` gives further figures for the progress line; it is asked after each synchronization, and its
+    time is not that of training.
 
     Raises:
         TrainingError: the loss or the gradient became infinite or NaN, or the processes have different parameters or data.
@@ -245,7 +247,8 @@ def train(model: GPT, params: TrainParams, loader: Loader, process: Process, res
             num_known = len(run.losses)
             stop, save = run.sync(stop=is_interrupted(), save=time.monotonic() > next_save)
             progress.update(len(run.losses) - num_known, total=run.budget.plan.num_steps, loss=run.losses[-1],
-                            tokens_per_second=f"{run.num_tokens / run.seconds:,.0f}")
+                            tokens_per_second=f"{run.num_tokens / run.seconds:,.0f}", **status())
+            run.start_clock()
             if stop or save or run.is_finished:
                 run.check_weights()
                 start, resume_state = time.monotonic(), run.state_dict()

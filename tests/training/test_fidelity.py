@@ -76,7 +76,7 @@ def test_losses_weights_and_averages_of_every_step_are_those_of_the_plain_implem
     params, loader, gpt = parse_params(settings, TrainParams, "train."), make_loader(tmp_path / "train"), make_model(model)
     start = {name: parameter.detach().double() for name, parameter in gpt.named_parameters()}
     expected = train_plainly(start, [loader.batch(step) for step in range(NUM_STEPS)], model, settings)
-    result = train(gpt, params, loader, SINGLE_CPU, tmp_path / "resume.pt")
+    result = train(gpt, params, loader, SINGLE_CPU, tmp_path / "resume.pt", status=dict)
 
     optimizer = params.optimizer
     for step, (multiplier, momentum) in enumerate(zip(expected.multipliers, expected.momenta, strict=True)):

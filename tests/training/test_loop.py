@@ -33,7 +33,7 @@ def run_training(folder: Path, params: TrainParams | None = None, process: Proce
     params = params or make_params()
     split = make_split(folder / f"train{process.rank}")
     loader = Loader(split, params.sequence_tokens, params.batch_sequences, seed=5)
-    result = train(make_model(), params, loader, process, folder / resume)
+    result = train(make_model(), params, loader, process, folder / resume, status=dict)
     if process.is_main:
         (folder / resume).unlink()
     return result

@@ -1,0 +1,44 @@
+"""The size of the artifact of a parameter file, before anything runs; what cannot meet its limit is refused.
+
+torch is imported only where matrices have grids of fixed bits: with free steps the target is the size.
+"""
+
+from pathlib import Path
+
+from lib.compression.bundle import code_bytes
+from lib.compression.config import CompressParams
+from lib.model.config import ModelParams
+from lib.quantization.config import FREE, QuantizeParams
+
+
+class ForecastError(ValueError):
+    """An artifact that will not meet its limit; the message has the key, the forecast and what would fit."""
+
+
+def check_size(model: ModelParams, quantize: QuantizeParams, compress: CompressParams, root: Path) -> str:
+    """Forecast the size of code and artifact.
+
+    Args:
+        model: the architecture.
+        quantize: section ``quantize``.
+        compress: section ``compress``.
+        root: the folder of the project, whose code counts.
+
+    Returns:
+        A line that says what is expected.
+
+    Raises:
+        ForecastError: the limit, or the target of free steps, cannot be met whatever the weights will be.
+        ValueError: exceptions in ``quantize.bits_of`` for matrices that do not exist.
+    """
+    code, target, limit = code_bytes(root), quantize.target_bytes, compress.limit_bytes
+    key, room = ("compress.limit_bytes", limit) if target is None else ("quantize.target_bytes", target)
+    if room <= code:
+        raise ForecastError(f"{key}: expected more than the {code:,} bytes of the code alone, found {room:,}; raise it")
+    if {*quantize.bits.model_dump().values(), *quantize.bits_of.values()} == {FREE}:
+        return f"forecast: {room:,} bytes, which is what free steps are chosen for ({key}); the limit is {limit:,}"
+    from lib.forecast.grids import forecast_grids  # noqa: PLC0415 (loads torch, which takes seconds)
+    message, is_possible = forecast_grids(model, quantize, compress, code)
+    if not is_possible:
+        raise ForecastError(message)
+    return message

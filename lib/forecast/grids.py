@@ -1,0 +1,55 @@
+"""Whether grids of fixed bits can meet the limit of the artifact, and what would."""
+
+import math
+from collections.abc import Sequence
+
+from lib.compression.budget import Part, list_remedies, summarize
+from lib.compression.config import CompressParams
+from lib.forecast.size import forecast_parts, sample_gaussian
+from lib.model.config import ModelParams
+from lib.quantization.config import QuantizeParams
+
+CERTAIN = 0.9
+"""Share of the forecast for Gaussian weights that trained weights are taken to need at least; bench/RESULTS.md has what was measured."""
+COARSE = 1.05  # steps are made so much wider than needed, as coarse codes lose less than a bit for twice the step
+VANISHING = 2.0**-10  # times the usual spread: grids that follow the weights take as much as ever, a scale floor leaves zeros
+
+
+def forecast_grids(model: ModelParams, quantize: QuantizeParams, compress: CompressParams, code_bytes: int) -> tuple[str, bool]:
+    """A line about the size of code and artifact, and whether they can meet the limit, or the target if other matrices have free steps.
+
+    Where the limit is exceeded, it cannot be met if that would be so with weights of vanishing spread too: then no scale floor acts.
+
+    Args:
+        model: the architecture.
+        quantize: section ``quantize``, with grids of fixed bits.
+        compress: section ``compress``.
+        code_bytes: of the code.
+
+    Raises:
+        ValueError: exceptions in ``quantize.bits_of`` for matrices that do not exist.
+    """
+    target, limit = quantize.target_bytes, compress.limit_bytes
+    key, room = ("compress.limit_bytes", limit) if target is None else ("quantize.target_bytes", target)
+    samples = sample_gaussian(model)
+    parts = forecast_parts(samples, model, quantize, compress, code_bytes)
+    num_bytes = summarize(parts)["artifact_bytes"]
+    if num_bytes <= room:
+        return f"forecast: {num_bytes if target is None else target:,} bytes, at most {room:,} ({key})", True
+    least = summarize(forecast_parts(samples.scaled(VANISHING), model, quantize, compress, code_bytes))["artifact_bytes"]
+    is_possible = CERTAIN * least <= room
+    found = ", ".join(f"{part.part} {part.num_bytes:,}" for part in parts)
+    remedies = "; ".join([*_list_remedies(parts, num_bytes, room), f"{key} {num_bytes}"])
+    reason = "; trained weights may take less, which the progress of train shows" if is_possible else ", whatever the spread of the weights"
+    message = f"{key}: expected at most {room:,} bytes of code and artifact, forecast {num_bytes:,} ({found}){reason}"
+    return f"{'note: ' if is_possible else ''}{message}; what would fit, any one of: {remedies}", is_possible
+
+
+def _list_remedies(parts: Sequence[Part], num_bytes: int, room: int) -> list[str]:
+    """Fewer bits, wider steps, of which twice as wide ones save a bit of each weight, and free steps."""
+    num_weights = sum(part.num_weights or 0 for part in parts)
+    if not num_weights:
+        return list_remedies(parts, num_bytes, room)
+    wider = math.ceil(100 * COARSE * 2 ** (8 * (num_bytes - room) / num_weights)) / 100
+    return [*list_remedies(parts, num_bytes, room), f"steps {wider:g} times as wide (quantize.scale_factors [{wider:g}], or a scale floor)",
+            f"all quantize.bits free and quantize.target_bytes {room}"]

@@ -1,0 +1,21 @@
+"""Parameter files with some values changed."""
+
+from pathlib import Path
+from typing import Any
+
+from lib.params import parse_params, read_params
+from lib.schema import PipelineParams
+
+ROOT = Path(__file__).parents[2]
+FIXED: dict[str, Any] = {
+    "target_bytes": None, "bits": dict.fromkeys(("attention", "mlp", "embedding", "bigram", "value_embedding", "head"), 5),
+    "scale_factors": [1.0], "rate_weight": 0.0}
+
+
+def make_pipeline(preset: str = "default", quantize: dict[str, Any] | None = None,
+                  compress: dict[str, Any] | None = None) -> PipelineParams:
+    """A preset with other values in two of its sections."""
+    values = read_params(ROOT / f"presets/{preset}.yaml")
+    values["quantize"] |= quantize or {}
+    values["compress"] |= compress or {}
+    return parse_params(values, PipelineParams, f"{preset}: ")

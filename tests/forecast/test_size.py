@@ -1,0 +1,85 @@
+"""The forecast of the size beside closed forms and the sizes of artifacts that are really packed."""
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.forecast import make_weights, pack_nearest
+from lib.compression.budget import Part, summarize
+from lib.forecast.size import MIN_ROWS, SPREAD, forecast_parts, sample_gaussian, sample_weights
+from lib.model.gpt import GPT
+from lib.schema import PipelineParams
+from tests.forecast.presets import FIXED, make_pipeline
+
+CODE_BYTES = 12_345
+
+
+def gaussian_parts(params: PipelineParams, factor: float = 1.0) -> dict[str, Part]:
+    model = params.model.architecture
+    parts = forecast_parts(sample_gaussian(model).scaled(factor), model, params.quantize, params.compress, CODE_BYTES)
+    return {part.part: part for part in parts}
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_codes_of_normal_weights_take_their_entropy(bits: int) -> None:
+    """Codes are the integers nearest to x / step, step = num_std / clip_range standard deviations, and beyond the grid the last one."""
+    clip = {"rule": "std", "percentiles": [1.0], "num_candidates": 1, "num_std": 3.0}
+    params = make_pipeline(quantize=FIXED | {"bits": dict.fromkeys(FIXED["bits"], bits), "clip": clip}, compress={"codec": "range"})
+    last = 2 ** (bits - 1) - 1
+    edges = [(code + 0.5) * 3.0 / last for code in range(-last, last)]
+    probabilities = np.diff([0.0, *map(NormalDist().cdf, edges), 1.0])
+    entropy = -(probabilities * np.log2(probabilities)).sum()
+    assert gaussian_parts(params)["mlp"].coded_bits == pytest.approx(entropy, rel=0.02)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "brotli", "range"])
+@pytest.mark.parametrize(("changes", "tolerance"), [
+    ({}, 0.015), ({"bits_of": {"token_embedding.weight": 16, "blocks.1.mlp.up.weight": 7}}, 0.03)], ids=["int5", "mixed"])
+def test_weights_are_forecast_at_what_they_take_when_they_are_packed(codec: str, changes: dict[str, Any], tolerance: float) -> None:
+    params = make_pipeline(quantize=FIXED | changes, compress={"codec": codec, "level": 19})
+    model = params.model.architecture
+    weights = make_weights(model, "rows")
+    parts = forecast_parts(sample_weights(weights), model, params.quantize, params.compress, CODE_BYTES)
+    packed = pack_nearest(weights, model, params.quantize, params.compress)
+    assert summarize(parts)["artifact_bytes"] == pytest.approx(CODE_BYTES + packed, rel=tolerance)
+    assert {part.part: part.num_weights for part in parts if part.num_weights}["mlp"] == 4 * 128 * 512
+
+
+def test_without_a_scale_floor_the_spread_of_the_weights_does_not_matter() -> None:
+    params = make_pipeline(quantize=FIXED)
+    sizes = [summarize([*gaussian_parts(params, factor).values()])["artifact_bytes"] for factor in (1.0, 2.0**-10)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)
+
+
+def test_pruning_bits_and_low_rank_corrections_change_the_forecast() -> None:
+    def size(**changes: Any) -> int:
+        return summarize([*gaussian_parts(make_pipeline(quantize=FIXED | changes)).values()])["artifact_bytes"]
+
+    num_weights = sum(part.num_weights or 0 for part in gaussian_parts(make_pipeline(quantize=FIXED)).values())
+    assert size(bits=dict.fromkeys(FIXED["bits"], 6)) - size() == pytest.approx(num_weights / 8, rel=0.05)  # one bit for each
+    assert size(prune_fraction=0.5) < 0.8 * size()
+    assert size(rate_weight=1.0) < 0.995 * size()
+    assert size(low_rank={"max_bytes": 5000, "bits": 8}) == size() + 5000
+
+
+def test_samples_are_rows_of_every_matrix_and_whole_vectors() -> None:
+    weights = make_weights(make_pipeline().model.architecture, "normal")
+    samples = sample_weights(weights)
+    assert samples.num_rows == {name: len(weight) for name, weight in weights.items() if "weight" in name and weight.ndim == 2
+                                and "skip_weights" not in name}
+    for name, sample in samples.weights.items():
+        if name in samples.num_rows:
+            assert MIN_ROWS <= len(sample) < len(weights[name]) and (weights[name] == sample[-1]).all(1).any()
+        else:
+            assert torch.equal(sample, weights[name])
+
+
+def test_gaussian_samples_have_the_shapes_of_a_model_and_the_usual_spread() -> None:
+    model = make_pipeline().model.architecture
+    samples = sample_gaussian(model)
+    assert samples.num_rows == sample_weights(dict(GPT(model).named_parameters())).num_rows
+    assert math.isclose(float(samples.weights["blocks.0.mlp.up.weight"].std()), SPREAD, rel_tol=0.05)
