@@ -60,14 +60,14 @@ class Process:
                 dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
-    def max(self, value: float) -> float:
-        """The largest `value` of all processes."""
+    def max(self, value: float, *others: float) -> tuple[float, ...]:
+        """The largest of all processes of each of some values."""
         if self.world_size == 1:
-            return value
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+            return value, *others
+        largest = torch.tensor((value, *others), dtype=torch.float64, device=self.device)
         with _collective():
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return float(largest)
+        return tuple(largest.tolist())
 
     def gather(self, value: T) -> list[T]:
         """The `value` of each process, in order of rank; tensors in it on the CPU."""

@@ -106,6 +106,14 @@ def test_evaluate_with_the_protocol(run: Path, monkeypatch: pytest.MonkeyPatch, 
         assert re.search(rf"^{kind}(?: +{NUMBER}){{8}}$", output, re.MULTILINE)
 
 
+def test_forecast(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "presets").symlink_to(ROOT / "presets")
+    rows = output_of("forecast", f"artifacts/train/seed{SEED}/checkpoint.safetensors", run, monkeypatch, capsys).splitlines()[2:]
+    names = [f"trained, int{bits}, {codec}" for bits in (5, 6, 8) for codec in ("zstd", "range")]
+    assert [row.split("|")[1].strip() for row in rows] == names
+    assert all(re.search(rf"\| {NUMBER} \| {NUMBER} \({NUMBER}%\) \| {NUMBER} \({NUMBER}%\) \|$", row) for row in rows)
+
+
 def test_fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output_of("fuzz", "--seconds 0.5", tmp_path, monkeypatch, capsys).splitlines()
     counts = [int(line.split()[0].replace(",", "")) for line in lines]

@@ -14,8 +14,8 @@ def _collect(process: Process) -> None:
     assert {key: value.tolist() for key, value in merged.items()} == {"rank 0": [0, 0], "rank 1": [1, 1]}
     assert process.merge({"only": 5} if process.is_main else {}) == {"only": 5}
     assert process.merge({}) == {}
-    assert process.max(2**40 + process.rank / 1024) == 2**40 + 1 / 1024  # as exact as a clock
-    assert process.max(-1.5 - process.rank) == -1.5
+    assert process.max(2**40 + process.rank / 1024, process.rank) == (2**40 + 1 / 1024, 1)  # as exact as a clock
+    assert process.max(-1.5 - process.rank) == (-1.5,)
     process.synchronize()
 
 
@@ -28,7 +28,7 @@ def test_one_process_needs_no_group() -> None:
     assert SINGLE_CPU.sum(tensor) is tensor
     values = {"a": 1}
     assert SINGLE_CPU.merge(values) == values
-    assert SINGLE_CPU.max(-0.1) == -0.1
+    assert SINGLE_CPU.max(-0.1, 2) == (-0.1, 2)
     SINGLE_CPU.synchronize()
     assert SINGLE_CPU.is_main
 

@@ -62,7 +62,8 @@ class TimeLimit:
 
     def plan(self, total_work: int) -> Progress:
         """Announce all the work that will be reported with `advance`; the caller closes the progress that is returned."""
-        self._work_start = self._checked_seconds = self._process.max(self.seconds)
+        self._work_start, = self._process.max(self.seconds)
+        self._checked_seconds = self._work_start
         self._total = total_work
         self._progress = Progress("evaluate", total_work, "tok", enabled=self._process.is_main)
         return self._progress
@@ -89,8 +90,8 @@ class TimeLimit:
             TimeLimitError: the limit has passed.
         """
         self._process.synchronize()
-        self._checked, self._checked_seconds = self._done, self._process.max(self.seconds)
-        self._checked_compile_seconds = self._process.max(self.compile_seconds)
+        self._checked = self._done
+        self._checked_seconds, self._checked_compile_seconds = self._process.max(self.seconds, self.compile_seconds)
         if self._checked_seconds > self._limit_seconds:
             raise TimeLimitError(
                 f"evaluate.limit_seconds: expected at most {self._limit_seconds:g} s, found {self._checked_seconds:.1f} s with "

@@ -19,11 +19,11 @@ from lib.evaluation.job import Job
 from lib.evaluation.score import mode
 from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.windows import Documents, Integers
-from lib.model.gpt import TiedHead
+from lib.model.gpt import GPT, TiedHead
 from lib.model.linear import Linear
 
 INIT_SEED = 0
-SHAPES = 4  # of compiled windows: a quarter, a half, three quarters, the whole; batches are a quarter or whole
+SHAPES = 4  # of compiled windows
 
 
 def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple[Linear | TiedHead, int, int]]:
@@ -102,7 +102,10 @@ class DocumentScorer:
 
     def __init__(self, job: Job) -> None:
         self._job, self._settings = job, job.params.lora
-        self._adapters = LowRankAdapters(job.forward.model, self._settings, job.stream.device)
+        model = job.forward.model
+        assert isinstance(model, GPT)
+        self._adapters = LowRankAdapters(model, self._settings, job.stream.device)
+        self._rope_trained_tokens = model.params.rope_trained_tokens
 
     def score(self, which: Integers) -> None:
         """Score the documents with these numbers, in batches of similar length, longest first."""
@@ -157,13 +160,18 @@ class DocumentScorer:
     def _forward(self, rows: Tensor, scored: slice) -> Tensor:
         """Losses (B, P) of the `scored` positions of rows (B, T+1) that end with them.
 
-        Where the model is compiled, rows and positions are filled up to one of few shapes, so that each is compiled once.
+        Where the model is compiled, rows and positions are filled up to one of few shapes, so that each is compiled once: a quarter of
+        the documents or all, about a quarter of the window, a half, three quarters or all.
         """
+        settings = self._settings
         if not self._job.forward.compiled:
             return self._job.forward(rows, scored)
-        size, step = (-(-number // SHAPES) for number in (self._settings.batch_documents, self._settings.window_tokens))
-        first, last = scored.start // step * step, min(-(-scored.stop // step) * step, self._settings.window_tokens)
-        num_rows = size if len(rows) <= size else self._settings.batch_documents
+        step = settings.chunk_tokens * -(-settings.window_tokens // (SHAPES * settings.chunk_tokens))
+        first, last = scored.start // step * step, min(-(-scored.stop // step) * step, settings.window_tokens)
+        if last > self._rope_trained_tokens:  # in a longer window positions would be rotated otherwise
+            first, last = scored.start, scored.stop
+        few = -(-settings.batch_documents // SHAPES)
+        num_rows = few if len(rows) <= few else settings.batch_documents
         filled = F.pad(rows, (0, last - scored.stop, 0, num_rows - len(rows)))
         return self._job.forward(filled, slice(first, last), repeats=True)[: len(rows), scored.start - first : scored.stop - first]
 

@@ -115,13 +115,14 @@ class Attention(nn.Module):
         self.output = Linear(params.model_dim, params.model_dim)
         self.q_gain = nn.Parameter(torch.empty(params.num_heads))
 
-    def forward(self, x: Tensor, added_value: Tensor | None, scope: Scope) -> Tensor:
+    def forward(self, x: Tensor, added_value: Tensor | None, scope: Scope, output_scale: Tensor) -> Tensor:
         """Attend.
 
         Args:
             x: normalised input (B, T, D).
             added_value: value embedding (B, T, K*E) added to the values, or None.
             scope: of the T positions.
+            output_scale: (D,), of the outputs.
 
         Returns:
             (B, P, D).
@@ -140,4 +141,4 @@ class Attention(nn.Module):
         y = attend(q, k[:, :last], v[:, :last])  # (B, P, H, E)
         if self.exclusive:
             y = remove_own_value(y, v[:, first:last])
-        return self.output(y.flatten(2))
+        return self.output(y.flatten(2), row_scale=output_scale)

@@ -35,9 +35,9 @@ class MLP(nn.Module):
         self.up = Linear(params.model_dim, params.mlp_hidden_dim)
         self.down = Linear(params.mlp_hidden_dim, params.model_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return self.down(F.relu(self.up(x)).square())
+    def forward(self, x: Tensor, output_scale: Tensor) -> Tensor:
+        """(B, T, D), and the scale (D,) of the outputs -> (B, T, D)."""
+        return self.down(F.relu(self.up(x)).square(), row_scale=output_scale)
 
 
 class Block(nn.Module):
@@ -76,9 +76,8 @@ class Block(nn.Module):
         if self.residual_mix is not None:
             mix = self.residual_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        attended = self.attention(rms_norm(x, input_scale), added_value, scope)
-        x = x[:, scope.first : scope.last] + self.attention_scale.to(x.dtype) * attended
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, input_scale))
+        x = x[:, scope.first : scope.last] + self.attention(rms_norm(x, input_scale), added_value, scope, self.attention_scale)
+        return x + self.mlp(rms_norm(x, input_scale), self.mlp_scale)
 
 
 class TiedHead(nn.Module):
@@ -259,6 +258,15 @@ class GPT(nn.Module):
         if isinstance(self.head, nn.Linear):
             inputs["head"] = ("head.weight",)
         return inputs
+
+    def output_scales(self) -> dict[str, Tensor]:
+        """The weights whose layers' outputs are scaled by rows, and these scales (D,)."""
+        scales: dict[str, Tensor] = {}
+        for n, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            scales[f"blocks.{n}.attention.output.weight"] = block.attention_scale
+            scales[f"blocks.{n}.mlp.down.weight"] = block.mlp_scale
+        return scales
 
 
 def _run_block(block: Block, x: Tensor, x0: Tensor, scope: Scope, *optional: Any) -> Tensor:

@@ -13,12 +13,19 @@ LowRank = tuple[Tensor, Tensor]
 """A (B, K, C) and B (B, R, K) of an adapter for each row of a batch; more of them than rows are no fault."""
 
 
-def add_low_rank(y: Tensor, x: Tensor, adapter: LowRank | None) -> Tensor:
-    """y + B A x (LoRA, arXiv:2106.09685), or `y` where there is no adapter: outputs (B, T, R) of inputs (B, T, C)."""
+def add_low_rank(y: Tensor, x: Tensor, adapter: LowRank | None, row_scale: Tensor | None = None) -> Tensor:
+    """y + s B A x (LoRA, arXiv:2106.09685), or `y` where there is no adapter.
+
+    Args:
+        y: outputs (B, T, R).
+        x: inputs (B, T, C).
+        adapter: of the rows of the batch.
+        row_scale: s (R,), of each output; None for 1.
+    """
     if adapter is None:
         return y
     a, b = (part[: len(x)] for part in adapter)
-    return y + (x @ a.transpose(1, 2)) @ b.transpose(1, 2)
+    return y + (x @ a.transpose(1, 2)) @ (b if row_scale is None else row_scale[:, None] * b).transpose(1, 2)
 
 
 class Linear(nn.Linear):
@@ -32,9 +39,18 @@ class Linear(nn.Linear):
         super().__init__(num_inputs, num_outputs, bias=False)
         self.adapter: LowRank | None = None
 
-    def forward(self, x: Tensor, product: Tensor | None = None) -> Tensor:
-        """Inputs (B, T, C), and their product with the weight where it is known -> (B, T, R)."""
-        return add_low_rank(F.linear(x, self.weight) if product is None else product, x, self.adapter)
+    def forward(self, x: Tensor, product: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
+        """The outputs, (B, T, R).
+
+        Args:
+            x: inputs (B, T, C).
+            product: of inputs and weight, (B, T, R), where it is known.
+            row_scale: (R,), of each output. The rows of the weight are scaled, which are fewer than those of the outputs: forward and
+                backward pass save two readings of the outputs and two writings.
+        """
+        if product is None:
+            product = F.linear(x, self.weight if row_scale is None else row_scale[:, None] * self.weight)
+        return add_low_rank(product, x, self.adapter, row_scale)
 
 
 def apply_jointly(layers: Sequence[Linear], x: Tensor) -> list[Tensor]:

@@ -94,6 +94,8 @@ def collect_moments(model: GPT, sequences: Tensor, *, num_gradient_sequences: in
                 progress.update(len(batch) * process.world_size)
     hessians = {name: process.sum(value) / sequences.numel() for name, value in inputs.sums.items()}
     gradients = {name: process.sum(value) / with_gradients.numel() for name, value in outputs.sums.items()}
+    for name, scale in model.output_scales().items():  # the gradient at an output of the weight, before it is scaled
+        gradients[name] = gradients[name] * scale.detach().double().square()
     for name, sums in tables.sums.items():
         second, energy, count = (process.sum(value) for value in sums)
         hessians[name], gradients[f"{name}.weight"] = _table_moments(second / with_gradients.numel(), energy, count)

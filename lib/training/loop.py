@@ -116,7 +116,7 @@ class Run:
             start = time.monotonic()
             self.step()
             self.process.synchronize()
-        seconds = self.process.max(time.monotonic() - start)
+        seconds, = self.process.max(time.monotonic() - start)
         self.load_state_dict(state)
         if not self.budget.has_plan:
             self.budget.start(seconds)

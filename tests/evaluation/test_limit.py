@@ -33,9 +33,9 @@ class Group(Process):
     compared: list[float] = field(default_factory=list)
     waits: list[int] = field(default_factory=list)
 
-    def max(self, value: float) -> float:
+    def max(self, value: float, *others: float) -> tuple[float, ...]:
         self.compared.append(value)
-        return value + self.late
+        return value + self.late, *others
 
     def synchronize(self) -> None:
         self.waits.append(len(self.compared))

@@ -50,7 +50,7 @@ def fixed_labels(monkeypatch: pytest.MonkeyPatch) -> None:
 def record_outputs(model: GPT, sequences: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """First input, output, and gradient of the summed loss of the likeliest labels at the output of every linear layer and table.
 
-    Gradients are those of zeros that are added to the outputs.
+    Gradients are those of zeros that are added to the outputs. Outputs are those of the weights, before their rows are scaled.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -69,6 +69,11 @@ def record_outputs(model: GPT, sequences: Tensor) -> tuple[dict[str, Tensor], di
     gradients = dict(zip(added, torch.autograd.grad(loss, list(added.values())), strict=True))
     for hook in hooks:
         hook.remove()
+    for block in (name.removesuffix(".attention") for name, _ in model.named_modules() if name.endswith(".attention")):
+        for layer, scale in (("attention.output", "attention_scale"), ("mlp.down", "mlp_scale")):
+            factors = model.get_parameter(f"{block}.{scale}").detach()
+            outputs[f"{block}.{layer}"] /= factors
+            gradients[f"{block}.{layer}"] = gradients[f"{block}.{layer}"] * factors
     return inputs, outputs, gradients
 
 
