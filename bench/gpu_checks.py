@@ -103,7 +103,8 @@ class Checks:
         settings, model = self.calibration, make_model(self.section.architecture, self.device)
         tokens = np.random.default_rng(0).integers(0, model.params.vocab_size, (settings.num_sequences, self.params.sequence_tokens))
         collect = partial(collect_moments, model, torch.from_numpy(tokens), num_gradient_sequences=settings.num_gradient_sequences,
-                          batch_sequences=settings.batch_sequences, seed=0, process=self.process, description="calibrate")
+                          batch_sequences=settings.batch_sequences, precision=settings.precision, seed=0, process=self.process,
+                          description="calibrate")
         seconds = [Stopwatch(self.process, processor=False).time(collect)[0] for _ in range(2)]
         print(f"calibration: {seconds[0]:.2f} s and {seconds[1]:.2f} s of two sets of {tokens.size:,} tokens; the preset reserves "
               f"{self.params.reserve_seconds} s")

@@ -78,7 +78,8 @@ class Bench:
         reference = build_model(checkpoint.model, checkpoint.weights).to(self.process.device)
         sequences = draw_sequences(self.splits["train"], calibrate.num_sequences, train_params.sequence_tokens, seed)
         moments = [collect_moments(reference, tokens, num_gradient_sequences=calibrate.num_gradient_sequences, seed=seed,
-                                   batch_sequences=calibrate.batch_sequences, process=self.process, description=name)
+                                   batch_sequences=calibrate.batch_sequences, precision=calibrate.precision, process=self.process,
+                                   description=name)
                    for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
         hessians = Hessians(matrix_inputs(reference), *moments)
         code, coding = code_bytes(Path()), load_params("compress", CompressParams)

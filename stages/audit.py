@@ -8,6 +8,7 @@ from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.scores import save_audit
 from lib.artifacts.tokens import load_split
 from lib.audit.chronology import load_ledger
+from lib.audit.determinism import deterministic
 from lib.audit.isolation import unchecked
 from lib.audit.provenance import check_data, confine_to_inputs
 from lib.audit.verdict import AuditError, audit_scores, describe_audit, raise_violations
@@ -33,8 +34,9 @@ def main(arguments: list[str] | None = None, *, confined: bool = False) -> None:
             split = load_split(TOKENIZE_FOLDER / "val", tokenizer.vocab_size)
             model, text = open_inputs(load_artifact(stage_folder("compress", number) / "model.ptz"), tokenizer, split, process.device)
             ledgers = {name: load_ledger(scores, name) for name in params.strategies}
-            audit = audit_scores(model, text, params, ledgers, data=check_data(load_metrics(scores), split, tokenizer),
-                                 confinement=confinement, process=process, thorough=True)
+            with deterministic(model, params.precision, process) as nondeterministic:
+                audit = audit_scores(model, text, params, ledgers, data=check_data(load_metrics(scores), split, tokenizer),
+                                     confinement=confinement, process=process, thorough=True, nondeterministic=nondeterministic)
             if process.is_main:
                 save_audit(stage_folder("audit", number), audit)
                 print(f"seed {number}\n{describe_audit(audit)}")

@@ -16,20 +16,23 @@ from lib.quantization.hessian import check_reserve, collect_moments, draw_sequen
 
 def main(seed: int) -> None:
     """Run the stage for one seed."""
-    params, folder, start = load_params("calibrate", CalibrateParams), stage_folder("calibrate", seed), time.monotonic()
+    params, folder = load_params("calibrate", CalibrateParams), stage_folder("calibrate", seed)
     with start_process() as process:
         checkpoint = load_checkpoint(stage_folder("train", seed) / "checkpoint.safetensors")
         model = build_model(checkpoint.model, checkpoint.weights).to(process.device)
         split = load_split(TOKENIZE_FOLDER / "train", model.params.vocab_size)
+        start = time.monotonic()  # what training itself would have had to do: the model is there, the processes are connected
         sequences = draw_sequences(split, params.num_sequences, checkpoint.training["sequence_tokens"], seed)
         moments = [collect_moments(model, tokens, num_gradient_sequences=params.num_gradient_sequences,
-                                   batch_sequences=params.batch_sequences, seed=seed, process=process, description=name)
+                                   batch_sequences=params.batch_sequences, precision=params.precision, seed=seed, process=process,
+                                   description=name)
                    for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
-        check_reserve(time.monotonic() - start, checkpoint.training["calibration_seconds"])
+        seconds = process.max(time.monotonic() - start)
+        check_reserve(seconds, checkpoint.training["calibration_seconds"])
         if process.is_main:
             save_hessians(folder / "hessians.safetensors", Hessians(matrix_inputs(model), *moments))
             metrics = {"num_tokens": sequences[0].numel(), "num_hessians": len(moments[0].hessians)}
-            save_metrics(folder, metrics, {"seconds": time.monotonic() - start})
+            save_metrics(folder, metrics, {"seconds": seconds})
 
 
 if __name__ == "__main__":

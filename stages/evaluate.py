@@ -5,6 +5,7 @@ from functools import partial
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.scores import save_audit, save_scores, save_unfinished
 from lib.artifacts.tokens import load_split
+from lib.audit.determinism import deterministic
 from lib.audit.isolation import unchecked
 from lib.audit.provenance import check_data, confine_to_inputs
 from lib.audit.verdict import NOT_AUDITED, audit_scores, raise_violations
@@ -28,19 +29,20 @@ def main(seed: int, *, confined: bool = False) -> None:
         tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model")
         split = load_split(TOKENIZE_FOLDER / "val", tokenizer.vocab_size)
         model, text = open_inputs(load_artifact(stage_folder("compress", seed) / "model.ptz"), tokenizer, split, process.device)
-        evaluation = evaluate(model, text, params, process=process, limit=limit, keep=partial(save_unfinished, folder))
-        timing, metrics = evaluation.timing(limit, process), evaluation.metrics()
-        ledgers = {name: each.events for name, each in evaluation.outcomes.items()}
-        if process.is_main:
-            save_scores(folder, metrics, timing, curves=evaluation.curves(), context=evaluation.context_tables(),
-                        documents=evaluation.document_tables(), ledgers=ledgers)
-            save_audit(folder, NOT_AUDITED)
-        if params.audit:
-            audit = audit_scores(model, text, params, ledgers, data=check_data(metrics, split, tokenizer), confinement=confinement,
-                                 process=process)
+        with deterministic(model, params.precision, process, enabled=params.audit) as nondeterministic:
+            evaluation = evaluate(model, text, params, process=process, limit=limit, keep=partial(save_unfinished, folder))
+            timing, metrics = evaluation.timing(limit, process), evaluation.metrics()
+            ledgers = {name: each.events for name, each in evaluation.outcomes.items()}
             if process.is_main:
-                save_audit(folder, audit)
-            raise_violations(audit)
+                save_scores(folder, metrics, timing, curves=evaluation.curves(), context=evaluation.context_tables(),
+                            documents=evaluation.document_tables(), ledgers=ledgers)
+                save_audit(folder, NOT_AUDITED)
+            if params.audit:
+                audit = audit_scores(model, text, params, ledgers, data=check_data(metrics, split, tokenizer), confinement=confinement,
+                                     process=process, nondeterministic=nondeterministic)
+                if process.is_main:
+                    save_audit(folder, audit)
+                raise_violations(audit)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls, the same on all architectures but alpha
@@ -36,8 +37,8 @@ def confine(*, read: Iterable[Path], write: Iterable[Path], forbidden: Iterable[
     """Leave this process only what it needs, then try what it must not do.
 
     What can be read besides `read`: the interpreter, its packages, the code in ``lib`` and ``stages``, the system's folders, caches of
-    compilers and the temporary folder. Of the folder that the process runs in, and of the one that the code is in, nothing else can be;
-    where these are below a folder that can, what lies beside them can. Connections that exist stay.
+    compilers, which are made if need be, and the temporary folder. Of the folder that the process runs in, and of the one that the code
+    is in, nothing else can be; where these are below a folder that can, what lies beside them can. Connections that exist stay.
 
     Args:
         read: files and folders of the project.
@@ -103,9 +104,13 @@ def _system_folders() -> list[Path]:
 
 
 def _scratch_folders() -> list[Path]:
+    """Devices, and the caches of compilers, which are made: what does not exist cannot be allowed, and a compiler would fail later."""
     home = Path(os.environ.get("HOME", "/"))
-    return [Path("/dev"), Path("/proc"), *(home / cache for cache in CACHES),
-            *(Path(os.environ[name]) for name in CACHE_VARIABLES if name in os.environ)]
+    caches = [*(home / cache for cache in CACHES), *(Path(os.environ[name]) for name in CACHE_VARIABLES if os.environ.get(name))]
+    for cache in caches:
+        with suppress(OSError):  # a home that cannot be written has no caches
+            cache.mkdir(parents=True, exist_ok=True)
+    return [Path("/dev"), Path("/proc"), *caches]
 
 
 def _temporary_folder(hidden: set[Path]) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lib.audit.chronology import Check, check_score_before_update, check_single_pass
-from lib.audit.probe import Trial, deterministic
+from lib.audit.probe import Trial
 from lib.distributed import Process
 from lib.evaluation.config import EvaluateParams, StrategyName
 from lib.evaluation.evaluation import Text
@@ -27,7 +27,8 @@ class AuditError(RuntimeError):
 
 
 def audit_scores(model: GPT, text: Text, params: EvaluateParams, ledgers: Mapping[StrategyName, Sequence[Event]], *,
-                 data: Mapping[str, Check], confinement: Mapping[str, Check], process: Process, thorough: bool = False) -> Audit:
+                 data: Mapping[str, Check], confinement: Mapping[str, Check], process: Process, thorough: bool = False,
+                 nondeterministic: str | None = None) -> Audit:
     """Check all conditions.
 
     Args:
@@ -39,20 +40,20 @@ def audit_scores(model: GPT, text: Text, params: EvaluateParams, ledgers: Mappin
         confinement: what `lib.audit.isolation.confine` found in this process.
         process: every process calls this and gets the same audit.
         thorough: try more tokens in more places.
+        nondeterministic: why results may not repeat on this device, from `lib.audit.determinism.deterministic`.
 
     Returns:
         What ``audit.json`` holds; `raise_violations` judges it.
     """
     forward = Forward(model, params.precision, compiled=params.compile)
     strategies = {}
-    with deterministic(process.device):
-        for name, events in ledgers.items():
-            causality, distribution = Trial(name, forward, text, params, process, vocab_size=model.params.vocab_size,
-                                            thorough=thorough).check()
-            checks = {"causality": causality, "distribution": distribution,
-                      "score_before_update": check_score_before_update(events, len(text.tokens) - 1),
-                      "single_pass": check_single_pass(events, len(text.tokens) - 1, text.documents)}
-            strategies[name] = {"legal": all(check["passed"] is not False for check in checks.values()), **checks}
+    for name, events in ledgers.items():
+        causality, distribution = Trial(name, forward, text, params, process, vocab_size=model.params.vocab_size, thorough=thorough,
+                                        nondeterministic=nondeterministic).check()
+        checks = {"causality": causality, "distribution": distribution,
+                  "score_before_update": check_score_before_update(events, len(text.tokens) - 1),
+                  "single_pass": check_single_pass(events, len(text.tokens) - 1, text.documents)}
+        strategies[name] = {"legal": all(check["passed"] is not False for check in checks.values()), **checks}
     everywhere = process.merge({process.rank: confinement}).values()
     worst = {part: min((each[part] for each in everywhere), key=lambda check: (False, None, True).index(check["passed"]))
              for part in confinement}

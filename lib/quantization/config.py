@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat
+from lib.params import Precision as ProductPrecision
 from lib.quantization.grid_config import Bits, ByRole, ClipParams
 
 FREE: Literal["free"] = "free"
@@ -21,6 +22,8 @@ class CalibrateParams(Params):
     """So many of each set also get a backward pass, for what needs gradients."""
     batch_sequences: Positive
     """Sequences per forward pass; more is faster and takes more memory."""
+    precision: ProductPrecision
+    """bf16: matrix products of the model in bfloat16 (torch.autocast), those of its inputs in TF32 on GPUs, and all their sums in fp32."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

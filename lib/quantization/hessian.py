@@ -21,6 +21,7 @@ from lib.artifacts.tokens import Split
 from lib.data.loader import sample_sequences
 from lib.distributed import Process
 from lib.model.gpt import GPT, TiedHead
+from lib.params import Precision
 from lib.progress import Progress
 
 HEAD = "head"
@@ -64,15 +65,16 @@ def matrix_inputs(model: GPT) -> dict[str, tuple[str, ...]]:
     return model.linear_inputs() | {name: (f"{name}.weight",) for name in _tables(model)}
 
 
-def collect_moments(model: GPT, sequences: Tensor, *, num_gradient_sequences: int, batch_sequences: int, seed: int, process: Process,
-                    description: str) -> Moments:
-    """Second moments over all tokens of some sequences; products in fp32, their sums in fp64.
+def collect_moments(model: GPT, sequences: Tensor, *, num_gradient_sequences: int, batch_sequences: int, precision: Precision, seed: int,
+                    process: Process, description: str) -> Moments:
+    """Second moments over all tokens of some sequences; sums of a batch in fp32, over batches in fp64.
 
     Args:
         model: on the process's device; its gradients are not touched.
         sequences: (N, T) int64 tokens.
         num_gradient_sequences: at most N; this many of the sequences, evenly spread, for everything that needs gradients.
         batch_sequences: sequences per forward pass.
+        precision: of matrix products.
         seed: decides the labels that are drawn from the model.
         process: which share of the sequences is computed here; every process gets the result.
         description: what the progress display says.
@@ -83,14 +85,15 @@ def collect_moments(model: GPT, sequences: Tensor, *, num_gradient_sequences: in
     device = process.device
     with_gradients = sequences[torch.arange(num_gradient_sequences) * len(sequences) // num_gradient_sequences]
     generator = torch.Generator(device).manual_seed(seed + process.rank)
-    with Progress(description, len(sequences) + len(with_gradients), "seq", enabled=process.is_main) as progress, torch.no_grad():
+    with Progress(description, len(sequences) + len(with_gradients), "seq", enabled=process.is_main) as progress, \
+            torch.no_grad(), _products(precision):
         with _InputSums(model, device) as inputs:
             for batch in torch.split(sequences[process.rank::process.world_size], batch_sequences):
-                model.logits(batch.to(device))
+                _logits(model, batch.to(device), precision)
                 progress.update(len(batch) * process.world_size)
         with _frozen(model), _OutputSums(model, device) as outputs, _TableSums(model, device) as tables:
             for batch in torch.split(with_gradients[process.rank::process.world_size], max(1, batch_sequences // 2)):
-                _backward(model, batch.to(device), generator)
+                _backward(model, batch.to(device), precision, generator)
                 progress.update(len(batch) * process.world_size)
     hessians = {name: process.sum(value) / sequences.numel() for name, value in inputs.sums.items()}
     gradients = {name: process.sum(value) / with_gradients.numel() for name, value in outputs.sums.items()}
@@ -119,10 +122,33 @@ def _frozen(model: GPT) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def _products(precision: Precision) -> Iterator[None]:
+    """Within the context products of fp32 matrices are TF32 on GPUs if `precision` is bf16: TF32 holds every bf16 number exactly."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        if precision == "bf16":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _logits(model: GPT, tokens: Tensor, precision: Precision) -> Tensor:
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return model.logits(tokens)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x^T x of (tokens, C), fp32."""
+    with torch.autocast(x.device.type, enabled=False):  # hooks run within that of the model, which would round the sums
+        return x.T @ x
+
+
 @torch.enable_grad()
-def _backward(model: GPT, tokens: Tensor, generator: torch.Generator) -> None:
+def _backward(model: GPT, tokens: Tensor, precision: Precision, generator: torch.Generator) -> None:
     """Gradients of the summed loss of labels that are drawn from the model, at every output that has a hook."""
-    logits = model.logits(tokens).flatten(0, 1)  # (tokens, V)
+    logits = _logits(model, tokens, precision).flatten(0, 1)  # (tokens, V)
     labels = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
     F.cross_entropy(logits, labels, reduction="sum").backward()
 
@@ -171,7 +197,7 @@ class _InputSums(ExitStack):
     def _watch_input(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2).float()  # (tokens, C)
-            total.add_(x.T @ x)
+            total.add_(_gram(x))
 
         return watch
 
@@ -220,7 +246,7 @@ class _TableSums(ExitStack):
 
             def add(gradient: Tensor) -> None:
                 g = gradient.flatten(0, -2).float()  # (tokens, C)
-                second.add_(g.T @ g)
+                second.add_(_gram(g))
                 energy.index_add_(0, rows, g.square().sum(1).double())
                 count.index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
 

@@ -29,12 +29,14 @@ class Check(NamedTuple):
     Attributes:
         name: as in ``audit.json``.
         result: what came out.
-        details: the numbers that show it, or why it could not be checked.
+        details: the numbers that show it, and why it could not be checked.
+        why: it could not be checked; empty if it was.
     """
 
     name: str
     result: Result
     details: str
+    why: str
 
 
 class StrategyAudit(NamedTuple):
@@ -60,11 +62,13 @@ class Audit(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """One line: the outcome, and how many checks came to it; where all is as it must be, of scores that are legal only."""
+        """One line: the outcome, how many checks came to it, and why some were not made; where all is well, of legal scores only."""
         checks = [check for strategy in self.strategies if strategy.legal or not self.legal for check in strategy.checks]
         checks += [check for group in self.groups.values() for check in group]
         counts = {word: sum(check.result == word for check in checks) for word in RESULTS.values()}
         text = ", ".join(f"{count} {word}" for word, count in counts.items() if count or word == "passed")
+        if reasons := list(dict.fromkeys(check.why for check in checks if check.why)):
+            text += f": {'; '.join(reasons)}"
         return f"{'legal' if self.legal else 'NOT LEGAL'} ({text})"
 
 
@@ -95,7 +99,7 @@ def format_verdicts(audits: Sequence[Audit | None]) -> str:
 def _check(name: str, values: Mapping[str, Any]) -> Check:
     parts = [values["why"]] if "why" in values else []
     parts += [f"{key}: {value}" for key, value in _flatten({key: values[key] for key in values if key not in ("passed", "why")})]
-    return Check(name.replace("_", " "), RESULTS[values["passed"]], "; ".join(parts))
+    return Check(name.replace("_", " "), RESULTS[values["passed"]], "; ".join(parts), values.get("why", ""))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

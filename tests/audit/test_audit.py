@@ -44,12 +44,12 @@ PASSED: dict[str, Check] = {"checked": {"passed": True}}
 
 
 def audit(name: StrategyName, model: GPT | None = None, params: EvaluateParams | None = None, process: Process = SINGLE_CPU, *,
-          thorough: bool = False) -> dict[str, Any]:
+          thorough: bool = False, nondeterministic: str | None = None) -> dict[str, Any]:
     """Run one strategy and audit the run."""
     model, params = model or make_model(), params or make_params()
     events = run_strategy(name, make_job(model, TOKENS, params, process)).events
     return audit_scores(model, make_text(TOKENS), params, {name: events}, data=PASSED, confinement=PASSED, process=process,
-                        thorough=thorough)
+                        thorough=thorough, nondeterministic=nondeterministic)
 
 
 def violated(report: dict[str, Any], name: StrategyName) -> list[str]:
@@ -207,14 +207,6 @@ def test_a_model_that_ignores_its_input_shows_that_a_comparison_is_dead() -> Non
     with torch.no_grad():
         model.token_embedding.weight.zero_()  # tied: all logits are 0
     assert violated(audit("plain", model), "plain") == ["causality"]
-
-
-def test_a_device_that_does_not_repeat_its_results_cannot_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Forward.__call__
-    monkeypatch.setattr(Forward, "__call__", lambda *args, **options: original(*args, **options) * (1 + 1e-6 * torch.rand(())))
-    report = audit("plain")
-    assert report["strategies"]["plain"]["causality"]["passed"] is None
-    assert violated(report, "plain") == []
 
 
 @pytest.mark.parametrize("num_targets", [1, 2, 7, 20])

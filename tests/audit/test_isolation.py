@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -123,6 +124,44 @@ def test_inputs_that_are_links_into_a_cache_can_be_read(project: Path) -> None:
     assert run(project, """
         print(json.dumps([Path("inputs/linked").read_text(), error(lambda: Path("training/file").read_text())]))
     """) == ["beside", "PermissionError"]
+
+
+@pytest.mark.usefixtures("_possible")
+def test_caches_of_compilers_are_made_before_they_could_no_longer_be(project: Path, tmp_path: Path) -> None:
+    home, named = tmp_path / "home", {name: str(tmp_path / "named" / name) for name in isolation.CACHE_VARIABLES}
+    home.mkdir()
+    assert run(project, """
+        folders = [*(Path.home() / name for name in (".triton", ".nv", ".cache/torch")),
+                   *(Path(os.environ[name]) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"))]
+        for folder in folders:
+            (folder / "below").mkdir()
+            (folder / "below" / "file").write_text("cached")
+        print(json.dumps([len(folders), error(lambda: (Path.home() / "other").mkdir())]))
+    """, HOME=str(home), **named) == [6, "PermissionError"]
+
+
+@pytest.mark.usefixtures("_possible")
+@pytest.mark.parametrize("home", ["/proc/none", "/dev/null"])
+def test_a_home_that_cannot_be_written_is_no_error(project: Path, home: str) -> None:
+    assert run(project, "print(json.dumps([error(lambda: Path('training/file').read_text())]))", HOME=home) == ["PermissionError"]
+
+
+@pytest.mark.usefixtures("_possible")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.parametrize("named", [True, False])
+def test_the_first_compilation_of_a_machine_works_in_confinement(project: Path, tmp_path: Path, named: bool) -> None:
+    home, temporary, cache = (tmp_path / name for name in ("home", "temporary", "cache"))
+    home.mkdir()
+    temporary.mkdir()
+    variables = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")} if named else {}
+    assert run(project, """
+        import torch
+        x = torch.randn(64, requires_grad=True)
+        y = torch.compile(lambda x: (x.sin() * x.exp()).sum(), fullgraph=True)(x)
+        y.backward()
+        cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        print(json.dumps([bool(torch.isclose(y, (x.sin() * x.exp()).sum())), any(cache.rglob("*.so"))]))
+    """, HOME=str(home), TMPDIR=str(temporary), **variables) == [True, True]
 
 
 @pytest.mark.usefixtures("_possible")

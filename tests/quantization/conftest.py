@@ -25,6 +25,6 @@ def checkpoint() -> Checkpoint:
 def hessians(checkpoint: Checkpoint) -> Hessians:
     model = build_model(checkpoint.model, checkpoint.weights)
     sequences = torch.randint(0, MODEL["vocab_size"], (64, 16), generator=torch.Generator().manual_seed(0))
-    calibration, verification = (collect_moments(model, part, num_gradient_sequences=32, batch_sequences=32, seed=0, process=SINGLE_CPU,
-                                                 description="test") for part in (sequences[:32], sequences[32:]))
+    calibration, verification = (collect_moments(model, part, num_gradient_sequences=32, batch_sequences=32, precision="fp32", seed=0,
+                                                 process=SINGLE_CPU, description="test") for part in (sequences[:32], sequences[32:]))
     return Hessians(matrix_inputs(model), calibration, verification)

@@ -64,7 +64,7 @@ def test_there_is_a_target_exactly_when_something_is_free(change: dict[str, Any]
 
 
 def test_gradients_come_from_the_same_sequences() -> None:
-    calibrate = {"num_sequences": 8, "batch_sequences": 4}
+    calibrate = {"num_sequences": 8, "batch_sequences": 4, "precision": "fp32"}
     assert parse_params(calibrate | {"num_gradient_sequences": 8}, CalibrateParams, "calibrate.").num_gradient_sequences == 8
     with pytest.raises(ParamsError, match=r"calibrate\.num_gradient_sequences: expected at most num_sequences 8, found 9"):
         parse_params(calibrate | {"num_gradient_sequences": 9}, CalibrateParams, "calibrate.")

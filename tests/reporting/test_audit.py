@@ -24,8 +24,8 @@ def test_every_check_has_its_result_and_its_numbers_in_words(tmp_path: Path) -> 
     assert [check.details for check in audit.strategies[0].checks] == [
         "targets compared: 1,234", "largest deviation: 1.25e-06", "scored before, trained targets: 5,000",
         "targets: 400,000"]
-    assert audit.groups == {"data": [("validation readers", "passed", "stages: evaluate")],
-                            "process": [("files", "not checked", "this kernel <cannot>")]}
+    assert audit.groups == {"data": [("validation readers", "passed", "stages: evaluate", "")],
+                            "process": [("files", "not checked", "this kernel <cannot>", "this kernel <cannot>")]}
 
 
 def test_parts_of_a_check_have_their_own_result(tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_conditions_are_in_the_order_of_the_challenge_whatever_the_order_in_the_
 
 
 @pytest.mark.parametrize(("changes", "verdict"), [
-    ({}, "legal (5 passed, 1 not checked)"),  # what two_phase fails is as declared
-    ({"legal": False, "data": {"bytes": {"passed": False}}}, "NOT LEGAL (7 passed, 2 failed, 1 not checked)"),
+    ({}, "legal (5 passed, 1 not checked: this kernel <cannot>)"),  # what two_phase fails is as declared
+    ({"legal": False, "data": {"bytes": {"passed": False}}}, "NOT LEGAL (7 passed, 2 failed, 1 not checked: this kernel <cannot>)"),
     ({"data": {}, "process": {}}, "legal (4 passed)"),
 ])
 def test_the_verdict_counts_checks_of_what_claims_to_be_legal(tmp_path: Path, changes: dict[str, Any], verdict: str) -> None:

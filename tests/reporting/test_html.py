@@ -111,7 +111,7 @@ def test_without_sliding_there_are_no_differences() -> None:
 def test_the_audit_tells_each_condition_of_each_strategy_and_why_something_was_not_checked() -> None:
     html = standard_report(1337)
     text = visible(html)
-    assert "Audit: legal (21 passed, 1 not checked)." in text
+    assert "Audit: legal (21 passed, 1 not checked: this kernel &lt;cannot&gt;)." in text
     assert "strategy C1 C2 C3 C4 legal plain passed passed passed passed yes" in text
     assert "two_phase passed passed failed passed no, as declared" in text
     assert "Data validation readers passed stages: evaluate Process files not checked this kernel &lt;cannot&gt;" in text
@@ -127,7 +127,7 @@ def test_a_violation_is_not_called_declared() -> None:
     audit["legal"] = audit["strategies"]["lora"]["legal"] = audit["strategies"]["lora"]["single_pass"]["passed"] = False
     save_audit(Path("artifacts/evaluate/seed1"), audit)
     text = visible(report())
-    assert "Verdict: NOT LEGAL (23 passed, 2 failed, 1 not checked)" in text
+    assert "Verdict: NOT LEGAL (23 passed, 2 failed, 1 not checked: this kernel &lt;cannot&gt;)" in text
     assert "lora passed passed passed failed no " in text
     assert "as declared" not in text
 

@@ -39,7 +39,7 @@ one_pass     1.6700     -0.0100  yes                            3.0
 score_first  1.6500     -0.0300  yes                           21.0  scoring 6.0, adaptation 15.0
 lora         1.6400     -0.0400  yes                            9.0
 two_phase    1.6000     -0.0800  no: trains before scoring     30.0
-audit: legal (21 passed, 1 not checked)
+audit: legal (21 passed, 1 not checked: this kernel <cannot>)
 
                               seed 1337
 seconds, tokenize                   4.0
