@@ -5,6 +5,7 @@ E head dimension, A tokens that a position attends to at most, N blocks of A pos
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.model.config import KernelName
 
@@ -108,7 +110,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     shared = q.shape[1] // k.shape[1]
     if shared > 1 and mask is not None and q.is_cuda:  # or CUDA computes all scores in memory: memory-efficient attention has no GQA
         k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1)
+    with sdpa_kernel(SDPBackend.MATH) if _needs_math(q, mask) else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1)
+
+
+def _needs_math(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether only the math backend repeats its gradients: memory-efficient attention, which CUDA takes for masks and fp32, does not."""
+    return (q.is_cuda and torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
+            and (mask is not None or q.dtype == torch.float32))
 
 
 SDPA = Kernel("sdpa", "sdpa: the default", attend_by_sdpa)
