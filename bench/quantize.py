@@ -1,7 +1,7 @@
 """Quantization methods at equal bytes, on the checkpoint of a run: ``python -m bench.quantize [--root FOLDER] [--targets BYTES ...]``.
 
 FOLDER is a clone in which the pipeline has run up to calibrate; by default this one. The methods: round-to-nearest, GPTQ as entry #585
-published it (2 % pruning, scales of at least 1/15, the inverse Hessian itself instead of its Cholesky factor, columns in ascending
+published it (2 % pruning, its floor under all scales, the inverse Hessian itself instead of its Cholesky factor, columns in ascending
 order), correct GPTQ with the percentile clip rule, all int5 with int8 tables as in #585, and once with the token embedding as the only
 int8 table, with zstandard; and free steps with the range coder, at the same bytes and at fractions of them. With targets, free steps at
 those sizes instead. Bytes are those of the packed model, without code.
@@ -32,12 +32,13 @@ from lib.params import Params, parse_params, read_params
 from lib.quantization.config import QuantizeParams
 from lib.quantization.grid import round_to_grid, row_scales
 from lib.quantization.policy import quantize_model
+from lib.quantization.quantizer import smallest
 from lib.quantization.table import list_tensors, summarize
 
 INT8_TABLES = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 8, "value_embedding": 8, "head": 8}  # #585
 INT5_TABLES = INT8_TABLES | {"bigram": 5, "value_embedding": 5}
 FREE = dict.fromkeys(INT8_TABLES, "free")
-SMALLEST_SCALE, PRUNED, DAMPING = 1 / 15, 0.02, 0.01  # #585
+FLOOR, PRUNED, DAMPING = 1.0, 0.02, 0.01  # #585
 LEVEL = 22
 FRACTIONS = (0.75, 0.6, 0.5)
 
@@ -91,15 +92,15 @@ class Bench:
     def _quantize_as_published(self) -> QuantizedModel:
         sources = {name: source for source, names in self.hessians.inputs.items() for name in names}
         tables = {f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, torch.nn.Embedding)}
-        matrices = {}
+        clip, matrices = self.params().clip.model_copy(update={"floor": FLOOR}), {}
         for name, source in sources.items():
             weight = self.checkpoint.weights[name].to(self.process.device)
             if name in tables:
-                matrices[name] = make_matrix(weight, 8, row_scales(weight, 8, self.params().clip), None)
+                matrices[name] = make_matrix(weight, 8, row_scales(weight, 8, clip), None)
             else:
-                weight = weight.where(weight.abs() > weight.abs().flatten().kthvalue(max(1, int(PRUNED * weight.numel()))).values, 0)
-                scales = row_scales(weight, 5, self.params().clip).clamp(min=SMALLEST_SCALE)
-                matrices[name] = make_matrix(weight, 5, scales, self.hessians.calibration.hessians[source].to(weight.device))
+                weight = weight.masked_fill(smallest(weight, PRUNED), 0)
+                hessian = self.hessians.calibration.hessians[source].to(weight.device)
+                matrices[name] = make_matrix(weight, 5, row_scales(weight, 5, clip), hessian)
         vectors = {name: weight.half() for name, weight in self.checkpoint.weights.items() if name not in sources}
         return QuantizedModel(self.checkpoint.model, self.checkpoint.training, matrices, vectors)
 

@@ -135,6 +135,17 @@ def test_quantize_at_given_sizes(run: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert [line.split(" from ")[1].split()[0] for line in lines[2:]] == ["16,000", "12,000"]
 
 
+def test_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    values = merge(read_params(ROOT / "presets/pr410.yaml"), {
+        "model": {"num_layers": 2, "model_dim": 128, "num_heads": 2, "num_kv_heads": 1, "mlp_hidden_dim": 128, "num_xsa_layers": 1,
+                  "value_embedding_layers": [1]}, "compress": {"level": 3, "limit_bytes": 600_000}})
+    write_json(tmp_path / "tiny.yaml", values)
+    lines = output_of("published", f"--presets tiny --folder {tmp_path}", ROOT, monkeypatch, capsys).splitlines()
+    floored, free = (line.split() for line in lines[2:])
+    assert floored[2:4] == ["1/31", "100.0%"] and free[2:4] == ["none", "0.0%"]
+    assert float(floored[6]) < 0.9 * float(free[6])
+
+
 def test_recipe(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output_of("recipe", f"--seeds {SEED}", run, monkeypatch, capsys).splitlines()
     starts: list[Any] = [line[:34].split() for line in lines[2:]]

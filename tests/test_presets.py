@@ -1,5 +1,6 @@
 """Every parameter file of the repository is complete and valid, and the presets are the published systems."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from lib.model.attention import make_rotation
 from lib.model.gpt import GPT
 from lib.params import ParamsError, parse_params, read_params
 from lib.presets import apply_preset, list_presets
+from lib.quantization.policy import choose_bits
 from lib.schema import PipelineParams
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +28,8 @@ def load(path: Path) -> PipelineParams:
 def keys(values: Any, prefix: str = "") -> set[str]:
     if not isinstance(values, dict):
         return set()
-    return {key for name, value in values.items() for key in {prefix + name} | keys(value, f"{prefix}{name}.")}
+    return {key for name, value in values.items() if prefix != "quantize.bits_of."
+            for key in {prefix + name} | keys(value, f"{prefix}{name}.")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -34,20 +38,88 @@ def test_is_valid_and_has_the_key_tree_of_params_yaml(path: Path) -> None:
     assert keys(read_params(path)) == keys(read_params(ROOT / "params.yaml"))
 
 
-@pytest.mark.parametrize(("preset", "num_parameters"), [("pr585", 33_580_124), ("pr410", 26_993_756), ("pr410-qat", 25_779_281)])
+@pytest.mark.parametrize(("preset", "num_parameters"), [("pr585", 33_580_124), ("pr410", 26_993_756), ("pr410-qat", 25_779_281),
+                                                        ("pr585-free", 33_580_124), ("pr410-free", 26_993_756)])
 def test_presets_have_the_published_parameter_counts(preset: str, num_parameters: int) -> None:
     with torch.device("meta"):
         assert GPT(load(ROOT / f"presets/{preset}.yaml").model).num_parameters == num_parameters
 
 
 @pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat"])
-def test_presets_train_on_the_published_batch_and_quantize_what_they_trained_for(preset: str) -> None:
+def test_presets_train_on_the_published_batch_for_the_published_limit(preset: str) -> None:
     params = load(ROOT / f"presets/{preset}.yaml")
     assert params.train.batch_sequences * params.train.sequence_tokens == 786_432
     assert params.train.batch_sequences % 8 == 0
-    assert params.train.qat.model_dump(include={"bits", "clip"}) == params.quantize.model_dump(include={"bits", "clip"})
-    assert not params.quantize.bits_of and params.quantize.target_bytes is None
-    assert params.compress.limit_bytes == 16_000_000
+    assert params.quantize.target_bytes is None and params.compress.limit_bytes == 16_000_000
+
+
+TABLE = {  # of the reference on the three systems
+    "pr585": {"train.qat.below_lr": 0.5, "train.qat.bits.attention": 5, "train.qat.bits.mlp": 5, "train.qat.clip.rule": "percentile",
+              "train.qat.clip.percentiles": [0.9995], "quantize.method": "gptq", "quantize.clip.rule": "percentile",
+              "quantize.bits.attention": 5, "quantize.bits.mlp": 5, "quantize.bits.embedding": 8, "quantize.prune_fraction": 0.02,
+              "calibrate.num_sequences": 256, "train.averaging.select": "ema", "train.averaging.swa_below_lr": 0.2,
+              "train.optimizer.matrix_lr": 0.025, "train.optimizer.embedding_lr": 0.035, "train.optimizer.vector_lr": 0.025,
+              "fp16": {"bigram.projection.weight", "value_embedding.projection.weight"}},
+    "pr410": {"train.qat.below_lr": 0.1, "train.qat.bits.attention": 6, "train.qat.bits.mlp": 6, "train.qat.clip.rule": "max",
+              "quantize.method": "rtn", "quantize.clip.rule": "max", "quantize.bits.attention": 6, "quantize.bits.mlp": 6,
+              "quantize.bits.embedding": 8, "quantize.prune_fraction": 0.01, "train.averaging.swa_below_lr": 0.2,
+              "train.optimizer.matrix_lr": 0.025, "train.optimizer.embedding_lr": 0.035, "train.optimizer.vector_lr": 0.025,
+              "fp16": {"bigram.projection.weight", "value_embedding.projection.weight"}},
+    "pr410-qat": {"train.qat.bits.attention": 6, "train.qat.bits.mlp": 5, "train.qat.clip.rule": "max", "quantize.method": "rtn",
+                  "quantize.clip.rule": "max", "quantize.bits.attention": 6, "quantize.bits.mlp": 5, "quantize.bits.bigram": 6,
+                  "quantize.prune_fraction": 0.05, "train.averaging.swa_below_lr": 0.4, "train.optimizer.matrix_lr": 0.02,
+                  "train.optimizer.embedding_lr": 0.03, "train.optimizer.vector_lr": 0.02,
+                  "fp16": {"bigram.projection.weight", "blocks.8.attention.key.weight", "token_embedding.weight"}}}
+COMMON = {"train.optimizer.weight_decay": 0.04, "train.optimizer.momentum": 0.99, "train.optimizer.momentum_start": 0.92,
+          "train.optimizer.newton_schulz_steps": 5, "train.optimizer.adam_betas": [0.9, 0.95], "train.optimizer.adam_eps": 1e-8,
+          "train.optimizer.grad_clip": 0.3, "train.averaging.ema_decay": 0.997, "train.averaging.ema_every_steps": 1,
+          "train.averaging.swa_every_steps": 50, "train.qat.full_range": True, "train.qat.clip.floor": 1.0, "quantize.clip.floor": 1.0,
+          "compress.codec": "zstd", "compress.level": 22, "model.q_gain_init": 1.5, "model.logit_softcap": 30.0,
+          "model.embedding_init_std": 0.005}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {key: value for name, inner in values.items()
+            for key, value in (flatten(inner, f"{prefix}{name}.") if isinstance(inner, dict) and inner else {prefix + name: inner}).items()}
+
+
+@pytest.mark.parametrize("preset", TABLE)
+def test_presets_have_the_published_values(preset: str) -> None:
+    params = load(ROOT / f"presets/{preset}.yaml")
+    values, expected = flatten(params.model_dump(mode="json")), COMMON | TABLE[preset]
+    fp16 = expected.pop("fp16")
+    assert {key: values[key] for key in expected} == expected
+    with torch.device("meta"):
+        weights = dict(GPT(params.model).named_parameters())
+    bits = choose_bits(weights, params.quantize)
+    assert {name for name, kind in bits.items() if kind == 16} == fp16
+    assert {name for name in bits if weights[name].numel() <= 65_536} <= fp16, "the scripts keep these in fp16"
+    if preset == "pr410-qat":
+        assert params.train.qat.below_lr > 1, "from the first step"
+    base, dims = (10_000, 64) if preset == "pr410-qat" else (10_000 * 2 ** (16 / 14), 16)
+    for tokens in (1024, 2048) if preset == "pr410-qat" else (2048,):
+        angles = torch.atan2(*reversed(make_rotation(params.model, tokens, None, torch.device("cpu"))))[1, 0]
+        torch.testing.assert_close(angles, base ** (-torch.arange(0, dims, 2) / dims), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("preset", "free"), [("pr585", "pr585-free"), ("pr410", "pr410-free"), ("pr410-qat", "pr410-free")])
+def test_the_block_of_a_published_preset_lists_what_differs_from_the_corrected_method(preset: str, free: str) -> None:
+    text = (ROOT / f"presets/{preset}.yaml").read_text()
+    block = text.split(f"the corrected method, presets/{free}.yaml,")[1].split("# Known differences")[0]
+    listed = {key for keys in re.findall(r"^#   (\S.*?): ", block, re.MULTILINE) for key in keys.split(", ")}
+    left, right = (flatten(load(ROOT / f"presets/{name}.yaml").model_dump(mode="json")) for name in (preset, free))
+    differing = {key for key in left.keys() | right.keys() if left.get(key) != right.get(key)} - {"report.title"}
+    found = {key: {name for name in listed if f"{key}.".startswith(f"{name}.")} for key in differing}
+    assert all(found.values()), sorted(key for key, names in found.items() if not names)
+    assert set().union(*found.values()) == listed
+
+
+@pytest.mark.parametrize("free", ["pr585-free", "pr410-free"])
+def test_free_presets_have_free_steps_at_the_limit_and_no_grid(free: str) -> None:
+    params = load(ROOT / f"presets/{free}.yaml")
+    assert params.quantize.target_bytes == params.compress.limit_bytes == 16_000_000
+    assert set(params.quantize.bits.model_dump().values()) == {"free"} and not params.quantize.bits_of
+    assert params.train.qat.below_lr == 0
 
 
 @pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat"])
@@ -67,7 +139,7 @@ def test_presets_evaluate_as_the_logged_runs(preset: str) -> None:
                                "trainable": ("last_3_blocks", "block_scales", "residual_mix", "embedding")}}
 
 
-@pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat", "pr585-free"])
+@pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat", "pr585-free", "pr410-free"])
 def test_presets_take_the_published_tokens_and_state_what_is_known_of_them(preset: str) -> None:
     tokenize = load(ROOT / f"presets/{preset}.yaml").tokenize
     assert (tokenize.source, tokenize.hub.repo, tokenize.hub.dataset) == ("hub", "willdepueoai/parameter-golf", "fineweb10B_sp1024")

@@ -65,7 +65,7 @@ def make_rotation(params: ModelParams, num_tokens: int, attention_tokens: int | 
     """
     dims = params.rope_dims
     base = params.rope_base
-    if (span := min(num_tokens, attention_tokens or num_tokens)) > params.rope_trained_tokens:
+    if params.rope_trained_tokens and (span := min(num_tokens, attention_tokens or num_tokens)) > params.rope_trained_tokens:
         base *= (span / params.rope_trained_tokens) ** (dims / (dims - 2))
     frequencies = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)  # (R/2,)
     angles = torch.outer(torch.arange(num_tokens, device=device, dtype=torch.float32), frequencies)[:, None]  # (T, 1, R/2)

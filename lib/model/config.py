@@ -33,8 +33,8 @@ class ModelParams(Params):
     rope_dims: Positive
     """Leading dimensions of each head that are rotated (arXiv:2104.09864); even, above 2, at most the head dimension."""
     rope_base: Annotated[float, Field(gt=1)]
-    rope_trained_tokens: Positive
-    """Longer sequences raise the base by NTK scaling from this length."""
+    rope_trained_tokens: Positive | None
+    """Longer sequences raise the base by NTK scaling from this length; null: the base is the same at every length (#410 with QAT)."""
     q_gain_init: float
     """Initial value of the learned gain of each query head."""
     num_xsa_layers: NonNegative

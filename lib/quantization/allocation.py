@@ -84,12 +84,17 @@ def measure_curve(problem: Problem, gradients: Tensor, rows: Tensor, columns: Te
     weights = (gradients * scales_of(rows).square())[sample, None] * (scales_of(columns) / problem.factor.error_scales() * live).square()
     center = int(exponents_of(x.square().mean().sqrt().clamp(min=2.0**-24), MATRIX_RESOLUTION))
     exponents = torch.arange(center - OCTAVES_DOWN * OCTAVE, center + OCTAVES_UP * OCTAVE + 1, MATRIX_RESOLUTION)
-    bits, losses = [], []
-    for scale in scales_of(exponents).tolist():
+    scales, largest = scales_of(exponents).tolist(), float(x.abs().amax())
+    limits = [round(largest / scale) + 1 for scale in scales]  # of the codes, so that nothing in the loop waits for the device
+    counts = [torch.zeros(2 * limit + 1, dtype=torch.int64, device=x.device) for limit in limits]
+    losses = torch.empty(len(scales), dtype=torch.float64, device=x.device)
+    for scale, limit, step_counts, loss in zip(scales, limits, counts, losses, strict=True):
         codes = (x / scale).round_()
-        losses.append(float((weights * (x - codes * scale).square()).sum(dtype=torch.float64)) / 2)
-        bits.append(_entropy(codes))
-    num_bits, all_losses = torch.tensor(bits).double() * scaled.numel(), torch.tensor(losses).double() * (num_rows / len(sample))
+        loss.copy_((weights * (x - codes * scale).square()).sum(dtype=torch.float64) / 2)
+        codes = codes.flatten().to(torch.int64).add_(limit)
+        step_counts.scatter_add_(0, codes, torch.ones_like(codes))
+    bits = [_entropy(step_counts) for step_counts in torch.cat(counts).cpu().split([len(part) for part in counts])]
+    num_bits, all_losses = torch.tensor(bits).double() * scaled.numel(), losses.cpu().float().double() * (num_rows / len(sample))
     finest = int(exponents_of(scaled.abs().amax().clamp(min=2.0**-24) / LARGEST_CODE)) + 1
     finer = torch.arange(min(0, (finest - int(exponents[0])) // MATRIX_RESOLUTION + 1) * MATRIX_RESOLUTION, 0, MATRIX_RESOLUTION)
     num_live = num_rows * int(live.sum())  # half the step takes a bit more for each of them and leaves a quarter of the loss
@@ -97,11 +102,9 @@ def measure_curve(problem: Problem, gradients: Tensor, rows: Tensor, columns: Te
                  torch.cat((all_losses[0] * torch.exp2(2 * finer / OCTAVE), all_losses)))
 
 
-def _entropy(codes: Tensor) -> float:
-    """Order-0 entropy in bits per element of integral floats."""
-    shifted = (codes - codes.min()).flatten().to(torch.int64)
-    counts = torch.bincount(shifted)
-    probabilities = counts[counts > 0].double() / codes.numel()
+def _entropy(counts: Tensor) -> float:
+    """Order-0 entropy in bits per element, from how often each value occurs, int64."""
+    probabilities = counts[counts > 0].double() / counts.sum()
     return float(-(probabilities * probabilities.log2()).sum())
 
 

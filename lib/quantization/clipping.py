@@ -33,23 +33,23 @@ def clip_percentile(weight: Tensor, clip_range: int, params: ClipParams) -> Tens
         below = min(int(percentile * last), last)
         above = min(below + 1, last)
         candidates.append(torch.lerp(falling[:, last - below], falling[:, last - above], percentile * last - below))
-    return _best(weight, clip_range, candidates)
+    return _best(weight, clip_range, candidates, params.floor)
 
 
 def clip_mse(weight: Tensor, clip_range: int, params: ClipParams) -> Tensor:
     """The fraction of each row's maximum, among k/`num_candidates`, with the least squared error; of equals the largest."""
     maximum = weight.abs().amax(1)
-    return _best(weight, clip_range, (maximum * (k / params.num_candidates) for k in range(params.num_candidates, 0, -1)))
+    return _best(weight, clip_range, (maximum * (k / params.num_candidates) for k in range(params.num_candidates, 0, -1)), params.floor)
 
 
-def _best(weight: Tensor, clip_range: int, candidates: Iterable[Tensor]) -> Tensor:
-    """Of K candidates (R,), for each row the first with the least squared rounding error."""
+def _best(weight: Tensor, clip_range: int, candidates: Iterable[Tensor], floor: float) -> Tensor:
+    """Of K candidates (R,), for each row the first with the least squared rounding error on the grid that it gives."""
     magnitudes = weight.abs()
     rounded = torch.empty_like(magnitudes)
     best_clips = torch.zeros_like(magnitudes[:, 0])
     best_errors = torch.full_like(best_clips, torch.inf)
     for clips in candidates:
-        steps = (clips / clip_range).clamp(min=torch.finfo(clips.dtype).tiny)[:, None]  # a row of zeros has the clip 0
+        steps = (clips.clamp(min=floor) / clip_range).clamp(min=torch.finfo(clips.dtype).tiny)[:, None]  # a row of zeros has the clip 0
         torch.div(magnitudes, steps, out=rounded).round_().clamp_(max=clip_range)
         errors = rounded.mul_(steps).sub_(magnitudes).square_().sum(1)
         better = errors < best_errors

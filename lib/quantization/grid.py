@@ -16,7 +16,7 @@ SMALLEST_SCALE = 2.0**-24  # only a row of zeros, or nearly so, is below it
 
 
 def row_scales(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
-    """Scale of each row: its clip value by `clip` over the clip range, to the resolution at which scales are stored.
+    """Scale of each row: its clip value by `clip`, not below ``clip.floor``, over the clip range, to the resolution of stored scales.
 
     Args:
         weight: (R, C) fp32; not checked for NaN and infinity, which would wait for the device at every training step.
@@ -26,7 +26,7 @@ def row_scales(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
     Returns:
         (R,) fp32, positive.
     """
-    clips = CLIP_RULES[clip.rule](weight, clip_range(bits), clip)
+    clips = CLIP_RULES[clip.rule](weight, clip_range(bits), clip).clamp(min=clip.floor)
     return round_scales(clips / clip_range(bits))
 
 
@@ -35,13 +35,16 @@ def round_scales(scales: Tensor) -> Tensor:
     return scales_of(exponents_of(scales.clamp(min=SMALLEST_SCALE), CLIPPED_RESOLUTION))
 
 
-def round_to_grid(weight: Tensor, scales: Tensor, bits: int | None) -> Tensor:
-    """Nearest codes of weights (R, C), with scales that broadcast to them -> (R, C) in the type of the weights."""
+def round_to_grid(weight: Tensor, scales: Tensor, bits: int | None, full_range: bool = False) -> Tensor:
+    """Nearest codes of weights (R, C), with scales that broadcast to them -> (R, C) in the type of the weights.
+
+    With `full_range` the codes reach from -c - 1, as far as integers of so many bits do.
+    """
     limit = clip_range(bits)
-    return (weight / scales).round_().clamp_(-limit, limit)
+    return (weight / scales).round_().clamp_(-limit - full_range, limit)
 
 
-def fake_quantize(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
-    """The weights after rounding to the grid and back, as the export gives them: (R, C) fp32 -> (R, C) fp32."""
+def fake_quantize(weight: Tensor, bits: int, clip: ClipParams, full_range: bool = False) -> Tensor:
+    """The weights after rounding to the grid and back: (R, C) fp32 -> (R, C) fp32; without `full_range` as the export gives them."""
     scales = row_scales(weight, bits, clip)[:, None]
-    return round_to_grid(weight, scales, bits).mul_(scales)
+    return round_to_grid(weight, scales, bits, full_range).mul_(scales)

@@ -7,7 +7,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from lib.params import Params, Positive, PositiveFloat
+from lib.params import NonNegativeFloat, Params, Positive, PositiveFloat
 
 FLOAT_BITS = 16
 MAX_INTEGER_BITS = 8
@@ -53,3 +53,6 @@ class ClipParams(Params):
     """Rule mse: candidates k/num_candidates of the maximum, k = 1 .. num_candidates."""
     num_std: PositiveFloat
     """Rule std: standard deviations (about zero) of the row."""
+    floor: NonNegativeFloat
+    """No row has a smaller clip, whatever the rule gives; 0 = none. Entries #585 and #410 have 1 in all grids, that is a scale of at
+    least 1/15 with 5 bits, 1/31 with 6, 1/127 with 8, which all rows of their models have: one uniform step."""

@@ -87,12 +87,13 @@ def list_grid_differences(trained: Mapping[str, Any], params: QuantizeParams) ->
     """Where the grid that the checkpoint was trained for, ``checkpoint.training["qat"]``, differs from that of the export.
 
     Args:
-        trained: the fields ``bits`` and ``clip`` of section ``train.qat``.
+        trained: the fields ``bits``, ``full_range`` and ``clip`` of section ``train.qat``.
         params: section ``quantize``.
 
     Returns:
         One phrase for each differing key; empty if training and export share the grid.
     """
     export = params.model_dump(mode="json", include={"bits", "clip"})
-    return [f"{section}.{key} {trained[section][key]} in training, {value} here"
-            for section, values in export.items() for key, value in values.items() if trained[section][key] != value]
+    differences = [f"{section}.{key} {trained[section][key]} in training, {value} here"
+                   for section, values in export.items() for key, value in values.items() if trained[section][key] != value]
+    return differences + (["full_range in training, symmetric here"] if trained["full_range"] else [])

@@ -105,9 +105,9 @@ class Quantizer:
         if params.method == "rtn":
             hessian = hessian.diagonal().diag()  # errors of a column cannot be made up for by others
         factor = factorize(source, hessian, params.damping, params.act_order)
-        weights = [self._weights[name] for name in names]
-        pruned = torch.cat([_smallest(weight, params.prune_fraction) for weight in weights]).to(device) if params.prune_fraction else None
-        return Problem(torch.cat(weights).to(device), dataclasses.replace(factor, upper=factor.upper.float()), pruned)
+        weights = [self._weights[name].to(device) for name in names]
+        pruned = torch.cat([smallest(weight, params.prune_fraction) for weight in weights]) if params.prune_fraction else None
+        return Problem(torch.cat(weights), dataclasses.replace(factor, upper=factor.upper.float()), pruned)
 
     def _round_clipped(self) -> Matrices:
         found: Matrices = {}
@@ -227,8 +227,11 @@ def _shift(exponents: Tensor, units: int) -> Tensor:
     return (exponents.int() + units).clamp(-MAX_CODE, MAX_CODE).to(torch.int16)
 
 
-def _smallest(weight: Tensor, fraction: float) -> Tensor:
-    """Where the `fraction` of a matrix with the smallest magnitudes lies: (R, C) bool."""
-    mask = torch.zeros(weight.numel(), dtype=torch.bool)
-    mask[weight.abs().flatten().argsort(stable=True)[:int(fraction * weight.numel())]] = True
-    return mask.view(weight.shape)
+def smallest(weight: Tensor, fraction: float) -> Tensor:
+    """Where the `fraction` of a matrix with the smallest magnitudes lies, of equal ones the first: (R, C) bool; nothing is sorted."""
+    count, magnitudes = int(fraction * weight.numel()), weight.abs().flatten()
+    if not count:
+        return torch.zeros_like(weight, dtype=torch.bool)
+    largest = magnitudes.kthvalue(count).values
+    below, equal = magnitudes < largest, magnitudes == largest
+    return (below | equal & (equal.cumsum(0) <= count - below.sum())).view(weight.shape)

@@ -56,6 +56,8 @@ class QatParams(Params):
     below_lr: NonNegativeFloat
     """On while the learning-rate multiplier is below this: 0 never, more than 1 from the first step."""
     bits: ByRole[Bits]
+    full_range: bool
+    """Codes reach down to -2^(bits - 1), -16 of int5, as #585 and #410 train; the export is symmetric."""
     clip: ClipParams
 
 

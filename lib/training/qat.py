@@ -38,7 +38,7 @@ class FakeQuantization:
         originals = [rows.clone() for rows, _ in self._matrices] if on else []
         if on:
             for rows, bits in self._matrices:
-                rows.copy_(fake_quantize(rows, bits, self._params.clip))
+                rows.copy_(fake_quantize(rows, bits, self._params.clip, self._params.full_range))
         try:
             yield
         finally:

@@ -29,6 +29,12 @@ def test_ntk_base_follows_the_largest_distance_that_attention_spans(num_tokens: 
     assert base == pytest.approx(10000 * max(1, span / 1024) ** (16 / 14), rel=1e-5)
 
 
+def test_without_a_trained_length_the_base_is_the_same_at_every_length() -> None:
+    params = PUBLISHED.model_copy(update={"rope_trained_tokens": None})
+    for num_tokens, attention_tokens in ((8, None), (2048, None), (8192, 2048)):
+        assert base_of(make_rotation(params, num_tokens, attention_tokens, CPU)) == pytest.approx(10000, rel=1e-5)
+
+
 def test_scores_depend_on_distance_only_and_norms_are_kept() -> None:
     params = parse_params({**FULL, "rope_trained_tokens": 64}, ModelParams, "")
     rotation = make_rotation(params, 32, None, CPU)

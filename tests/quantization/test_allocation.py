@@ -8,10 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.artifacts.quantized import OCTAVE
+from lib.artifacts.quantized import OCTAVE, scales_of
 from lib.quantization.allocation import (
     COLUMN_LIMIT,
+    MATRIX_RESOLUTION,
     MAX_PROBES,
+    OCTAVES_DOWN,
+    OCTAVES_UP,
     RESOLUTION,
     ROW_LIMIT,
     SAMPLE_ROWS,
@@ -90,6 +93,26 @@ def test_a_curve_is_what_rounding_to_nearest_costs() -> None:
         loss = (gradients.double()[:, None] * ((problem.weight - codes * scales) / upper).square()).sum() / 2
         assert float(curve.losses[index]) == pytest.approx(float(loss), rel=1e-3)
         assert float(curve.num_bits[index]) == pytest.approx(entropy_bits(codes) * codes.numel(), rel=1e-3, abs=0.1)
+
+
+@pytest.mark.parametrize("outlier", [1.0, 1e4])
+def test_a_curve_is_bit_for_bit_that_of_one_step_after_the_other(outlier: float) -> None:
+    """Order-0 entropies by bincount, and losses as numbers of the host, as they were before the loop stopped waiting for the device."""
+    problem, gradients, rows, columns, _ = make_curves()
+    problem.weight[3, 5] *= outlier
+    curve = measure_curve(problem, gradients, rows, columns)
+    x = problem.weight / scales_of(rows)[:, None] / scales_of(columns)
+    weights = (gradients * scales_of(rows).square())[:, None] * (scales_of(columns) / problem.factor.error_scales()).square()
+    exponents = curve.exponents[-((OCTAVES_UP + OCTAVES_DOWN) * OCTAVE // MATRIX_RESOLUTION + 1):]
+    bits, losses = [], []
+    for scale in scales_of(exponents).tolist():
+        codes = (x / scale).round()
+        losses.append(float((weights * (x - codes * scale).square()).sum(dtype=torch.float64)) / 2)
+        counts = torch.bincount((codes - codes.min()).flatten().to(torch.int64))
+        probabilities = counts[counts > 0].double() / codes.numel()
+        bits.append(float(-(probabilities * probabilities.log2()).sum()))
+    assert torch.equal(curve.num_bits[-len(bits):], torch.tensor(bits).double() * x.numel())
+    assert torch.equal(curve.losses[-len(bits):], torch.tensor(losses).double())
 
 
 def test_a_curve_falls_in_bits_and_rises_in_loss_and_follows_the_high_rate_law() -> None:

@@ -63,11 +63,49 @@ def test_scale_is_clip_over_clip_range_to_the_stored_resolution(bits: int) -> No
 
 
 def test_no_floor_binds_far_below_a_clip_of_one() -> None:
-    """pr585's floor of 1/15 would give all of these rows the same scale."""
+    """pr585's floor of 1/15, which would give all of these rows the same scale, is a parameter."""
     weight = make_weight(1, 64) * torch.tensor([1.0, 1e-1, 1e-2, 1e-3])[:, None]
     scales = row_scales(weight, 5, make_clip())
     torch.testing.assert_close(scales, weight.abs().amax(1) / 15, rtol=0.0055, atol=0.0)
     assert (round_to_grid(weight, scales[:, None], 5).abs().amax(1) == 15).all()
+
+
+def nearest_stored(scale: float) -> float:
+    """To 2^(1/64)."""
+    return 2.0 ** (math.floor(64 * math.log2(scale) + 0.5) / 64)
+
+
+@pytest.mark.parametrize(("bits", "inverse", "larger"), [(5, 15, 0.0005), (6, 31, 0.0008), (8, 127, 0.0031)])
+def test_the_published_floor_is_stored_a_little_larger(bits: int, inverse: int, larger: float) -> None:
+    scales = row_scales(torch.tensor([[0.0, 0.0], [0.5, -0.9]]), bits, make_clip(floor=1.0))
+    assert torch.equal(scales[0], scales[1]) and 1 / inverse <= float(scales[0]) < (1 + larger) / inverse
+
+
+@pytest.mark.parametrize("bits", [5, 6, 8])
+@pytest.mark.parametrize("rule", ["max", "percentile"])
+@pytest.mark.parametrize("std", [0.01, 0.2, 0.4, 3.0])
+def test_published_quantization_written_anew(rule: str, bits: int, std: float) -> None:
+    """#410: the row's maximum, #585: of quantiles the one with the least squared error; scale = max(clip / c, 1 / c); by rows, in fp64."""
+    c, quantiles = 2 ** (bits - 1) - 1, (0.9, 0.99, 1.0)
+    weight = torch.randn(12, 200, generator=torch.Generator().manual_seed(bits)) * std
+    found = row_scales(weight, bits, make_clip(rule, quantiles, floor=1.0))
+    codes = round_to_grid(weight, found[:, None], bits)
+    for row, scale, its_codes in zip(weight.double(), found.tolist(), codes, strict=True):
+        clips = [float(row.abs().max())] if rule == "max" else [float(row.abs().quantile(q)) for q in quantiles]
+        scales = [max(clip / c, 1 / c) for clip in clips]
+        errors = [float(((row / s).round().clamp(-c, c) * s - row).square().sum()) for s in scales]
+        expected = nearest_stored(scales[errors.index(min(errors))])
+        assert scale == pytest.approx(expected, rel=1e-6)
+        assert torch.equal(its_codes, torch.tensor([float(max(-c, min(c, round(w / scale)))) for w in row.tolist()]))
+
+
+def test_training_on_the_full_range_has_one_code_more() -> None:
+    weight = torch.tensor([[-4.0, 1.0, 4.0] + [0.5] * 100])
+    clip = make_clip("percentile", (0.9,))
+    step = float(row_scales(weight, 5, clip)[0])
+    for full_range, lowest in ((False, -15), (True, -16)):
+        found = fake_quantize(weight, 5, clip, full_range)
+        torch.testing.assert_close(found[0, [0, 2]], torch.tensor([lowest * step, 15 * step]))
 
 
 def test_rows_of_zeros_have_a_finite_scale_and_codes_of_zero() -> None:
@@ -83,5 +121,7 @@ def test_rows_of_zeros_have_a_finite_scale_and_codes_of_zero() -> None:
 def test_training_sees_exactly_what_the_export_gives(rule: str, bits: int) -> None:
     weight = make_weight(16, 64)
     before = weight.clone()
-    assert torch.equal(fake_quantize(weight, bits, make_clip(rule)), export(weight, row_scales(weight, bits, make_clip(rule)), bits))
+    for clip in (make_clip(rule), make_clip(rule, floor=0.1), make_clip(rule, floor=1.0)):
+        assert torch.equal(fake_quantize(weight, bits, clip), export(weight, row_scales(weight, bits, clip), bits))
+        assert float(row_scales(weight, bits, clip).min()) >= 0.99 * clip.floor / clip_range(bits)
     assert torch.equal(weight, before)

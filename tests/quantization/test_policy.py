@@ -174,11 +174,12 @@ def test_hessians_that_overflowed_are_an_error_that_names_the_input(checkpoint: 
 
 
 def test_grid_differences_name_the_keys() -> None:
-    grid = {"bits": BITS, "clip": QUANTIZE["clip"], "below_lr": 0.1}
+    grid = {"bits": BITS, "full_range": False, "clip": QUANTIZE["clip"], "below_lr": 0.1}
     same = parse_params(QUANTIZE, QuantizeParams, "")
     assert list_grid_differences(grid, same) == []
     changed = grid | {"bits": BITS | {"mlp": 6}, "clip": QUANTIZE["clip"] | {"rule": "max"}}
     assert list_grid_differences(changed, same) == ["bits.mlp 6 in training, 5 here", "clip.rule max in training, mse here"]
+    assert list_grid_differences(grid | {"full_range": True}, same) == ["full_range in training, symmetric here"]
     free = parse_params(QUANTIZE | {"bits": BITS | {"head": "free"}, "target_bytes": 1}, QuantizeParams, "")
     assert list_grid_differences(grid, free) == ["bits.head 8 in training, free here"]
 

@@ -11,7 +11,7 @@ from lib.distributed import SINGLE_CPU
 from lib.quantization.allocation import TOLERANCE, TargetError, column_exponents, row_exponents
 from lib.quantization.gptq import Problem, factorize, round_gptq, row_errors
 from lib.quantization.grid import round_to_grid, row_scales
-from lib.quantization.quantizer import Matrices, Quantizer
+from lib.quantization.quantizer import Matrices, Quantizer, smallest
 from tests.quantization.power_law import SHAPES, entropy_bits, make_layers
 from tests.quantization.test_config import FREE_BITS, make_quantize
 
@@ -135,12 +135,21 @@ def test_gptq_beats_round_to_nearest_at_the_same_size() -> None:
     assert loss_of(quantize(5)) < 0.7 * loss_of(quantize(5, method="rtn"))
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.02, 0.3, 0.999])
+@pytest.mark.parametrize("levels", [2, 40, 10**6])
+def test_what_is_pruned_is_what_sorting_finds_and_of_equal_magnitudes_the_first(fraction: float, levels: int) -> None:
+    weight = (torch.randn(30, 47, generator=torch.Generator().manual_seed(levels)) * levels).round() / levels
+    expected = torch.zeros(weight.numel(), dtype=torch.bool)
+    expected[weight.abs().flatten().argsort(stable=True)[:int(fraction * weight.numel())]] = True
+    assert torch.equal(smallest(weight, fraction), expected.view(30, 47))
+
+
 @pytest.mark.parametrize("kind", ["free", 4])
 def test_the_smallest_magnitudes_are_pruned(kind: int | str) -> None:
     found = quantize(kind, prune_fraction=0.3, **({"target_bytes": 4000} if kind == "free" else {}))
     for name, matrix in found.items():
-        smallest = WEIGHTS[name].abs().flatten().argsort()[:int(0.3 * WEIGHTS[name].numel())]
-        assert not matrix.codes.flatten()[smallest].any(), name
+        pruned = WEIGHTS[name].abs().flatten().argsort()[:int(0.3 * WEIGHTS[name].numel())]
+        assert not matrix.codes.flatten()[pruned].any(), name
         assert float((matrix.codes != 0).float().mean()) > 0.4
 
 

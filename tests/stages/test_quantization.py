@@ -127,7 +127,7 @@ def test_an_artifact_above_the_limit_fails_and_writes_nothing(project: Path) -> 
 def test_a_checkpoint_trained_for_another_grid_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                               capsys: pytest.CaptureFixture[str], qat: str | None) -> None:
     monkeypatch.chdir(tmp_path)
-    export: dict[str, Any] = {"below_lr": 0.1, **{key: PARAMS["quantize"][key] for key in ("bits", "clip")}}
+    export: dict[str, Any] = {"below_lr": 0.1, "full_range": False, **{key: PARAMS["quantize"][key] for key in ("bits", "clip")}}
     write_inputs(tmp_path, {None: None, "same": export, "other": export | {"bits": export["bits"] | {"mlp": 6}}}[qat])
     calibrate.main(SEED)
     quantize.main(SEED)

@@ -49,6 +49,21 @@ def test_weights_are_exactly_those_of_the_export_and_come_back_bit_for_bit() -> 
     assert all(torch.equal(parameter, originals[name]) for name, parameter in model.named_parameters())
 
 
+def test_the_floor_and_the_full_range_are_those_of_the_parameters() -> None:
+    """A row with a clip below the floor is trained on the floor's scale, and the code that the export lacks is used."""
+    params, model, name = make_params().qat, make_model(), "blocks.0.attention.query.weight"
+    weight = model.get_parameter(name)
+    with torch.no_grad():
+        weight[0, 0] = -0.5 * 16 / 15
+    clip = params.clip.model_copy(update={"rule": "std", "num_std": 1e-3, "floor": 0.5})
+    for full_range, lowest in ((False, -15), (True, -16)):
+        changed = params.model_copy(update={"clip": clip, "full_range": full_range})
+        with FakeQuantization(FlatParameters(model), changed).applied(True):
+            codes = model.get_parameter(name).detach() / row_scales(torch.zeros(1, 1), 5, clip)
+            torch.testing.assert_close(codes, codes.round())
+            assert round(float(codes.min())) == lowest
+
+
 def test_gradients_are_straight_through() -> None:
     model, params = make_model(), make_params().qat
     with FakeQuantization(FlatParameters(model), params).applied(True):

@@ -20,7 +20,7 @@ TRAIN: dict[str, Any] = {
                   "grad_clip": 0.3, "warmdown": 0.5},
     "averaging": {"ema_decay": 0.9, "ema_every_steps": 1, "swa_below_lr": 0.5, "swa_every_steps": 2, "select": "heldout"},
     "qat": {"below_lr": 0.4, "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8},
-            "clip": {"rule": "mse", "percentiles": [1.0], "num_candidates": 8, "num_std": 4.0}},
+            "full_range": False, "clip": {"rule": "mse", "percentiles": [1.0], "num_candidates": 8, "num_std": 4.0, "floor": 0.0}},
 }
 
 

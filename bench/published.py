@@ -1,0 +1,90 @@
+"""Sizes of the published systems' grids in full size: ``python -m bench.published [--presets NAMES] [--std NUMBER]``.
+
+Weights are Gaussian with one standard deviation for all matrices; with `STD` #585 takes the published 0.46 bytes per parameter. Gains and
+scales are 1. Every preset is rounded to nearest on its own grid, with the floor under the scales and without, and packed. Bytes are those
+of code and artifact together.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, clip_range, exponents_of
+from lib.compression.bundle import code_bytes
+from lib.compression.container import pack
+from lib.model.gpt import GPT
+from lib.model.roles import MATRIX_ROLES, role_of
+from lib.params import parse_params, read_params
+from lib.quantization.config import FREE
+from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid_config import FLOAT_BITS, ClipParams
+from lib.quantization.policy import choose_bits
+from lib.quantization.quantizer import smallest
+from lib.schema import PipelineParams
+
+PRESETS = ("pr585", "pr410", "pr410-qat")
+STD = 0.175
+PUBLISHED = {"pr585": "15.28 - 15.53 MB"}
+
+
+class Size(NamedTuple):
+    """Bytes of the artifact, and the fraction of rows whose scale is the floor's."""
+
+    num_bytes: int
+    floored: float
+
+
+def gaussian_weights(params: PipelineParams, std: float) -> dict[str, Tensor]:
+    """Every parameter of the model, fp32: matrices ~ N(0, std^2), everything else 1."""
+    with torch.device("meta"):
+        parameters = dict(GPT(params.model).named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(p.shape, generator=generator) * std if role_of(name, p.ndim) in MATRIX_ROLES else torch.ones(p.shape)
+            for name, p in parameters.items()}
+
+
+def measure(weights: dict[str, Tensor], params: PipelineParams, clip: ClipParams) -> Size:
+    """Prune, round to nearest and pack."""
+    matrices, floored = {}, []
+    for name, bits in choose_bits(weights, params.quantize).items():
+        if bits == FREE:
+            raise ValueError(f"{name}: expected a grid with fixed bits, found free steps, whose size is quantize.target_bytes")
+        if bits != FLOAT_BITS:
+            weight = weights[name].masked_fill(smallest(weights[name], params.quantize.prune_fraction), 0)
+            scales = row_scales(weight, int(bits), clip)
+            codes = round_to_grid(weight, scales[:, None], int(bits)).to(torch.int16)
+            matrices[name] = QuantizedTensor(codes, exponents_of(scales), torch.zeros(weight.shape[1], dtype=torch.int16), int(bits))
+            floored.append(scales == row_scales(torch.zeros_like(weight[:1]), int(bits), clip))
+    vectors = {name: weight.half() for name, weight in weights.items() if name not in matrices}
+    model = QuantizedModel(params.model.architecture.model_dump(mode="json"), {}, matrices, vectors)
+    return Size(len(pack(model, params.compress.codec, params.compress.level).blob), float(torch.cat(floored).float().mean()))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--presets", nargs="+", default=PRESETS)
+    parser.add_argument("--folder", type=Path, default=Path("presets"))
+    parser.add_argument("--std", type=float, default=STD)
+    arguments = parser.parse_args()
+    code = code_bytes(Path())
+    print(f"Gaussian weights, standard deviation {arguments.std}; {code:,} bytes of code")
+    print(f"{'preset':12}{'parameters':>12}{'floor':>8}{'rows on it':>12}{'bytes':>13}{'of limit':>10}{'artifact per parameter':>24}"
+          "  published")
+    for name in arguments.presets:
+        params = parse_params(read_params(arguments.folder / f"{name}.yaml"), PipelineParams, f"{name}.yaml: ")
+        weights = gaussian_weights(params, arguments.std)
+        num_parameters, bits = sum(weight.numel() for weight in weights.values()), params.quantize.bits.mlp
+        for clip in (params.quantize.clip, params.quantize.clip.model_copy(update={"floor": 0.0})):
+            size = measure(weights, params, clip)
+            floor = f"1/{clip_range(int(bits)) / clip.floor:g}" if clip.floor else "none"
+            print(f"{name:12}{num_parameters:>12,}{floor:>8}{size.floored:>12.1%}{code + size.num_bytes:>13,}"
+                  f"{(code + size.num_bytes) / params.compress.limit_bytes:>10.2%}{size.num_bytes / num_parameters:>24.4f}"
+                  f"  {PUBLISHED.get(name, '') if clip.floor else ''}".rstrip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
