@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-BENCH ?= baselines compile evaluate forecast fuzz quantize tokenize train
+BENCH ?= baselines compile evaluate forecast fuzz published quantize tokenize train
 INSTALLED := $(VENV)/installed
 LOWEST := .venv-lowest
 PYTEST := -m pytest -n 2 --dist loadgroup

@@ -27,7 +27,7 @@ def main(seed: int) -> None:
                                    batch_sequences=params.batch_sequences, precision=params.precision, seed=seed, process=process,
                                    description=name)
                    for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
-        seconds = process.max(time.monotonic() - start)
+        seconds, = process.max(time.monotonic() - start)
         check_reserve(seconds, checkpoint.training["calibration_seconds"])
         if process.is_main:
             save_hessians(folder / "hessians.safetensors", Hessians(matrix_inputs(model), *moments))

@@ -51,5 +51,6 @@ def _list_remedies(parts: Sequence[Part], num_bytes: int, room: int) -> list[str
     if not num_weights:
         return list_remedies(parts, num_bytes, room)
     wider = math.ceil(100 * COARSE * 2 ** (8 * (num_bytes - room) / num_weights)) / 100
-    return [*list_remedies(parts, num_bytes, room), f"steps {wider:g} times as wide (quantize.scale_factors [{wider:g}], or a scale floor)",
+    return [*list_remedies(parts, num_bytes, room), f"steps {wider:g} times as wide (quantize.scale_factors [{wider:g}]; or a floor, "
+            "quantize.clip.floor and train.qat.clip.floor, which #585 and #410 have at 1)",
             f"all quantize.bits free and quantize.target_bytes {room}"]

@@ -13,7 +13,6 @@ from lib.forecast.check import ForecastError, check_size
 from lib.schema import PipelineParams
 from tests.forecast.presets import FIXED, ROOT, make_pipeline
 
-WITHOUT_SCALE_FLOOR = {"pr585", "pr410"}  # refused, as they take 18 MB, until they get the floor that the published systems have
 LIMIT = {"limit_bytes": 540_000}
 
 
@@ -21,15 +20,17 @@ def check(params: PipelineParams) -> str:
     return check_size(params.model.architecture, params.quantize, params.compress, ROOT)
 
 
-@pytest.mark.parametrize("preset", sorted({path.stem for path in (ROOT / "presets").glob("*.yaml")} - WITHOUT_SCALE_FLOOR))
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
 def test_presets_meet_their_limit(preset: str) -> None:
     assert check(make_pipeline(preset)).startswith("forecast: ")
 
 
-@pytest.mark.parametrize("preset", sorted(WITHOUT_SCALE_FLOOR))
+@pytest.mark.parametrize("preset", ["pr585", "pr410"])
 def test_published_grids_without_their_scale_floor_are_refused(preset: str) -> None:
-    with pytest.raises(ForecastError, match=r"compress\.limit_bytes: expected at most 16,000,000 bytes .*, forecast 1[89],.*scale floor"):
-        check(make_pipeline(preset))
+    clip = make_pipeline(preset).quantize.clip.model_dump(mode="json") | {"floor": 0}
+    message = r"compress\.limit_bytes: expected at most 16,000,000 bytes .*, forecast 1[789],.*quantize\.clip\.floor"
+    with pytest.raises(ForecastError, match=message):
+        check(make_pipeline(preset, quantize={"clip": clip}))
 
 
 def test_a_grid_above_the_limit_is_refused_and_each_remedy_is_not() -> None:

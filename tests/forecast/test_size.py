@@ -27,7 +27,7 @@ def gaussian_parts(params: PipelineParams, factor: float = 1.0) -> dict[str, Par
 @pytest.mark.parametrize("bits", [3, 5, 8])
 def test_codes_of_normal_weights_take_their_entropy(bits: int) -> None:
     """Codes are the integers nearest to x / step, step = num_std / clip_range standard deviations, and beyond the grid the last one."""
-    clip = {"rule": "std", "percentiles": [1.0], "num_candidates": 1, "num_std": 3.0}
+    clip = {"rule": "std", "percentiles": [1.0], "num_candidates": 1, "num_std": 3.0, "floor": 0.0}
     params = make_pipeline(quantize=FIXED | {"bits": dict.fromkeys(FIXED["bits"], bits), "clip": clip}, compress={"codec": "range"})
     last = 2 ** (bits - 1) - 1
     edges = [(code + 0.5) * 3.0 / last for code in range(-last, last)]
