@@ -38,7 +38,7 @@ from lib.quantization.table import list_tensors, summarize
 INT8_TABLES = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 8, "value_embedding": 8, "head": 8}  # #585
 INT5_TABLES = INT8_TABLES | {"bigram": 5, "value_embedding": 5}
 FREE = dict.fromkeys(INT8_TABLES, "free")
-FLOOR, PRUNED, DAMPING = 1.0, 0.02, 0.01  # #585
+FLOOR, PRUNED, DAMPING, TABLE_PERCENTILE = 1.0, 0.02, 0.01, 0.9999984  # #585
 LEVEL = 22
 FRACTIONS = (0.75, 0.6, 0.5)
 
@@ -93,10 +93,11 @@ class Bench:
         sources = {name: source for source, names in self.hessians.inputs.items() for name in names}
         tables = {f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, torch.nn.Embedding)}
         clip, matrices = self.params().clip.model_copy(update={"floor": FLOOR}), {}
+        table_clip = clip.model_copy(update={"rule": "percentile", "percentiles": (TABLE_PERCENTILE,)})
         for name, source in sources.items():
             weight = self.checkpoint.weights[name].to(self.process.device)
             if name in tables:
-                matrices[name] = make_matrix(weight, 8, row_scales(weight, 8, clip), None)
+                matrices[name] = make_matrix(weight, 8, row_scales(weight, 8, table_clip), None)
             else:
                 weight = weight.masked_fill(smallest(weight, PRUNED), 0)
                 hessian = self.hessians.calibration.hessians[source].to(weight.device)
