@@ -105,7 +105,7 @@ class DocumentScorer:
         model = job.forward.model
         assert isinstance(model, GPT)
         self._adapters = LowRankAdapters(model, self._settings, job.stream.device)
-        self._rope_trained_tokens = model.params.rope_trained_tokens
+        self._longest_alike = model.params.rope_trained_tokens or math.inf
 
     def score(self, which: Integers) -> None:
         """Score the documents with these numbers, in batches of similar length, longest first."""
@@ -168,7 +168,7 @@ class DocumentScorer:
             return self._job.forward(rows, scored)
         step = settings.chunk_tokens * -(-settings.window_tokens // (SHAPES * settings.chunk_tokens))
         first, last = scored.start // step * step, min(-(-scored.stop // step) * step, settings.window_tokens)
-        if last > self._rope_trained_tokens:  # in a longer window positions would be rotated otherwise
+        if last > self._longest_alike:  # in a longer window positions would be rotated otherwise
             first, last = scored.start, scored.stop
         few = -(-settings.batch_documents // SHAPES)
         num_rows = few if len(rows) <= few else settings.batch_documents
