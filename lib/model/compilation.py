@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch._dynamo.callback import CallbackArgs, callback_handler
 
 Backend = str | Callable[..., Any]
 
@@ -28,14 +27,15 @@ class _Clock:
 
     def watch(self) -> None:
         """See to it that compilation is noticed; ``torch.compiler.reset`` forgets who wants to know."""
+        from torch._dynamo.callback import callback_handler  # noqa: PLC0415 (takes seconds, and most runs compile nothing)
         if self._begin not in callback_handler.start_callbacks:
             callback_handler.register_start_callback(self._begin)
             callback_handler.register_end_callback(self._end)
 
-    def _begin(self, _: CallbackArgs) -> None:
+    def _begin(self, _: object) -> None:
         self._start = time.monotonic()
 
-    def _end(self, _: CallbackArgs) -> None:
+    def _end(self, _: object) -> None:
         self.seconds += time.monotonic() - self._start
 
 
