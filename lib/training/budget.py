@@ -87,7 +87,8 @@ class Budget:
         if is_due or self.is_near_the_end(num_steps):
             if num_steps - self._revised[0] >= CAREFUL_STEPS:  # fewer would not tell how long steps take
                 self._timed_from = self._revised
-            per_step = (seconds - self._timed_from[1]) / (num_steps - self._timed_from[0])
+            timed = [(seconds - before) / (num_steps - step) for step, before in (self._timed_from, self._revised) if step < num_steps]
+            per_step = max(timed)  # steps may have become slower
             self.plan.revise(num_steps, num_steps + max(0, int((self._seconds - seconds) / per_step)))
         if is_due:
             self._revised = num_steps, seconds

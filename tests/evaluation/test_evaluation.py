@@ -210,6 +210,7 @@ def test_times_are_those_of_each_strategy_and_its_phases(monkeypatch: pytest.Mon
     now = 107.5
     timing = make_evaluation({"plain": 3.0, "lora": 2.0}, "plain", {}).timing(limit, SINGLE_CPU)
     assert timing.pop("peak_memory_mib") > 10
+    assert timing.pop("compile_seconds") == 0
     assert timing == {"seconds": 7.5, "open_seconds": 3.0, **{f"{name}_{key}": value for name in ("plain", "lora") for key, value in (
         ("seconds", 4.0), ("scoring_seconds", 1.5), ("tokens_per_second", NUM_TARGETS / 4))}}
 

@@ -18,7 +18,7 @@ from tests.evaluation.tiny import MODEL, make_model
 
 VOCAB_SIZE, SEED = 300, 7
 PARAMS: dict[str, Any] = dict.fromkeys(SECTIONS) | {
-    "calibrate": {"num_sequences": 24, "num_gradient_sequences": 12, "batch_sequences": 10},
+    "calibrate": {"num_sequences": 24, "num_gradient_sequences": 12, "batch_sequences": 10, "precision": "fp32"},
     "quantize": {"target_bytes": None, "method": "gptq",
                  "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8}, "bits_of": {},
                  "free_rows": True, "free_columns": True,

@@ -33,6 +33,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run() -> dict[str, str]:
+    sys.modules.pop("stages.tokenize", None)  # another test of this process may have imported it
     runpy.run_module("stages.tokenize", run_name="__main__")
     files = [path for path in TOKENIZE_FOLDER.rglob("*") if path.is_file() and path.name != "timing.json"]
     return {path.relative_to(TOKENIZE_FOLDER).as_posix(): sha256_of(path) for path in files}

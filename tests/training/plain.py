@@ -108,18 +108,23 @@ def bits_of(name: str, qat: Settings) -> int | None:
     if group_of(name) == "vector":
         return None
     roles = [role for role in ("attention", "mlp", "bigram", "value_embedding", "head") if role in name.split(".")]
-    return int(qat["bits"][roles[0] if roles else "embedding"])
+    bits = int(qat["bits"][roles[0] if roles else "embedding"])
+    return None if bits == 16 else bits
 
 
-def quantize(weight: Tensor, bits: int, percentiles: Sequence[float]) -> Tensor:
-    """Each row of (R, C) on the grid -c .. c times its scale, that of the clip with the least squared error, to 1/64 octave."""
-    limit = 2 ** (bits - 1) - 1
-    scales = torch.quantile(weight.abs(), weight.new_tensor(percentiles), dim=1).clamp(min=1e-30) / limit  # (candidates, R)
+def quantize(weight: Tensor, bits: int, qat: Settings) -> Tensor:
+    """Each row of (R, C) on the grid -c .. c, or -c - 1 .. c, times its scale to 1/64 octave.
+
+    The scale is that of the clip with the least squared error, and no clip is below the floor.
+    """
+    limit, clip = 2 ** (bits - 1) - 1, qat["clip"]
+    quantiles = weight.new_tensor([1.0] if clip["rule"] == "max" else clip["percentiles"])
+    scales = torch.quantile(weight.abs(), quantiles, dim=1).clamp(min=max(1e-30, clip["floor"])) / limit  # (candidates, R)
     errors = torch.stack([((weight / scale[:, None]).round().clamp(-limit, limit) * scale[:, None] - weight).square().sum(1)
                           for scale in scales])
     best = scales.gather(0, errors.argmin(0)[None])[0].clamp(min=2.0**-24)
     rounded = 2 ** ((64 * best.log2()).round() / 64)[:, None]
-    return (weight / rounded).round().clamp(-limit, limit) * rounded
+    return (weight / rounded).round().clamp(-limit - qat["full_range"], limit) * rounded
 
 
 def newton_schulz(gradient: Tensor, num_steps: int) -> Tensor:
@@ -163,7 +168,7 @@ def train_plainly(start: Weights, batches: Sequence[Tensor], model: Settings, tr
 
         used = {name: weight.clone() for name, weight in w.items()}
         if multiplier < qat["below_lr"]:
-            used |= {name: quantize(w[name], bits, qat["clip"]["percentiles"]) for name in w if (bits := bits_of(name, qat))}
+            used |= {name: quantize(w[name], bits, qat) for name in w if (bits := bits_of(name, qat))}
         for weight in used.values():
             weight.requires_grad_()
         loss = mean_loss(used, sequences, model)
