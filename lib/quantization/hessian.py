@@ -84,7 +84,7 @@ def collect_moments(model: GPT, sequences: Tensor, *, num_gradient_sequences: in
     """
     device = process.device
     with_gradients = sequences[torch.arange(num_gradient_sequences) * len(sequences) // num_gradient_sequences]
-    generator = torch.Generator(device).manual_seed(seed + process.rank)
+    generator = torch.Generator(device).manual_seed((seed + process.rank) % 2**64)
     with Progress(description, len(sequences) + len(with_gradients), "seq", enabled=process.is_main) as progress, \
             torch.no_grad(), _products(precision):
         with _InputSums(model, device) as inputs:
