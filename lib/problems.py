@@ -36,6 +36,14 @@ def list_problems(error: ValidationError, values: Any, kind: type[BaseModel]) ->
     return [line for key, problems in by_key.items() for line in _describe(key, problems, kind)]
 
 
+def describe_problem(problem: ErrorDetails) -> str:
+    """What was expected in place of a value; without its key, and without the value, which may be long."""
+    context = {name: f"{value:.12g}" if isinstance(value, float) else value for name, value in problem.get("ctx", {}).items()}
+    words = _EXPECTED.get(problem["type"])
+    return f"expected {words.format_map(context).replace(chr(39), '')}" if words else {
+        "missing": "missing", "extra_forbidden": "unknown key", "json_invalid": problem["msg"]}.get(problem["type"], "not valid")
+
+
 def _describe(key: str, problems: list[ErrorDetails], kind: type[BaseModel]) -> Iterator[str]:
     """Lines on one key; where a value may be of several kinds, there is a problem with each."""
     expected: dict[str, None] = {}
@@ -51,8 +59,7 @@ def _describe(key: str, problems: list[ErrorDetails], kind: type[BaseModel]) -> 
             else:
                 yield ": ".join([key, message]) if message.startswith("expected") else ".".join(filter(None, [key, message]))
         else:
-            context = {name: f"{value:.12g}" if isinstance(value, float) else value for name, value in problem.get("ctx", {}).items()}
-            expected[_EXPECTED.get(problem["type"], problem["msg"]).format_map(context).replace("'", "")] = None
+            expected[describe_problem(problem).removeprefix("expected ")] = None
     if expected:
         found = problems[-1]["input"]
         choices = [problem["ctx"]["expected"] for problem in problems if problem["type"] == "literal_error"]

@@ -36,4 +36,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ArtifactError(f"{path}: damaged or not a safetensors file ({error}); `dvc repro -f` makes it anew") from None
     if metadata is None:
         raise ArtifactError(f"{path}: not written by this project (no {METADATA_KEY!r} metadata)")
-    return tensors, json.loads(metadata)
+    try:
+        return tensors, dict(json.loads(metadata))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: expected metadata in JSON, found something else ({error}); `dvc repro -f` makes it anew") from None

@@ -30,6 +30,7 @@ from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, SCALE, Quan
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
 from lib.compression.exponents import decode_exponents, encode_exponents
 from lib.params import NonNegative, Params
+from lib.problems import describe_problem
 
 MAGIC = b"\x93PTZ"
 VERSION = 3
@@ -142,6 +143,8 @@ def read_artifact(path: Path) -> bytes:
         ContainerError: missing, or no file.
     """
     try:
+        if path.exists() and not path.is_file():  # a device, perhaps, that never ends
+            raise ContainerError(f"{path}: cannot be read (a folder or a device)")
         return path.read_bytes()
     except FileNotFoundError:
         raise ContainerError(f"{path}: no such file; `dvc repro` makes it") from None
@@ -201,7 +204,7 @@ def _open(blob: bytes) -> tuple[Header, int]:
         header = Header.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"header: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        raise ValueError(f"header: {'.'.join(map(str, problem['loc']))}: {describe_problem(problem)}") from None
     _check(header, len(blob))
     if header_end + header.codes_bytes + header.exponents_bytes > len(blob) - CHECKSUM_BYTES:
         raise ValueError(f"expected {header_bytes} + {header.codes_bytes} + {header.exponents_bytes} bytes of header, codes and "
