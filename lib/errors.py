@@ -4,13 +4,10 @@ Packages of programs call `report_errors` before anything else is imported, so t
 """
 
 import errno
-import signal
+import os
 import sys
 import traceback
 from types import TracebackType
-
-INTERRUPTED = 128 + signal.SIGINT
-"""The exit status of a program that Ctrl-C ended, as shells give it."""
 
 _ROOM = "make room and rerun"
 _REMEDIES = {
@@ -19,6 +16,8 @@ _REMEDIES = {
     errno.EROFS: "take a folder that can be written to", errno.EIO: "see to the disk and rerun",
     errno.EMFILE: "raise the number of open files (ulimit -n) and rerun", errno.ENFILE: "close other programs and rerun",
 }  # of what a machine refuses; other errors of the system, such as a missing file that nobody expected, are errors of the program
+
+_BATCHES = "train.micro_batch_sequences, calibrate.batch_sequences, evaluate.batch_tokens, evaluate.lora.batch_documents"
 
 
 class UserError(ValueError):
@@ -39,9 +38,6 @@ def describe_error(error: BaseException) -> str | None:
     return None
 
 
-_BATCHES = "train.micro_batch_sequences, calibrate.batch_sequences, evaluate.batch_tokens, evaluate.lora.batch_documents"
-
-
 def report_errors() -> None:
     """From now on this process ends with the message alone where an error has one."""
     sys.excepthook = _report
@@ -51,5 +47,5 @@ def _report(kind: type[BaseException], error: BaseException, where: TracebackTyp
     """`sys.excepthook`."""
     if (message := describe_error(error)) is None:
         traceback.print_exception(kind, error, where)  # unlike the built-in hook, it shows lines of modules that are in no file
-    else:
+    elif kind is not KeyboardInterrupt or os.environ.get("RANK", "0") == "0":  # Ctrl-C reaches every process of a run
         print(message, file=sys.stderr, flush=True)

@@ -114,7 +114,8 @@ def parse_params(values: Any, kind: type[P], prefix: str) -> P:
     try:
         return kind.model_validate_json(json.dumps(values))  # JSON mode: lists may become tuples, nothing else is coerced
     except ValidationError as error:
-        raise ParamsError("\n".join(prefix + problem for problem in list_problems(error, values, kind))) from None
+        raise ParamsError("\n".join(f"{prefix.rstrip('.: ') if problem.startswith(': ') else prefix}{problem}".removeprefix(": ")
+                                    for problem in list_problems(error, values, kind))) from None
 
 
 def _list_foreign(value: Any, keys: tuple[str, ...]) -> Iterator[str | None]:

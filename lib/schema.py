@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from lib.compression.config import CompressParams
 from lib.data.config import TokenizeParams
+from lib.errors import UserError, report_errors
 from lib.evaluation.config import EvaluateParams
 from lib.forecast.check import check_size
 from lib.model.config import ModelSection
@@ -56,9 +57,10 @@ def main() -> None:
         print(check_size(params.model.architecture, params.quantize, params.compress, Path()))
     except ParamsError as error:
         sys.exit(str(error))
-    except ValueError as error:  # of the forecast: the limit, or names of matrices
+    except UserError as error:  # of the forecast: the limit, or names of matrices
         sys.exit(f"{path}: {error}")
 
 
 if __name__ == "__main__":
+    report_errors()
     main()

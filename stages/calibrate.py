@@ -16,8 +16,8 @@ from lib.quantization.hessian import check_reserve, collect_moments, draw_sequen
 
 def main(seed: int) -> None:
     """Run the stage for one seed."""
-    params, folder = load_params("calibrate", CalibrateParams), stage_folder("calibrate", seed)
     with start_process() as process:
+        params, folder = load_params("calibrate", CalibrateParams), stage_folder("calibrate", seed)
         checkpoint = load_checkpoint(stage_folder("train", seed) / "checkpoint.safetensors")
         model = build_model(checkpoint.model, checkpoint.weights).to(process.device)
         split = load_split(TOKENIZE_FOLDER / "train", model.params.vocab_size)

@@ -29,9 +29,10 @@ BATCH_WINDOWS = 16  # changes speed, not results
 
 def main(seed: int) -> None:
     """Run the stage for one seed."""
-    params, folder, start = load_params("quantize", QuantizeParams), stage_folder("quantize", seed), time.monotonic()
-    coding, code = load_params("compress", CompressParams), code_bytes(Path())
+    start = time.monotonic()
     with start_process() as process:
+        params, folder = load_params("quantize", QuantizeParams), stage_folder("quantize", seed)
+        coding, code = load_params("compress", CompressParams), code_bytes(Path())
         checkpoint = load_checkpoint(stage_folder("train", seed) / "checkpoint.safetensors")
         hessians = load_hessians(stage_folder("calibrate", seed) / "hessians.safetensors")
         grid = checkpoint.training["qat"]

@@ -63,6 +63,12 @@ def test_mistakes_name_the_key(change: dict[str, object], message: str) -> None:
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(("prefix", "expected"), [("p: train.", "p: train: expected"), ("p: ", "p: expected"), ("", "expected")])
+def test_a_section_that_is_none_is_named(prefix: str, expected: str) -> None:
+    with pytest.raises(ParamsError, match=f"^{expected} keys with values, found null$"):
+        parse_params(None, Outer, prefix)
+
+
 def test_all_mistakes_are_listed_at_once() -> None:
     with pytest.raises(ParamsError) as error:
         parse_params({"count": -1, "inner": {"rates": []}, "extra": 1}, Outer, "")

@@ -19,6 +19,7 @@ from torch import Tensor
 from lib.artifacts.files import ArtifactError
 from lib.compression.coding import decompress_bytes
 from lib.compression.container import MAGIC
+from lib.errors import UserError
 from lib.imports.foreign import PICKLE, ZIP, describe_mark, describe_zip, find_foreign_object, is_whole_pickle
 from lib.imports.payload import SUPPORTED, Codes, read_payload
 
@@ -106,9 +107,9 @@ def _decompress(content: bytes) -> bytes:
     elif content.startswith(ZLIB):
         content = _decompress_zlib(content, max_bytes)
     if kind := describe_mark(content) or (describe_zip(content) if content.startswith(ZIP) else None):
-        raise ValueError(f"expected {SUPPORTED}, found {kind}")
+        raise UserError(f"expected {SUPPORTED}, found {kind}")
     if not content.startswith((ZIP, PICKLE)):
-        raise ValueError(f"expected {SUPPORTED}, found a file that begins with {content[:4]!r} (brotli has no mark of its own)")
+        raise UserError(f"expected {SUPPORTED}, found a file that begins with {content[:4]!r} (brotli has no mark of its own)")
     return content
 
 
@@ -117,18 +118,18 @@ def _decompress_zlib(stream: bytes, max_bytes: int) -> bytes:
     try:
         content = decompressor.decompress(stream, max_bytes + 1)
     except zlib.error as error:
-        raise ValueError(f"not a valid zlib stream ({error}); copy it anew") from None
+        raise UserError(f"not a valid zlib stream ({error}); copy it anew") from None
     if len(content) > max_bytes or decompressor.unused_data:
-        raise ValueError(f"expected a zlib stream of at most {max_bytes} bytes of content and nothing after it, found more")
+        raise UserError(f"expected a zlib stream of at most {max_bytes} bytes of content and nothing after it, found more")
     if not decompressor.eof:
-        raise ValueError(f"expected a whole zlib stream, found one that is cut off after {len(stream)} bytes; copy it anew")
+        raise UserError(f"expected a whole zlib stream, found one that is cut off after {len(stream)} bytes; copy it anew")
     return content
 
 
 def _load(archive: bytes) -> Any:
     """The content of a `torch.save` archive: tensors and plain values, or ValueError."""
     if name := find_foreign_object(archive):
-        raise ValueError(f"expected {SUPPORTED}, found the Python object {name}, which could run anything when it is loaded, so that "
+        raise UserError(f"expected {SUPPORTED}, found the Python object {name}, which could run anything when it is loaded, so that "
                          "it was not; have its owner save model.state_dict() alone")
     try:
         with warnings.catch_warnings():
@@ -136,11 +137,11 @@ def _load(archive: bytes) -> Any:
             content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:  # the reader meets damage with exceptions of any kind
         if archive.startswith(ZIP) or is_whole_pickle(archive):
-            raise ValueError(f"expected {SUPPORTED}, found a sound pickle with more than tensors and plain values in it, or not saved by "
+            raise UserError(f"expected {SUPPORTED}, found a sound pickle with more than tensors and plain values in it, or not saved by "
                              "torch.save; have its owner save model.state_dict() alone with torch.save") from None
-        raise ValueError(f"expected {SUPPORTED}, found a damaged file ({type(error).__name__}); copy it anew") from None
+        raise UserError(f"expected {SUPPORTED}, found a damaged file ({type(error).__name__}); copy it anew") from None
     if (num_bytes := _count_bytes(content)) > MAX_SHARED * len(archive):
-        raise ValueError(f"expected {SUPPORTED}, found tensors of {num_bytes:,} bytes in {len(archive):,}, many of them in the same memory")
+        raise UserError(f"expected {SUPPORTED}, found tensors of {num_bytes:,} bytes in {len(archive):,}, many of them in the same memory")
     return content
 
 
