@@ -159,7 +159,7 @@ class Selection:
             self._num_given += 1
             if flaw == LONE_SURROGATE:
                 raise UserError(f"tokenize.val_documents: expected {num_val} documents with a UTF-8 form, found that number "
-                                 f"{self._num_given} {flaw}; remove the document or set tokenize.val_fraction instead")
+                                f"{self._num_given} {flaw}; remove the document or set tokenize.val_fraction instead")
             self.keys["val"].add(key)
             return "val"
         split = split_of(digest, self.params.heldout_fraction, self.params.val_fraction or 0)

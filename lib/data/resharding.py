@@ -164,7 +164,7 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
     for split in SPLITS:
         if not len(distinct[split]):
             raise UserError(f"tokenize: expected documents in every split, found none in {split} (left out: {dict(skipped)}); "
-                             "take more shards, or raise tokenize.heldout_fraction")
+                            "take more shards, or raise tokenize.heldout_fraction")
     return {
         "splits": {split: {**writers[split].close(), "distinct_documents": len(distinct[split])} for split in SPLITS},
         "shared_documents": {f"{a} and {b}": len(np.intersect1d(distinct[a], distinct[b])) for a, b in itertools.combinations(SPLITS, 2)},
