@@ -7,6 +7,7 @@ every document.
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -193,8 +194,8 @@ class SplitWriter:
 
 def _is_entry(shard: Any) -> bool:
     """Whether this is what ``split.json`` says of a shard: a file of its own folder, how many tokens it has, its checksum."""
-    return (isinstance(shard, dict) and isinstance(name := shard.get("name"), str) and Path(name).name == name and "\0" not in name
-            and type(shard.get("tokens")) is int and shard["tokens"] >= 0 and isinstance(shard.get("sha256"), str))
+    return (isinstance(shard, dict) and isinstance(name := shard.get("name"), str) and re.fullmatch(r"[\w-]{1,99}\.bin", name, re.ASCII)
+            is not None and type(shard.get("tokens")) is int and shard["tokens"] >= 0 and isinstance(shard.get("sha256"), str))
 
 
 def _load_shard(path: Path, num_tokens: int | None, sha256: str | None, vocab_size: int, remedy: str) -> Tokens:

@@ -96,7 +96,7 @@ def _cut(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def _parse(path: Path, number: int, line: bytes) -> str:
     try:
         document = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: expected a JSON object in UTF-8 ({error}), found {line[:60]!r}") from None
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
         raise UserError(f"{path}, line {number}: expected an object with a string \"text\", found {line[:60]!r}")
