@@ -17,13 +17,13 @@ from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
 from lib.evaluation.config import EvaluateParams
 from lib.evaluation.inputs import open_inputs
-from lib.params import load_params, read_params
+from lib.params import add_seed, load_params, read_params
 
 
 def main(arguments: list[str] | None = None, *, confined: bool = False) -> None:
     """Audit one seed, or all; print what was found, and exit with status 1 where a score is not legal."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, help="one of `seeds` in params.yaml; all of them if not given")
+    add_seed(parser, required=False, help="one of `seeds` in params.yaml; all of them if not given")
     seed = parser.parse_args(arguments).seed
     seeds, params = read_params()["seeds"] if seed is None else [seed], load_params("evaluate", EvaluateParams)
     with start_process() as process:

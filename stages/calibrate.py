@@ -17,9 +17,9 @@ from lib.quantization.hessian import check_reserve, collect_moments, draw_sequen
 
 def main(seed: int) -> None:
     """Run the stage for one seed."""
-    params, folder = load_params("calibrate", CalibrateParams), stage_folder("calibrate", seed)
     checkpoint_path = stage_folder("train", seed) / "checkpoint.safetensors"
     with start_process() as process:
+        params, folder = load_params("calibrate", CalibrateParams), stage_folder("calibrate", seed)
         checkpoint = load_checkpoint(checkpoint_path)
         model = build_model(checkpoint.model, checkpoint.weights).to(process.device)
         split = load_split(TOKENIZE_FOLDER / "train", model.params.vocab_size)

@@ -21,8 +21,8 @@ from lib.params import load_params, parse_seed
 
 def main(seed: int, *, confined: bool = False) -> None:
     """Run the stage for one seed; `confined` takes everything but the stage's inputs from this process, for good."""
-    params, folder = load_params("evaluate", EvaluateParams), stage_folder("evaluate", seed)
     with start_process() as process:
+        params, folder = load_params("evaluate", EvaluateParams), stage_folder("evaluate", seed)
         limit = TimeLimit(params.limit_seconds, process)
         confinement = (confine_to_inputs([seed], "evaluate", process) if confined and params.audit
                        else unchecked("evaluate ran inside another program"))

@@ -30,15 +30,15 @@ BATCH_WINDOWS = 16  # changes speed, not results
 
 def main(seed: int) -> None:
     """Run the stage for one seed."""
-    params, folder, start = load_params("quantize", QuantizeParams), stage_folder("quantize", seed), time.monotonic()
+    start = time.monotonic()
     sources = stage_folder("train", seed) / "checkpoint.safetensors", stage_folder("calibrate", seed) / "hessians.safetensors"
-    coding, code = load_params("compress", CompressParams), code_bytes(Path())
     with start_process() as process:
+        params, folder = load_params("quantize", QuantizeParams), stage_folder("quantize", seed)
+        coding, code = load_params("compress", CompressParams), code_bytes(Path())
         checkpoint, hessians = load_checkpoint(sources[0]), load_hessians(sources[1], checkpoint=sources[0])
         grid = checkpoint.training["qat"]
         if grid is not None and (differences := list_grid_differences(grid, params)):
-            differing = "; ".join(differences)
-            say(f"note: the checkpoint was trained for another grid than quantize exports: {differing}", enabled=process.is_main)
+            say("note: the checkpoint was trained for another grid than quantize exports: " + "; ".join(differences), enabled=process.is_main)
         quantized, dampings = quantize_model(checkpoint, hessians, params, process,
                                              lambda model: code + len(pack(model, coding.codec, coding.level).blob))
         model, reference = (build_model(checkpoint.model, weights).to(process.device)

@@ -78,9 +78,13 @@ def load_split(folder: Path, vocab_size: int) -> Split:
     if description["vocab_size"] != vocab_size:
         raise ArtifactError(f"{folder / SPLIT_FILE}: expected tokens of a vocabulary of {vocab_size}, found {description['vocab_size']}; "
                             "set model.vocab_size to tokenize.vocab_size")
+    listed = description["shards"]
+    if not (all(type(description[key]) is int for key in SPLIT_KEYS - {"shards"})
+            and isinstance(listed, list) and all(map(_is_entry, listed))):
+        raise ArtifactError(f"{folder / SPLIT_FILE}: expected numbers, and name, tokens and SHA-256 of each shard, found others; {REMEDY}")
     with ThreadPoolExecutor() as pool:
         shards = tuple(pool.map(lambda shard: _load_shard(folder / shard["name"], shard["tokens"], shard["sha256"], vocab_size, REMEDY),
-                                description["shards"]))
+                                listed))
     return Split(folder, shards, description["documents"], description["raw_bytes"], description["accounted_bytes"], vocab_size)
 
 
@@ -171,12 +175,20 @@ class SplitWriter:
         self._file = None
 
 
+def _is_entry(shard: Any) -> bool:
+    """Whether this is what ``split.json`` says of a shard: a file of its own folder, how many tokens it has, its checksum."""
+    return (isinstance(shard, dict) and isinstance(name := shard.get("name"), str) and Path(name).name == name and "\0" not in name
+            and type(shard.get("tokens")) is int and shard["tokens"] >= 0 and isinstance(shard.get("sha256"), str))
+
+
 def _load_shard(path: Path, num_tokens: int | None, sha256: str | None, vocab_size: int, remedy: str) -> Tokens:
     """Map one shard after checking it; where `num_tokens` is None, its header and its length must say the same."""
     try:
         found_bytes = path.stat().st_size
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file, but {SPLIT_FILE} lists it; {remedy}") from None
+    if not path.is_file():
+        raise ArtifactError(f"{path}: expected a file, found a folder or a device; {remedy}")
     if num_tokens is None:
         num_tokens = max(0, found_bytes - HEADER_BYTES) // 2
     expected_bytes = HEADER_BYTES + 2 * num_tokens

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
+from lib.errors import UserError
 from lib.params import PARAMS_FILE
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls, the same on all architectures but alpha
@@ -70,14 +71,14 @@ def withhold_validation(stage: str, seed: int) -> None:
         seed: of the stage.
 
     Raises:
-        ValueError: the text can be read all the same.
+        UserError: the text can be read all the same.
     """
     tokens = [TOKENIZE_FOLDER / name for name in ("tokenizer.model", "train", "heldout")]
     read = [PARAMS_FILE, Path("lib"), Path("stages"), *tokens, stage_folder("train", seed), stage_folder("calibrate", seed)]
     shards = sorted((TOKENIZE_FOLDER / "val").glob("*.bin"))
     tried = confine(read=read, write=[stage_folder(stage, seed)], forbidden=shards, network=True)["training_data"]
     if tried["passed"] is False:
-        raise ValueError(f"{TOKENIZE_FOLDER / 'val'}: expected that {stage} cannot read it, but of {len(shards)} files only "
+        raise UserError(f"{TOKENIZE_FOLDER / 'val'}: expected that {stage} cannot read it, but of {len(shards)} files only "
                          f"{tried['files_refused']} were refused; move the project out of the folders of the system and of Python")
 
 

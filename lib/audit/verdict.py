@@ -10,6 +10,7 @@ from typing import Any
 from lib.audit.chronology import Check, check_score_before_update, check_single_pass
 from lib.audit.probe import Trial
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.evaluation.config import EvaluateParams, StrategyName
 from lib.evaluation.evaluation import Text
 from lib.evaluation.ledger import Event
@@ -22,7 +23,7 @@ Audit = dict[str, Any]
 NOT_AUDITED: Audit = {"legal": None, "why": "evaluate.audit is false"}
 
 
-class AuditError(RuntimeError):
+class AuditError(UserError):
     """A score is not legal, or one that was declared not to be is."""
 
 

@@ -20,6 +20,7 @@ from lib.data.hub import download_dataset
 from lib.data.jsonl import find_files, read_blocks
 from lib.data.shards import Shards, find_shards
 from lib.data.tokenizer import SPACE
+from lib.errors import UserError
 
 LONE_SURROGATE = "contains a lone surrogate"
 ALSO_IN_VAL = "also in val"
@@ -157,7 +158,7 @@ class Selection:
         if self._num_given < num_val:
             self._num_given += 1
             if flaw == LONE_SURROGATE:
-                raise ValueError(f"tokenize.val_documents: expected {num_val} documents with a UTF-8 form, found that number "
+                raise UserError(f"tokenize.val_documents: expected {num_val} documents with a UTF-8 form, found that number "
                                  f"{self._num_given} {flaw}; remove the document or set tokenize.val_fraction instead")
             self.keys["val"].add(key)
             return "val"

@@ -20,6 +20,7 @@ from typing import TypeVar
 from typing_extensions import Buffer
 
 from lib.artifacts.files import ArtifactError, read_json, write_json
+from lib.errors import UserError
 from lib.progress import Progress, say
 
 NUM_THREADS = 8  # one file each
@@ -68,7 +69,7 @@ class Repository:
         try:
             self._hub = importlib.import_module("huggingface_hub")
         except ModuleNotFoundError:
-            raise ValueError("tokenize.source: expected the package huggingface_hub for source hub, found none; "
+            raise UserError("tokenize.source: expected the package huggingface_hub for source hub, found none; "
                              "run pip install .[hub]") from None
         for part in ("file_download", "hf_api", "utils"):  # the package loads its parts when they are asked for
             importlib.import_module(f"huggingface_hub.{part}")
@@ -182,15 +183,15 @@ class Repository:
         try:
             yield
         except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            raise ValueError(f"tokenize.hub.repo: expected a dataset repository that can be read, found none named {self._repo}; if it is "
+            raise UserError(f"tokenize.hub.repo: expected a dataset repository that can be read, found none named {self._repo}; if it is "
                              "private or gated, log in with `hf auth login`") from None
         except errors.RevisionNotFoundError:
-            raise ValueError(f"tokenize.hub.revision: expected a commit, branch or tag of {self._repo}, found none named "
+            raise UserError(f"tokenize.hub.revision: expected a commit, branch or tag of {self._repo}, found none named "
                              f"{self.commit}") from None
         except errors.EntryNotFoundError:
-            raise ValueError(f"{self}: expected the file {what}, which its listing names, found none") from None
+            raise UserError(f"{self}: expected the file {what}, which its listing names, found none") from None
         except (OSError, errors.HTTPError) as error:
-            raise ValueError(f"{self}: expected to get {what}, found: {error}; see to the network and to free space in "
+            raise UserError(f"{self}: expected to get {what}, found: {error}; see to the network and to free space in "
                              f"{self._hub.constants.HF_HUB_CACHE} (HF_HOME moves it), then rerun, what has arrived is kept; without a "
                              "network, tokenize.hub.revision must be a commit that was downloaded before") from None
 

@@ -22,6 +22,7 @@ from lib.data.encoder import decode_documents
 from lib.data.shards import Shards, Stream
 from lib.data.tokenizer import Tokenizer
 from lib.data.workers import map_in_order
+from lib.errors import UserError
 from lib.progress import Progress
 
 SEGMENT_TOKENS = 1 << 22  # one task of a process: seconds
@@ -162,7 +163,7 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
     distinct = {split: np.unique(np.concatenate(keys[split])) for split in SPLITS}
     for split in SPLITS:
         if not len(distinct[split]):
-            raise ValueError(f"tokenize: expected documents in every split, found none in {split} (left out: {dict(skipped)}); "
+            raise UserError(f"tokenize: expected documents in every split, found none in {split} (left out: {dict(skipped)}); "
                              "take more shards, or raise tokenize.heldout_fraction")
     return {
         "splits": {split: {**writers[split].close(), "distinct_documents": len(distinct[split])} for split in SPLITS},

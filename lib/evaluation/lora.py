@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.evaluation.adapter import BACKWARD_WORK, frozen
 from lib.evaluation.config import LoraParams
 from lib.evaluation.job import Job
@@ -37,7 +38,7 @@ def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple
     for layer in layers:
         names = [name for name, _ in model.named_modules() if name.rsplit(".", maxsplit=1)[-1] == layer]
         if not names:
-            raise ValueError(f"evaluate.lora.layers: {layer}: the model has no such layer")
+            raise UserError(f"evaluate.lora.layers: {layer}: the model has no such layer")
         for name in names:
             module = model.get_submodule(name)
             assert isinstance(module, Linear | TiedHead)

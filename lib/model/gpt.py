@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.model.attention import ALL_POSITIONS, Attention, Rotation, Scope, make_rotation, make_scope, rms_norm
 from lib.model.compilation import call
 from lib.model.config import ModelParams
@@ -338,15 +339,23 @@ def build_model(model: dict[str, Any], weights: dict[str, Tensor], kernel: Kerne
 
     Raises:
         ParamsError: the configuration is not valid.
-        ValueError: weights are missing, unexpected or of another shape.
+        UserError: weights are missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
-        gpt = GPT(parse_params(model, ModelParams, "model configuration: "), kernel)
+    params = parse_params(model, ModelParams, "model configuration: ")
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if len(layers) != params.num_layers:  # before so many are built
+        raise UserError(f"weights do not fit the model configuration: expected num_layers {params.num_layers}, found weights of "
+                        f"{len(layers)} layers")
+    try:
+        with torch.device("meta"):
+            gpt = GPT(params, kernel)
+    except RuntimeError as error:  # sizes beyond those of any tensor
+        raise UserError(f"model configuration: expected sizes that a model can have, found others ({str(error).splitlines()[0]})") from None
     expected = {name: tuple(parameter.shape) for name, parameter in gpt.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
         differences = [f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
                        for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-        raise ValueError("weights do not fit the model configuration: " + "; ".join(differences[:5]))
+        raise UserError("weights do not fit the model configuration: " + "; ".join(differences[:5]))
     gpt.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return gpt.eval().requires_grad_(True)

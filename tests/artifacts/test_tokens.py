@@ -121,3 +121,21 @@ def test_foreign_description_is_refused(split_folder: Path, content: str) -> Non
     (split_folder / "split.json").write_text(content)
     with pytest.raises(ArtifactError, match=r"split\.json: expected the keys"):
         load_split(split_folder, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("shards", [
+    3, None, [3], [{}], [{"name": "../val/val_000000.bin", "tokens": 4, "sha256": ""}], [{"name": "a\0", "tokens": 4, "sha256": ""}],
+    [{"name": "val_000000.bin", "tokens": "4", "sha256": ""}], [{"name": "val_000000.bin", "tokens": -1, "sha256": ""}],
+])
+def test_a_foreign_list_of_shards_is_refused(split_folder: Path, shards: object) -> None:
+    description = json.loads((split_folder / "split.json").read_text()) | {"shards": shards}
+    (split_folder / "split.json").write_text(json.dumps(description))
+    with pytest.raises(ArtifactError, match=r"split\.json: expected numbers, and name, tokens and SHA-256 of each shard, found others"):
+        load_split(split_folder, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{\x00", b"[" * 100_000, b"1" * 5000, b'"\xe9"'])
+def test_what_is_no_json_is_named(split_folder: Path, content: bytes) -> None:
+    (split_folder / "split.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"split\.json: not valid JSON .*; `dvc repro -f` makes it anew"):
+        load_split(split_folder, VOCAB_SIZE)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib.errors import UserError
 from lib.model.config import ModelParams
 from lib.model.gpt import GPT, Block, TiedHead, build_model
 from lib.model.sdpa import SDPA, Attend, Kernel, Sight
@@ -351,6 +352,10 @@ def test_build_model_restores_a_model_and_refuses_other_weights() -> None:
         build_model(FULL, {**weights, "head.weight": torch.zeros(40, 24)})
     with pytest.raises(ParamsError, match="model configuration: num_layers"):
         build_model({**FULL, "num_layers": 0}, weights)
+    with pytest.raises(UserError, match="expected num_layers 1000000000000, found weights of 5 layers"):  # none is built
+        build_model({**FULL, "num_layers": 10**12}, weights)
+    with pytest.raises(UserError, match="model configuration: expected sizes that a model can have"):
+        build_model({**FULL, "bigram_rows": 2**62}, weights)
 
 
 @pytest.mark.parametrize(("change", "message"), [
