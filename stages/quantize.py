@@ -38,7 +38,7 @@ def main(seed: int) -> None:
         checkpoint, hessians = load_checkpoint(sources[0]), load_hessians(sources[1], checkpoint=sources[0])
         grid = checkpoint.training["qat"]
         if grid is not None and (differences := list_grid_differences(grid, params)):
-            say("note: the checkpoint was trained for another grid than quantize exports: " + "; ".join(differences), enabled=process.is_main)
+            say("note: the checkpoint was trained for another grid than this one: " + "; ".join(differences), enabled=process.is_main)
         quantized, dampings = quantize_model(checkpoint, hessians, params, process,
                                              lambda model: code + len(pack(model, coding.codec, coding.level).blob))
         model, reference = (build_model(checkpoint.model, weights).to(process.device)
