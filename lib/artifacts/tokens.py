@@ -6,9 +6,11 @@ every document.
 """
 
 import hashlib
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -110,7 +112,8 @@ def load_shards(paths: Sequence[Path], vocab_size: int) -> tuple[Tokens, ...]:
 class SplitWriter:
     """Writes one split, document after document, with memory for one document.
 
-    The folder becomes a split when `close` writes ``split.json``; before, `load_split` finds none.
+    The folder becomes a split when `close` writes ``split.json``; before, `load_split` finds none. On a full disk nothing is left of
+    it, nor of the other splits beside it.
 
     Args:
         folder: the split's folder, emptied first; its name names the shards.
@@ -147,23 +150,36 @@ class SplitWriter:
         self._tokens += len(tokens)
         self.raw_bytes += raw_bytes
         self.accounted_bytes += accounted_bytes
-        while len(tokens):
-            file = self._open_shard() if self._file is None else self._file
-            part = tokens[: self._shard_tokens - self._file_tokens]
-            file.write(part.astype("<u2").tobytes())
-            self._file_tokens += len(part)
-            tokens = tokens[len(part):]
-            if self._file_tokens == self._shard_tokens:
-                self._finish_shard(file)
+        with self._all_or_nothing():
+            while len(tokens):
+                file = self._open_shard() if self._file is None else self._file
+                part = tokens[: self._shard_tokens - self._file_tokens]
+                file.write(part.astype("<u2").tobytes())
+                self._file_tokens += len(part)
+                tokens = tokens[len(part):]
+                if self._file_tokens == self._shard_tokens:
+                    self._finish_shard(file)
 
     def close(self) -> dict[str, Any]:
         """Complete the split and return what ``split.json`` says of it."""
-        if self._file is not None:
-            self._finish_shard(self._file)
-        description = {"documents": self._documents, "tokens": self._tokens, "raw_bytes": self.raw_bytes,
-                       "accounted_bytes": self.accounted_bytes, "vocab_size": self._vocab_size, "shards": self._shards}
-        write_json(self._folder / SPLIT_FILE, description)
+        with self._all_or_nothing():
+            if self._file is not None:
+                self._finish_shard(self._file)
+            description = {"documents": self._documents, "tokens": self._tokens, "raw_bytes": self.raw_bytes,
+                           "accounted_bytes": self.accounted_bytes, "vocab_size": self._vocab_size, "shards": self._shards}
+            write_json(self._folder / SPLIT_FILE, description)
         return description
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Where one split cannot be written, all splits go: they would only keep a full disk full."""
+        try:
+            yield
+        except OSError as error:
+            for split in SPLITS:
+                shutil.rmtree(self._folder.parent / split, ignore_errors=True)
+            reason = f"cannot be written ({os.strerror(error.errno or 0)}); make room and rerun"
+            raise OSError(error.errno, reason, str(self._folder)) from None
 
     def _open_shard(self) -> BinaryIO:
         self._file = (self._folder / f"{self._folder.name}_{len(self._shards):06d}.bin").open("wb")

@@ -79,7 +79,7 @@ def withhold_validation(stage: str, seed: int) -> None:
     tried = confine(read=read, write=[stage_folder(stage, seed)], forbidden=shards, network=True)["training_data"]
     if tried["passed"] is False:
         raise UserError(f"{TOKENIZE_FOLDER / 'val'}: expected that {stage} cannot read it, but of {len(shards)} files only "
-                         f"{tried['files_refused']} were refused; move the project out of the folders of the system and of Python")
+                        f"{tried['files_refused']} were refused; move the project out of the folders of the system and of Python")
 
 
 def _try_files(forbidden: Sequence[Path]) -> dict[str, object]:

@@ -196,7 +196,7 @@ def _open(blob: bytes) -> tuple[Header, int]:
     _, version, header_bytes = PREFIX.unpack_from(blob)
     if version != VERSION:
         raise UserError(f"container version {version}, this program reads version {VERSION} only; use the program that wrote it, "
-                         "or make the file anew")
+                        "or make the file anew")
     if seal(blob[:-CHECKSUM_BYTES]) != blob:
         raise UserError("the checksum does not fit, so the file is truncated or damaged; copy or make it anew")
     header_end = PREFIX.size + header_bytes
@@ -209,7 +209,7 @@ def _open(blob: bytes) -> tuple[Header, int]:
     _check(header, len(blob))
     if header_end + header.codes_bytes + header.exponents_bytes > len(blob) - CHECKSUM_BYTES:
         raise UserError(f"expected {header_bytes} + {header.codes_bytes} + {header.exponents_bytes} bytes of header, codes and "
-                         f"exponents, found {len(blob)} in all")
+                        f"exponents, found {len(blob)} in all")
     return header, header_end
 
 

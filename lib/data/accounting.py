@@ -18,8 +18,8 @@ def check_accounting(writers: Mapping[str, SplitWriter], tokenizer: Tokenizer) -
         if writer.accounted_bytes > writer.raw_bytes or (tokenizer.lossless and writer.accounted_bytes != writer.raw_bytes):
             bound = "exactly" if tokenizer.lossless else "at most"
             raise UserError(f"tokenize.tokenizer: expected tokens of the {split} split that stand for {bound} the {writer.raw_bytes:,} "
-                             f"bytes of its text, found {writer.accounted_bytes:,}: bits per byte would be wrong. The tokenizer's "
-                             "normalizer lengthens text, or its pieces do not carry it; give another one, or set it to null")
+                            f"bytes of its text, found {writer.accounted_bytes:,}: bits per byte would be wrong. The tokenizer's "
+                            "normalizer lengthens text, or its pieces do not carry it; give another one, or set it to null")
 
 
 def describe_text(manifest: Mapping[str, Any]) -> str:

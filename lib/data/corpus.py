@@ -192,7 +192,7 @@ class Selection:
                                                                "tokenize.val_fraction, which leaves such documents out")
                 sign = ", its sign for a space" if flaw == SPACE_MARK else ""
                 raise UserError(f"tokenize.{setting}: expected documents that the tokenizer can reproduce, found that number "
-                                 f"{self._num_given}, {place}, {flaw}{sign}; replace the character or remove the document{end}")
+                                f"{self._num_given}, {place}, {flaw}{sign}; replace the character or remove the document{end}")
             self.keys["val"].add(key)
             return "val"
         split = given or split_of(digest, self.params.heldout_fraction or 0, self.params.val_fraction or 0)

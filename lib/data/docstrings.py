@@ -43,14 +43,14 @@ def check_pins(requirements: Path, packages: Iterable[str]) -> dict[str, str]:
     for package in packages:
         if _canonical(package) not in pins:
             raise UserError(f"{requirements}: expected an exact pin {package}==VERSION for tokenize.packages, found none; "
-                             "without it the corpus would change with the installation")
+                            "without it the corpus would change with the installation")
         try:
             installed = distribution(package).version
         except PackageNotFoundError:
             installed = "none"
         if installed != pins[_canonical(package)]:
             raise UserError(f"{requirements}: expected {package}=={pins[_canonical(package)]} to be installed, found {installed}; "
-                             f"run pip install -r {requirements}")
+                            f"run pip install -r {requirements}")
     return {package: pins[_canonical(package)] for package in packages}
 
 

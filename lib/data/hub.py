@@ -77,7 +77,7 @@ def download_dataset(params: HubParams) -> HubDataset:
         available = len(names["train"])
         if params.train_shards > available:
             raise UserError(f"tokenize.hub.train_shards: expected at most {available}, as many as {params.dataset} has in {repository}, "
-                             f"found {params.train_shards}")
+                            f"found {params.train_shards}")
         names["train"] = names["train"][:params.train_shards]
     paths = repository.fetch([model, *(name for part in names.values() for name in part)])
     shards = None
@@ -101,7 +101,7 @@ def _find_dataset(repository: Repository, name: str) -> tuple[PurePosixPath, _Da
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             raise UserError(f"{path} of {repository}: expected datasets and tokenizers as in the challenge's manifest, found "
-                             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+                            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
         for dataset in manifest.datasets:
             if dataset.name == name:
                 return PurePosixPath(path).parent, dataset, {tokenizer.name: tokenizer for tokenizer in manifest.tokenizers}
@@ -113,7 +113,7 @@ def _model_path(repository: Repository, folder: PurePosixPath, dataset: _Dataset
     tokenizer = tokenizers.get(dataset.tokenizer_name)
     if tokenizer is None or tokenizer.model_path is None:
         raise UserError(f"tokenize.hub.dataset: expected a dataset with a SentencePiece model, found {dataset.name} with the tokenizer "
-                         f"{dataset.tokenizer_name}, for which the {MANIFEST} of {repository} names none")
+                        f"{dataset.tokenizer_name}, for which the {MANIFEST} of {repository} names none")
     return _require(repository, str(folder / tokenizer.model_path), f"the tokenizer of {dataset.name}")
 
 

@@ -106,10 +106,10 @@ def _parse(path: Path, number: int, line: bytes) -> str:
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{path}, line {number}: expected a JSON object in UTF-8 ({problem}), found {line[:60]!r}; correct or remove the "
-                         "line") from None
+                        "line") from None
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
         raise UserError(f"{path}, line {number}: expected an object with a string \"text\", found {line[:60]!r}; correct or remove "
-                         "the line")
+                        "the line")
     text: str = document["text"]
     return text
 

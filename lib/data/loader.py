@@ -73,8 +73,8 @@ class Loader:
         if self._rows.num_rows < num_sequences:
             longest = max(map(len, split.shards), default=0)
             raise UserError(f"{split.folder}: expected at least train.batch_sequences = {num_sequences} sequences of "
-                             f"train.sequence_tokens = {sequence_tokens} tokens, found {self._rows.num_rows} in {split.num_tokens} tokens "
-                             f"({longest} in the longest shard); make the batch or the sequences smaller, or the corpus larger")
+                            f"train.sequence_tokens = {sequence_tokens} tokens, found {self._rows.num_rows} in {split.num_tokens} tokens "
+                            f"({longest} in the longest shard); make the batch or the sequences smaller, or the corpus larger")
         self._stride = coprime_stride(self._rows.num_rows)
 
     @property
@@ -152,7 +152,7 @@ def sample_sequences(split: Split, num_sequences: int, sequence_tokens: int, see
     rows = _Rows(split, sequence_tokens)
     if rows.num_rows < num_sequences:
         raise UserError(f"{split.folder}: expected at least {num_sequences} distinct sequences of {sequence_tokens} tokens, found "
-                         f"{rows.num_rows} in {split.num_tokens} tokens; ask for fewer, or enlarge the corpus")
+                        f"{rows.num_rows} in {split.num_tokens} tokens; ask for fewer, or enlarge the corpus")
     generator = np.random.default_rng(seed)
     phases = generator.integers(rows.num_phases)
     bounds = np.arange(num_sequences + 1) * rows.num_rows // num_sequences

@@ -178,7 +178,7 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
     for split in SPLITS:
         if not len(distinct[split]):
             raise UserError(f"tokenize: expected documents in every split, found none in {split} (left out: {dict(skipped)}); "
-                             "take more shards, or raise tokenize.heldout_fraction")
+                            "take more shards, or raise tokenize.heldout_fraction")
     check_accounting(writers, tokenizer)
     return {
         "splits": {split: {**writers[split].close(), "distinct_documents": len(distinct[split]), "reproduced_documents": None}

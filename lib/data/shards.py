@@ -72,7 +72,7 @@ def sort_shards(names: Iterable[str], where: str) -> dict[str, list[str]]:
         for number in range(min(by_number), max(by_number)):
             if number not in by_number:
                 raise UserError(f"{where}: expected {split} shard number {number} between {by_number[min(by_number)]} and "
-                                 f"{by_number[max(by_number)]}, found none; documents go on from shard to shard, so fetch it")
+                                f"{by_number[max(by_number)]}, found none; documents go on from shard to shard, so fetch it")
     return {split: [by_number[number] for number in sorted(by_number)] for split, by_number in found.items()}
 
 

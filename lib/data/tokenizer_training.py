@@ -65,7 +65,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: i
             user_defined_symbols=list(OPERATORS) if case_transform else [], **options)
     except RuntimeError as error:
         raise UserError(f"tokenize.vocab_size: expected {_expected_size(str(error))}, found {vocab_size} for {size} bytes of training "
-                         "documents; change it, or use other documents or more of them (tokenize.tokenizer_training_bytes)") from None
+                        "documents; change it, or use other documents or more of them (tokenize.tokenizer_training_bytes)") from None
     return model.getvalue()
 
 

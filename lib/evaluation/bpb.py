@@ -38,7 +38,7 @@ def make_score(nats: npt.NDArray[np.float32], target_bytes: npt.NDArray[np.int64
     num_bytes = int(target_bytes.sum())
     if nats.shape != target_bytes.shape or num_bytes < 1:
         raise UserError(f"expected as many losses as targets and at least one byte, found {nats.shape} losses, "
-                         f"{target_bytes.shape} targets, {num_bytes} bytes")
+                        f"{target_bytes.shape} targets, {num_bytes} bytes")
     total = float(nats.sum(dtype=np.float64))
     return Score(total / len(nats), total / math.log(2) / num_bytes, len(nats), num_bytes)
 
@@ -68,4 +68,4 @@ def check_bytes(target_bytes: npt.NDArray[np.int64], accounted_bytes: int, where
     """
     if (found := int(target_bytes.sum())) != accounted_bytes:
         raise UserError(f"{where}: expected {accounted_bytes:,} bytes of text, found {found:,} with this tokenizer; "
-                         "`dvc repro -f tokenize` makes shards and tokenizer anew")
+                        "`dvc repro -f tokenize` makes shards and tokenizer anew")

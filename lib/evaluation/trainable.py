@@ -53,7 +53,7 @@ def match_groups(groups: Iterable[str], sizes: Mapping[str, int]) -> dict[str, l
         if not members[group]:
             available = [name for name in GROUPS if any(re.fullmatch(GROUPS[name], parameter) for parameter in sizes)]
             raise UserError(f"trainable group {group}: matches no parameter of this model, which has {num_blocks} blocks and "
-                             f"the groups {', '.join(available)}")
+                            f"the groups {', '.join(available)}")
     return members
 
 

@@ -130,7 +130,7 @@ def _load(archive: bytes) -> Any:
     """The content of a `torch.save` archive: tensors and plain values, or ValueError."""
     if name := find_foreign_object(archive):
         raise UserError(f"expected {SUPPORTED}, found the Python object {name}, which could run anything when it is loaded, so that "
-                         "it was not; have its owner save model.state_dict() alone")
+                        "it was not; have its owner save model.state_dict() alone")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is said below
@@ -138,7 +138,7 @@ def _load(archive: bytes) -> Any:
     except Exception as error:  # the reader meets damage with exceptions of any kind
         if archive.startswith(ZIP) or is_whole_pickle(archive):
             raise UserError(f"expected {SUPPORTED}, found a sound pickle with more than tensors and plain values in it, or not saved by "
-                             "torch.save; have its owner save model.state_dict() alone with torch.save") from None
+                            "torch.save; have its owner save model.state_dict() alone with torch.save") from None
         raise UserError(f"expected {SUPPORTED}, found a damaged file ({type(error).__name__}); copy it anew") from None
     if (num_bytes := _count_bytes(content)) > MAX_SHARED * len(archive):
         raise UserError(f"expected {SUPPORTED}, found tensors of {num_bytes:,} bytes in {len(archive):,}, many of them in the same memory")

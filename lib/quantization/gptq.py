@@ -70,7 +70,7 @@ def factorize(name: str, hessian: Tensor, damping: float, act_order: bool) -> Fa
         if not failed:
             return Factor(torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), order, dead, raised)
     raise UserError(f"{name}: the Hessian is not positive definite even with damping {tried[-1]:g}; "
-                     "raise calibrate.num_sequences or quantize.damping")
+                    "raise calibrate.num_sequences or quantize.damping")
 
 
 @dataclass(frozen=True, eq=False)

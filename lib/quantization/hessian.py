@@ -58,7 +58,7 @@ def check_reserve(seconds: float, reserve_seconds: float | None) -> None:
     """
     if reserve_seconds is not None and seconds > reserve_seconds:
         raise UserError(f"calibrate: expected at most the {reserve_seconds:g} s that train.reserve_seconds left of the training budget, "
-                         f"took {seconds:.1f} s; lower calibrate.num_sequences, or raise train.reserve_seconds and train again")
+                        f"took {seconds:.1f} s; lower calibrate.num_sequences, or raise train.reserve_seconds and train again")
 
 
 def matrix_inputs(model: GPT) -> dict[str, tuple[str, ...]]:

@@ -59,7 +59,7 @@ def quantize_model(checkpoint: Checkpoint, hessians: Hessians, params: QuantizeP
     for name, weight in weights.items():
         if not weight.abs().amax() <= FP16_MAX:
             raise UserError(f"{name}: expected magnitudes up to {FP16_MAX:g} (fp16), found {weight.abs().amax().item():g}; "
-                             "the training diverged")
+                            "the training diverged")
     vectors = {name: truncate(weight, params.vector_mantissa_bits) if role_of(name, weight.ndim) == VECTOR_ROLE else weight.half()
                for name, weight in weights.items() if bits.get(name, FLOAT_BITS) == FLOAT_BITS}
 

@@ -32,5 +32,5 @@ def select(scores: Mapping[str, Score], choice: str) -> str:
         return min(scores, key=lambda kind: scores[kind].bpb)
     if choice not in scores:
         raise UserError(f"train.averaging.select: expected one of {', '.join(scores)}, found {choice}; no snapshot was taken: "
-                         "lower averaging.swa_every_steps or raise averaging.swa_below_lr")
+                        "lower averaging.swa_every_steps or raise averaging.swa_below_lr")
     return choice

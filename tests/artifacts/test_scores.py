@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,19 @@ def test_a_curve_that_cannot_be_used_is_an_error_with_its_path(tmp_path: Path, c
         path.write_text(content)
     with pytest.raises(ArtifactError, match=f"curve.csv: {message}"):
         load_curve(path, ("tokens", "bpb"))
+
+
+def test_a_full_disk_leaves_the_old_results_as_they_were(tmp_path: Path) -> None:
+    """No file may grow beyond a limit, which the system refuses as it refuses a full disk; the last of the tables is larger."""
+    save(tmp_path, "plain")
+    save_audit(tmp_path, {"legal": True})
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot be written .*; make room and rerun"):
+            save_scores(tmp_path, {"val_bpb": 9.0}, {"seconds": 9.0}, curves={"plain": [(20, 9.0)]}, context={}, documents={},
+                        ledgers={"plain": LEDGER * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
