@@ -16,7 +16,7 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "compression": {"params", "artifacts"},
     "quantization": BASE | {"artifacts", "data", "model"},
     "evaluation": BASE | {"artifacts", "data", "model"},
-    "audit": BASE | {"artifacts", "data", "model", "evaluation"},
+    "audit": BASE | {"artifacts", "data", "model", "evaluation", "compression"},
     "training": BASE | {"artifacts", "data", "model", "quantization", "evaluation"},
     "imports": {"params", "artifacts", "model", "compression"},
     "forecast": BASE | {"artifacts", "model", "quantization", "compression"},

@@ -1,14 +1,19 @@
 """The seam between evaluate and report: figures, curves and tables of every strategy, the record of what happened, the audit."""
 
+import io
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.artifacts.files import ArtifactError, read_csv, write_csv, write_json
+import numpy as np
+import numpy.typing as npt
+
+from lib.artifacts.files import ArtifactError, read_csv, write_bytes, write_csv, write_json
 from lib.artifacts.metrics import save_metrics
 
 CURVES_FOLDER, CONTEXT_FOLDER, DOCUMENTS_FOLDER, LEDGER_FOLDER, UNFINISHED_FOLDER = "curves", "context", "documents", "ledger", "unfinished"
+NATS_FOLDER = "nats"
 AUDIT_FILE = "audit.json"
 COLUMNS = {
     CURVES_FOLDER: ("tokens", "bpb"),
@@ -22,7 +27,7 @@ Tables = Mapping[Any, Iterable[Sequence[object]]]
 
 
 def save_scores(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, float], *, curves: Tables, context: Tables,
-                documents: Tables, ledgers: Tables) -> None:
+                documents: Tables, ledgers: Tables, nats: Mapping[Any, npt.NDArray[np.float32]]) -> None:
     """Write the results of an evaluation, each table by the name of its strategy.
 
     The folders are made anew, so that no file of a strategy that is no longer used stays behind.
@@ -36,11 +41,35 @@ def save_scores(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, f
         documents: rows (tokens of the document at most, documents, bytes, bits per byte).
         ledgers: what was scored and trained on, in order; targets counted from 0, ranges inclusive, state -1 for the model itself
             and the number of a document for its own adapter.
+        nats: loss of each target, (N,) fp32, to the last bit: what replays of the run are compared with.
     """
     shutil.rmtree(folder / UNFINISHED_FOLDER, ignore_errors=True)
     for part, tables in ((CURVES_FOLDER, curves), (CONTEXT_FOLDER, context), (DOCUMENTS_FOLDER, documents), (LEDGER_FOLDER, ledgers)):
         save_tables(folder / part, tables, COLUMNS[part])
+    shutil.rmtree(folder / NATS_FOLDER, ignore_errors=True)
+    for name, values in nats.items():
+        content = io.BytesIO()
+        np.save(content, values)
+        write_bytes(folder / NATS_FOLDER / f"{name}.npy", content.getvalue())
     save_metrics(folder, metrics, timing)
+
+
+def load_nats(folder: Path, name: str) -> npt.NDArray[np.float32]:
+    """The losses of a strategy, (N,) fp32, that `save_scores` wrote.
+
+    Raises:
+        ArtifactError: missing, or no such array.
+    """
+    path = folder / NATS_FOLDER / f"{name}.npy"
+    try:
+        nats = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ArtifactError(f"{path}: expected the losses that evaluate writes ({error}); "
+                            "`dvc repro -f evaluate` makes the file anew") from None
+    if nats.dtype != np.float32 or nats.ndim != 1:
+        raise ArtifactError(f"{path}: expected one dimension of float32, found {nats.ndim} of {nats.dtype}; "
+                            "`dvc repro -f evaluate` makes the file anew")
+    return nats
 
 
 def save_unfinished(folder: Path, curves: Tables) -> None:
