@@ -68,8 +68,9 @@ def main() -> None:
         seconds = {n: measure(documents, folder / "out", n) for n in sorted({1, num_cores})}
         report("jsonl", (folder / "documents.jsonl").stat().st_size / 1e6, "MB", seconds)
         num_tokens = publish(folder / "out", folder / "published") / 2
+        rest = (default.heldout_fraction or 0) + (default.val_fraction or 0)
         shards = default.model_copy(update={"source": "shards", "path": str(folder / "published"), "val_fraction": None,
-                                            "heldout_fraction": 2 * (default.heldout_fraction + (default.val_fraction or 0)),  # of the rest
+                                            "heldout_fraction": 2 * rest,
                                             "tokenizer": str(folder / "out/tokenizer.model")})
         seconds = {n: measure(shards, folder / "again", n) for n in sorted({1, num_cores})}
         report("shards", num_tokens / 1e6, "M tokens", seconds)

@@ -18,7 +18,7 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "compression": {"errors", "params", "problems", "artifacts"},
     "quantization": BASE | {"artifacts", "data", "model"},
     "evaluation": BASE | {"artifacts", "data", "model"},
-    "audit": BASE | {"artifacts", "data", "model", "evaluation"},
+    "audit": BASE | {"artifacts", "data", "model", "evaluation", "compression"},
     "training": BASE | {"artifacts", "data", "model", "quantization", "evaluation"},
     "imports": {"errors", "params", "artifacts", "model", "compression"},
     "forecast": BASE | {"artifacts", "model", "quantization", "compression"},

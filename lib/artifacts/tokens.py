@@ -23,6 +23,8 @@ from lib.artifacts.files import ArtifactError, read_json, sha256_of, write_json
 
 SPLITS = ("train", "heldout", "val")
 SPLIT_FILE = "split.json"
+NOT_REPRODUCED = "text is not reproduced"
+"""What summary, report and audit say of a validation text that its tokens do not give back."""
 SPLIT_KEYS = {"documents", "tokens", "raw_bytes", "accounted_bytes", "vocab_size", "shards"}
 REMEDY = "`dvc repro -f tokenize` makes it anew"
 
@@ -118,6 +120,10 @@ class SplitWriter:
         folder: the split's folder, emptied first; its name names the shards.
         vocab_size: every token must be below it.
         shard_tokens: tokens in each shard but the last.
+
+    Attributes:
+        raw_bytes: UTF-8 bytes of the documents so far.
+        accounted_bytes: bytes of their tokens by the tokenizer's accounting.
     """
 
     def __init__(self, folder: Path, vocab_size: int, shard_tokens: int) -> None:
@@ -128,7 +134,8 @@ class SplitWriter:
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
         self._file_tokens = 0
-        self._documents = self._tokens = self._raw_bytes = self._accounted_bytes = 0
+        self._documents = self._tokens = 0
+        self.raw_bytes = self.accounted_bytes = 0
 
     def add(self, tokens: Tokens, raw_bytes: int, accounted_bytes: int, num_documents: int = 1) -> None:
         """Append a document, or several that follow each other.
@@ -142,8 +149,8 @@ class SplitWriter:
         assert int(tokens.max()) < self._vocab_size
         self._documents += num_documents
         self._tokens += len(tokens)
-        self._raw_bytes += raw_bytes
-        self._accounted_bytes += accounted_bytes
+        self.raw_bytes += raw_bytes
+        self.accounted_bytes += accounted_bytes
         with self._all_or_nothing():
             while len(tokens):
                 file = self._open_shard() if self._file is None else self._file
@@ -159,8 +166,8 @@ class SplitWriter:
         with self._all_or_nothing():
             if self._file is not None:
                 self._finish_shard(self._file)
-            description = {"documents": self._documents, "tokens": self._tokens, "raw_bytes": self._raw_bytes,
-                           "accounted_bytes": self._accounted_bytes, "vocab_size": self._vocab_size, "shards": self._shards}
+            description = {"documents": self._documents, "tokens": self._tokens, "raw_bytes": self.raw_bytes,
+                           "accounted_bytes": self.accounted_bytes, "vocab_size": self._vocab_size, "shards": self._shards}
             write_json(self._folder / SPLIT_FILE, description)
         return description
 

@@ -13,6 +13,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
+from lib.errors import UserError
+from lib.params import PARAMS_FILE
+
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls, the same on all architectures but alpha
 VERSION_FLAG, PATH_BENEATH, SET_NO_NEW_PRIVS = 1, 1, 38  # of CREATE_RULESET, of ADD_RULE, of prctl
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
@@ -57,6 +61,25 @@ def confine(*, read: Iterable[Path], write: Iterable[Path], forbidden: Iterable[
     except OSError as error:
         return unchecked(f"Landlock cannot be used here: {error.strerror}")
     return {"training_data": _try_files(forbidden), "network": _try_network(abi, network)}
+
+
+def withhold_validation(stage: str, seed: int) -> None:
+    """Take the validation text from this process for good, where the kernel can, and leave it the inputs of training and quantization.
+
+    Args:
+        stage: that this process runs; it writes into its own folder only.
+        seed: of the stage.
+
+    Raises:
+        UserError: the text can be read all the same.
+    """
+    tokens = [TOKENIZE_FOLDER / name for name in ("tokenizer.model", "train", "heldout")]
+    read = [PARAMS_FILE, Path("lib"), Path("stages"), *tokens, stage_folder("train", seed), stage_folder("calibrate", seed)]
+    shards = sorted((TOKENIZE_FOLDER / "val").glob("*.bin"))
+    tried = confine(read=read, write=[stage_folder(stage, seed)], forbidden=shards, network=True)["training_data"]
+    if tried["passed"] is False:
+        raise UserError(f"{TOKENIZE_FOLDER / 'val'}: expected that {stage} cannot read it, but of {len(shards)} files only "
+                        f"{tried['files_refused']} were refused; move the project out of the folders of the system and of Python")
 
 
 def _try_files(forbidden: Sequence[Path]) -> dict[str, object]:

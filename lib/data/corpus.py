@@ -1,15 +1,15 @@
 """Documents: where they come from, which are left out, and which split each belongs to.
 
 The split is a function of a document's text after collapsing white space and folding case, so documents that are equal but
-for that cannot end up in different splits, whatever their order and number; and only the first of them is kept. Where the first
-documents are declared to be the validation split, they are kept as they are, and later ones that equal one of them left out.
+for that cannot end up in different splits, whatever their order and number; and only the first of them is kept. Where validation
+documents are given, the first ones or those of separate files, they are kept as they are, and others that equal one of them left out.
 """
 
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,10 +23,12 @@ from lib.data.tokenizer import SPACE
 from lib.errors import UserError
 
 LONE_SURROGATE = "contains a lone surrogate"
-ALSO_IN_VAL = "also in val"
-"""Why a document is left out that equals one of a validation split that is given as it is."""
+SPACE_MARK = "contains U+2581"
+ALSO_IN_VAL, ALSO_IN_HELDOUT = "also in val", "also in heldout"
+"""Why a document is left out that equals one of a split that is given."""
 
 KEY_BYTES = 16  # of a document's SHA-256, kept for every document: a chance match among 1e10 documents has probability 1e-19
+START_CHARACTERS = 60
 BATCH_BYTES = 1 << 20  # of texts in memory that are handed to one process at a time
 
 
@@ -40,6 +42,9 @@ class Batch(Protocol):
     def texts(self) -> Iterable[str]:
         """The documents; raises ValueError where there is something else."""
 
+    def places(self) -> Iterable[str]:
+        """Where each document is, for errors."""
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -51,6 +56,10 @@ class Texts:
     def texts(self) -> Iterable[str]:
         """The documents."""
         return self.content
+
+    def places(self) -> Iterable[str]:
+        """How each document begins."""
+        return (f"which begins {text[:START_CHARACTERS]!r}" for text in self.content)
 
 
 def batch_texts(texts: Iterable[str]) -> Iterator[Texts]:
@@ -71,16 +80,25 @@ class Source:
     """Documents that can be read any number of times, always in the same order.
 
     Attributes:
-        read: starts a pass.
+        read: starts a pass over the documents that are not in separate files.
         size_bytes: of the whole pass, for the progress.
         provenance: what the manifest says of the documents' origin.
         tokenizer: a SentencePiece model file; None where one is trained.
+        separate: files of a split of its own, by its name.
     """
 
     read: Callable[[], Iterator[Batch]]
     size_bytes: int
     provenance: dict[str, Any]
     tokenizer: Path | None = None
+    separate: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+
+    def batches(self) -> Iterator[tuple[str | None, Batch]]:
+        """All documents with the split that they are given for, None where their text decides; validation first, so that others which
+        equal one of it are known."""
+        for split in ("val", "heldout"):
+            yield from ((split, batch) for batch in read_blocks(self.separate.get(split, ())))
+        yield from ((None, batch) for batch in self.read())
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,8 @@ def open_source(params: TokenizeParams) -> Source | ShardSource:
     Raises:
         ValueError: files or packages that are missing or not as expected.
     """
-    return SOURCES[params.source](params)
+    source = SOURCES[params.source](params)
+    return _add_separate_files(source, params) if isinstance(source, Source) and params.separate_paths else source
 
 
 class Examined(NamedTuple):
@@ -137,33 +156,48 @@ class Selection:
 
     Attributes:
         params: the section ``tokenize``.
+        lossless: whether the tokenizer is, so that it must reproduce every validation document.
         keys: for each split, the leading bytes of the normalised hashes of its documents.
         skipped: number of documents left out so far, by reason.
     """
 
     params: TokenizeParams
+    lossless: bool = True
     keys: dict[str, set[bytes]] = field(default_factory=lambda: {split: set() for split in SPLITS})
     skipped: Counter[str] = field(default_factory=Counter)
     _num_given: int = 0
 
-    def assign(self, flaw: str | None, digest: bytes) -> str | None:
+    def __post_init__(self) -> None:
+        given = {*self.params.separate_paths} | ({"val"} if self.params.val_documents else set())
+        self._given_splits = [(split, why) for split, why in (("val", ALSO_IN_VAL), ("heldout", ALSO_IN_HELDOUT)) if split in given]
+
+    def assign(self, flaw: str | None, digest: bytes, place: str, given: str | None = None) -> str | None:
         """The split of the next document, or None if it is left out: for a flaw, or because it repeats an earlier one.
 
-        The first `val_documents` are validation documents whatever they are.
+        The first `val_documents`, and those of a separate file, are validation documents whatever they are.
+
+        Args:
+            flaw, digest: as in `Examined`.
+            place: where the document is, for errors.
+            given: the split whose separate file it is from.
 
         Raises:
-            ValueError: one of the first `val_documents` has a lone surrogate.
+            ValueError: such a document has a lone surrogate, or U+2581 where the tokenizer is lossless.
         """
         key, num_val = digest[:KEY_BYTES], self.params.val_documents or 0
-        if self._num_given < num_val:
+        if given == "val" or (given is None and self._num_given < num_val):
             self._num_given += 1
-            if flaw == LONE_SURROGATE:
-                raise UserError(f"tokenize.val_documents: expected {num_val} documents with a UTF-8 form, found that number "
-                                f"{self._num_given} {flaw}; remove the document or set tokenize.val_fraction instead")
+            if flaw == LONE_SURROGATE or (flaw == SPACE_MARK and self.lossless):
+                setting, end = ("val_path", "") if given else ("val_documents", ", or set tokenize.val_documents: null and "
+                                                               "tokenize.val_fraction, which leaves such documents out")
+                sign = ", its sign for a space" if flaw == SPACE_MARK else ""
+                raise UserError(f"tokenize.{setting}: expected documents that the tokenizer can reproduce, found that number "
+                                f"{self._num_given}, {place}, {flaw}{sign}; replace the character or remove the document{end}")
             self.keys["val"].add(key)
             return "val"
-        split = split_of(digest, self.params.heldout_fraction, self.params.val_fraction or 0)
-        reason = flaw or (ALSO_IN_VAL if num_val and key in self.keys["val"] else "repeated" if key in self.keys[split] else None)
+        split = given or split_of(digest, self.params.heldout_fraction or 0, self.params.val_fraction or 0)
+        also = [reason for other, reason in self._given_splits if other != split and key in self.keys[other]]
+        reason = flaw or next(iter(also), "repeated" if key in self.keys[split] else None)
         if reason is not None:
             self.skipped[reason] += 1
             return None
@@ -175,7 +209,7 @@ def _find_flaw(text: str, min_document_bytes: int) -> str | None:
     if not text:
         return "empty"
     if SPACE in text:
-        return "contains U+2581"
+        return SPACE_MARK
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -220,9 +254,28 @@ def _embedded(params: TokenizeParams) -> Source:
 def _jsonl(params: TokenizeParams) -> Source:
     """JSON lines, in the order of the files and their lines: shuffle beforehand what is sorted by topic."""
     path = Path(params.path)
-    files = find_files(path, params.pattern)
-    sizes = {(file.relative_to(path) if file != path else Path(file.name)).as_posix(): file.stat().st_size for file in files}
+    separate = {file.resolve() for key, folder in params.separate_paths.items()
+                for file in find_files(Path(folder), params.pattern, f"tokenize.{key}_path")}
+    files = [file for file in find_files(path, params.pattern) if file.resolve() not in separate]
+    if not files:
+        raise UserError(f"tokenize.path: expected files beside those of tokenize.val_path and tokenize.heldout_path, found none at {path}")
+    sizes = _file_sizes(path, files)
     return Source(lambda: read_blocks(files), sum(sizes.values()), {"name": "jsonl", "file_bytes": sizes}, _given_tokenizer(params))
+
+
+def _add_separate_files(source: Source, params: TokenizeParams) -> Source:
+    """The same with the files of `val_path` and `heldout_path`."""
+    files = {split: find_files(Path(path), params.pattern, f"tokenize.{split}_path") for split, path in params.separate_paths.items()}
+    resolved = [{file.resolve() for file in each} for each in files.values()]
+    if len(resolved) == 2 and (common := resolved[0] & resolved[1]):
+        raise UserError(f"tokenize.heldout_path: expected other files than those of tokenize.val_path, found {min(common)} in both")
+    sizes = {split: _file_sizes(Path(params.separate_paths[split]), each) for split, each in files.items()}
+    return replace(source, separate=files, size_bytes=source.size_bytes + sum(sum(each.values()) for each in sizes.values()),
+                   provenance=source.provenance | {"separate_file_bytes": sizes})
+
+
+def _file_sizes(path: Path, files: Iterable[Path]) -> dict[str, int]:
+    return {(file.relative_to(path) if file != path else Path(file.name)).as_posix(): file.stat().st_size for file in files}
 
 
 def _given_tokenizer(params: TokenizeParams) -> Path | None:

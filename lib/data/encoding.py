@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 
 from lib.artifacts.files import write_bytes
 from lib.artifacts.tokens import SPLITS, SplitWriter, Tokens
+from lib.data.accounting import check_accounting, describe_text
 from lib.data.config import ExpectParams, TokenizeParams
 from lib.data.corpus import LONE_SURROGATE, Batch, Selection, ShardSource, Source, examine
-from lib.data.encoder import encode_documents
+from lib.data.encoder import decode_documents, encode_documents
 from lib.data.resharding import write_shards
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
@@ -21,7 +23,6 @@ from lib.data.workers import map_in_order
 from lib.errors import UserError
 from lib.progress import Progress
 
-START_CHARACTERS = 60
 BYTES_PER_TOKEN_TOLERANCE = 1e-5  # one unit of the last digit that is published
 BYTES_PER_PROCESS = 8_000_000  # of files, to make up for the half second in which a process starts
 
@@ -31,23 +32,26 @@ class EncodedDocument(NamedTuple):
 
     Attributes:
         flaw, digest: as in `Examined`.
-        start: the first characters, for errors.
+        place: where it is, for errors.
         num_tokens: BOS included.
         raw_bytes: UTF-8 bytes of its text.
         accounted_bytes: bytes of its tokens by the tokenizer's accounting.
+        reproduced: whether its tokens decode to its text.
     """
 
     flaw: str | None
     digest: bytes
-    start: str
+    place: str
     num_tokens: int
     raw_bytes: int
     accounted_bytes: int
+    reproduced: bool
 
 
 class EncodedBatch(NamedTuple):
-    """The documents of a batch in order, and all their tokens, (n,) uint16."""
+    """The documents of a batch in order, and all their tokens, (n,) uint16; `split` as `Source.batches` gives it."""
 
+    split: str | None
     size_bytes: int
     documents: list[EncodedDocument]
     tokens: Tokens
@@ -61,20 +65,22 @@ class BatchEncoder:
     min_document_bytes: int
     num_threads: int
 
-    def __call__(self, batch: Batch) -> EncodedBatch:
-        """Parse, examine, encode and count.
+    def __call__(self, given: tuple[str | None, Batch]) -> EncodedBatch:
+        """Parse, examine, encode, count and decode.
 
         Raises:
             ValueError: a batch that holds something else than documents.
         """
+        split, batch = given
         examined = [examine(text, self.min_document_bytes) for text in batch.texts()]
         texts = ["" if document.flaw == LONE_SURROGATE else document.text for document in examined]
         tokens = list(encode_documents(self.tokenizer, texts, self.num_threads))
         documents = [
-            EncodedDocument(flaw, digest, text[:START_CHARACTERS], num_tokens=len(ids), raw_bytes=len(text.encode()),
-                            accounted_bytes=int(self.tokenizer.target_bytes(ids).sum()))
-            for (_, flaw, digest), text, ids in zip(examined, texts, tokens, strict=True)]
-        return EncodedBatch(batch.size_bytes, documents, np.concatenate(tokens))
+            EncodedDocument(flaw, digest, place, num_tokens=len(ids), raw_bytes=len(text.encode()),
+                            accounted_bytes=int(self.tokenizer.target_bytes(ids).sum()), reproduced=text == decoded)
+            for (_, flaw, digest), place, text, ids, decoded in zip(
+                examined, batch.places(), texts, tokens, decode_documents(self.tokenizer, [ids.tolist() for ids in tokens]), strict=True)]
+        return EncodedBatch(split, batch.size_bytes, documents, np.concatenate([np.empty(0, np.uint16), *tokens]))
 
 
 def provide_tokenizer(params: TokenizeParams, source: Source | ShardSource, path: Path) -> Tokenizer:
@@ -117,33 +123,38 @@ def write_splits(params: TokenizeParams, source: Source | ShardSource, tokenizer
         What each split holds, which documents were left out, and the evidence that no two splits share a document.
 
     Raises:
-        ValueError: a split without documents, or a lossless tokenizer whose bytes are not those of a document.
+        ValueError: a split without documents; tokens that stand for more bytes than the text has; a lossless tokenizer that does not
+            reproduce a document or its bytes.
         ArtifactError: shards that are not sound, or not of this tokenizer.
     """
     if isinstance(source, ShardSource):
         return write_shards(params, source.shards, tokenizer, folder, num_processes or os.cpu_count() or 1)
     writers = {split: SplitWriter(folder / split, params.vocab_size, params.shard_tokens) for split in SPLITS}
-    selection = Selection(params)
+    selection, reproduced = Selection(params, tokenizer.lossless), Counter[str]()
     if num_processes is None:
         num_processes = max(1, min(os.cpu_count() or 1, source.size_bytes // BYTES_PER_PROCESS))
     encoder = BatchEncoder(tokenizer, params.min_document_bytes, num_threads=-1 if num_processes == 1 else 1)
     num_documents = num_tokens = 0
     with Progress("encode", source.size_bytes, "B") as progress:
-        for batch in map_in_order(encoder, source.read(), num_processes):
+        for batch in map_in_order(encoder, source.batches(), num_processes):
             end = 0
             for document in batch.documents:
                 start, end = end, end + document.num_tokens
-                if split := selection.assign(document.flaw, document.digest):
-                    _check_bytes(document, split, tokenizer)
+                if split := selection.assign(document.flaw, document.digest, document.place, batch.split):
+                    _check_document(document, split, tokenizer)
+                    reproduced[split] += document.reproduced
                     writers[split].add(batch.tokens[start:end], document.raw_bytes, document.accounted_bytes)
             num_documents, num_tokens = num_documents + len(batch.documents), num_tokens + len(batch.tokens)
             progress.update(batch.size_bytes, documents=f"{num_documents:,}", tokens=f"{num_tokens:,}")
     for split in SPLITS:
         if not selection.keys[split]:
             raise UserError(f"tokenize: expected documents in every split, found none in {split} (kept {_sizes(selection)}; left out "
-                            f"{dict(selection.skipped)}); enlarge the corpus, raise the split's fraction or lower min_document_bytes")
+                            f"{dict(selection.skipped)}); enlarge the corpus, raise the split's fraction, add to "
+                            "its file or lower min_document_bytes")
+    check_accounting(writers, tokenizer)
     return {
-        "splits": {split: {**writers[split].close(), "distinct_documents": len(selection.keys[split])} for split in SPLITS},
+        "splits": {split: {**writers[split].close(), "distinct_documents": len(selection.keys[split]),
+                           "reproduced_documents": reproduced[split]} for split in SPLITS},
         "shared_documents": {f"{a} and {b}": len(selection.keys[a] & selection.keys[b]) for a, b in itertools.combinations(SPLITS, 2)},
         "skipped_documents": dict(sorted(selection.skipped.items())),
     }
@@ -166,11 +177,12 @@ def make_manifest(params: TokenizeParams, source: Source | ShardSource, tokenize
 
 
 def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The stage's metrics: whether capitals are operators; documents, tokens, bytes and bytes per target token of each split."""
+    """The stage's metrics: whether capitals are operators, whether the validation text is reproduced; documents, tokens, bytes and bytes
+    per target token of each split."""
     splits = {split: {**{key: values[key] for key in ("documents", "tokens", "raw_bytes", "accounted_bytes")},
                       "bytes_per_token": values["accounted_bytes"] / (values["tokens"] - 1)}
               for split, values in manifest["splits"].items()}
-    return {"case_transform": manifest["tokenizer"]["case_transform"], **splits}
+    return {"case_transform": manifest["tokenizer"]["case_transform"], "text": describe_text(manifest), **splits}
 
 
 def _check_expectations(expect: ExpectParams, val: dict[str, Any]) -> None:
@@ -181,18 +193,20 @@ def _check_expectations(expect: ExpectParams, val: dict[str, Any]) -> None:
                             "tokenizer that the number is known of; correct the section tokenize, or set the key to null")
 
 
-def _check_bytes(document: EncodedDocument, split: str, tokenizer: Tokenizer) -> None:
-    if tokenizer.lossless and document.accounted_bytes != document.raw_bytes:
-        raise UserError(f"the tokens of the {split} document that starts {document.start!r}: expected {document.raw_bytes} bytes, its "
-                        f"UTF-8 length, found {document.accounted_bytes}; it contains U+2581, or the tokenizer is not lossless as its "
-                        "normalizer says")
+def _check_document(document: EncodedDocument, split: str, tokenizer: Tokenizer) -> None:
+    if tokenizer.lossless and (document.accounted_bytes != document.raw_bytes or not document.reproduced):
+        found = f"{document.accounted_bytes} bytes" if document.reproduced else "another text"
+        raise UserError("tokenize.tokenizer: expected tokens that stand for the text of every document, because the normalizer keeps it, "
+                        f"found {found} for the {split} document of {document.raw_bytes} bytes, {document.place}; give another tokenizer, "
+                        "or set it to null")
 
 
 def _training_texts(params: TokenizeParams, source: Source) -> Iterator[str]:
     selection = Selection(params)
-    for batch in source.read():
-        for text, flaw, digest in (examine(text, params.min_document_bytes) for text in batch.texts()):
-            if selection.assign(flaw, digest) == "train":
+    for given, batch in source.batches():
+        for untrimmed, place in zip(batch.texts(), batch.places(), strict=True):
+            text, flaw, digest = examine(untrimmed, params.min_document_bytes)
+            if selection.assign(flaw, digest, place, given) == "train":
                 yield text
 
 

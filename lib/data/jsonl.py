@@ -15,6 +15,7 @@ from lib.errors import UserError
 
 CHUNK_BYTES = 1 << 16  # read from a file at a time
 BLOCK_BYTES = 1 << 20  # of lines that are parsed together
+MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`; memory is touched only as far as the content goes
 
 
 @dataclass(frozen=True)
@@ -34,29 +35,35 @@ class Block:
     size_bytes: int
 
     def texts(self) -> Iterator[str]:
-        """The field ``text`` of every line.
+        """The field ``text`` of every line that is not blank.
 
         Raises:
             ValueError: a line that is not an object with a string ``text``.
         """
-        for number, line in enumerate(self.lines.removesuffix(b"\n").split(b"\n"), self.number):
-            yield _parse(self.path, number, line)
+        return (_parse(self.path, number, line) for number, line in self._lines())
+
+    def places(self) -> Iterator[str]:
+        """File and line of every text."""
+        return (f"{self.path}, line {number}" for number, _ in self._lines())
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        return ((number, line) for number, line in enumerate(self.lines.split(b"\n"), self.number) if line.strip())
 
 
-def find_files(path: Path, pattern: str) -> list[Path]:
-    """`path` itself if it is a file, else the files inside it that match `pattern`, sorted by path.
+def find_files(path: Path, pattern: str, key: str = "tokenize.path") -> list[Path]:
+    """`path` itself if it is a file, else the files inside it that match `pattern`, sorted by path; `key` names the path in errors.
 
     Raises:
         ValueError: nothing there, or a file that is neither ``.jsonl`` nor compressed in a known way.
     """
     if not path.exists():
-        raise UserError(f"tokenize.path: expected a file or folder, found nothing at {path}")
+        raise UserError(f"{key}: expected a file or folder, found nothing at {path}; correct it, or put the file there")
     files = [path] if path.is_file() else sorted(file for file in path.glob(pattern) if file.is_file())
     if not files:
         raise UserError(f"tokenize.pattern: expected files that match {pattern!r} inside {path}, found none")
     for file in files:
         if file.suffix not in READERS:
-            raise UserError(f"{file}: expected a name that ends in {', '.join(READERS)}; convert it or change tokenize.pattern")
+            raise UserError(f"{file}: expected a name that ends in {', '.join(READERS)}; convert it, or change {key} or tokenize.pattern")
     return files
 
 
@@ -97,9 +104,12 @@ def _parse(path: Path, number: int, line: bytes) -> str:
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: expected a JSON object in UTF-8 ({error}), found {line[:60]!r}") from None
+        problem = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}, line {number}: expected a JSON object in UTF-8 ({problem}), found {line[:60]!r}; correct or remove the "
+                        "line") from None
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-        raise UserError(f"{path}, line {number}: expected an object with a string \"text\", found {line[:60]!r}")
+        raise UserError(f"{path}, line {number}: expected an object with a string \"text\", found {line[:60]!r}; correct or remove "
+                        "the line")
     text: str = document["text"]
     return text
 
@@ -118,7 +128,7 @@ def _read_zstd(file: BinaryIO) -> Iterator[bytes]:
     for chunk in _read(file):
         rest = chunk
         while rest:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
             yield frame.decompress(rest)
             rest = b""
             if frame.eof:

@@ -16,9 +16,11 @@ import numpy.typing as npt
 
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tokens import SPLITS, SplitWriter
+from lib.data.accounting import check_accounting
 from lib.data.config import TokenizeParams
 from lib.data.corpus import ALSO_IN_VAL, KEY_BYTES, normalized_hash, split_of
 from lib.data.encoder import decode_documents
+from lib.data.roundtrip import Outcome, reencode, too_many_changed
 from lib.data.shards import Shards, Stream
 from lib.data.tokenizer import Tokenizer
 from lib.data.workers import map_in_order
@@ -27,11 +29,13 @@ from lib.progress import Progress
 
 SEGMENT_TOKENS = 1 << 22  # one task of a process: seconds
 BATCH_TOKENS = 1 << 18  # decoded at a time; as Python objects they take 10 MB
+SAMPLED = 32  # of the training documents, the first of each batch and every so many after it are encoded again, of validation all
 
 DIFFER, CUT_OFF = "bytes of text and tokens differ", "cut off by the last shard"
 OUTCOMES = (*SPLITS, ALSO_IN_VAL, DIFFER, CUT_OFF)
 """What becomes of a document: the split that it goes to, or the reason why it is left out."""
 
+REMEDY = "give the tokenizer that made the shards"
 MAX_DIFFER_FRACTION = 0.01
 """Of documents whose text has other bytes than their tokens: shards of another tokenizer have them everywhere, published ones nowhere."""
 
@@ -49,6 +53,7 @@ class Documents:
         raw_bytes: (n,) UTF-8 bytes of their decoded texts.
         accounted_bytes: (n,) bytes of their tokens by the tokenizer's accounting.
         outcomes: (n,) uint8, indices into `OUTCOMES`.
+        reencoded: (n,) uint8, values of `lib.data.roundtrip.Outcome`.
     """
 
     bounds: Int64s
@@ -56,6 +61,7 @@ class Documents:
     raw_bytes: Int64s
     accounted_bytes: Int64s
     outcomes: npt.NDArray[np.uint8]
+    reencoded: npt.NDArray[np.uint8]
 
 
 class Reader:
@@ -82,8 +88,8 @@ class Reader:
         """The documents that start from the first position of a segment to the last, which is excluded, to their ends.
 
         Raises:
-            ArtifactError: tokens beyond the vocabulary; a validation document of a lossless tokenizer whose text has other bytes than
-                its tokens.
+            ArtifactError: tokens beyond the vocabulary; a validation document whose text is encoded in another way, or has other bytes
+                than its tokens where the tokenizer is lossless.
         """
         start, stop = segment
         tokens = self.stream.read(start, stop)
@@ -95,22 +101,30 @@ class Reader:
         end = self.stream.find(self._tokenizer.bos_id, stop) if len(starts) else start
         bounds = np.append(starts, end).astype(np.int64)
         keys, raw_bytes, accounted_bytes = bytearray(), [], [np.zeros(0, np.int64)]
+        reencoded = np.full(len(starts), Outcome.untried, np.uint8)
         for first, last in _batches(bounds):
             tokens = self.stream.read(int(bounds[first]), int(bounds[last]))
             cuts = bounds[first:last + 1] - bounds[first]
             accounted_bytes.append(np.add.reduceat(np.append(0, self._tokenizer.target_bytes(tokens)), cuts[:-1]))
-            ids = tokens.tolist()
-            for text in decode_documents(self._tokenizer, [ids[a:b] for a, b in itertools.pairwise(cuts.tolist())]):
+            parts = [tokens[a:b] for a, b in itertools.pairwise(cuts.tolist())]
+            texts = decode_documents(self._tokenizer, [part.tolist() for part in parts])
+            step = 1 if self._val_keys is None else SAMPLED
+            reencoded[first:last:step] = reencode(self._tokenizer, parts[::step], texts[::step], may_be_cut=(
+                int(bounds[last]) == len(self.stream) and (len(parts) - 1) % step == 0))
+            for text in texts:
                 keys += normalized_hash(text)[:KEY_BYTES]
                 raw_bytes.append(len(text.encode()))
         documents = Documents(bounds, np.frombuffer(bytes(keys), f"V{KEY_BYTES}"), np.array(raw_bytes, np.int64),
-                              np.concatenate(accounted_bytes), np.full(len(starts), OUTCOMES.index("val"), np.uint8))
+                              np.concatenate(accounted_bytes), np.full(len(starts), OUTCOMES.index("val"), np.uint8), reencoded)
         self._judge(documents)
         return documents
 
     def _judge(self, documents: Documents) -> None:
         differ = np.flatnonzero(documents.raw_bytes != documents.accounted_bytes)
         if self._val_keys is None:
+            if len(others := np.flatnonzero(documents.reencoded == Outcome.other)):
+                raise ArtifactError(f"{self.stream.locate(int(documents.bounds[others[0]]))}: expected a document whose text, decoded and "
+                                    f"encoded again, gives the same tokens, found other tokens; {REMEDY}")
             if len(differ) and self._tokenizer.lossless:
                 raise ArtifactError(f"{self.stream.locate(int(documents.bounds[differ[0]]))}: expected a document of "
                                     f"{documents.accounted_bytes[differ[0]]} bytes by the tokenizer's accounting, found "
@@ -142,14 +156,14 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
 
     Raises:
         ArtifactError: files that are not sound, or not of this tokenizer.
-        ValueError: a split without documents.
+        ValueError: a split without documents, or whose tokens stand for more bytes than its text has.
     """
     writers = {split: SplitWriter(folder / split, params.vocab_size, params.shard_tokens) for split in SPLITS}
     skipped: Counter[str] = Counter()
     keys: dict[str, list[Keys]] = {split: [np.zeros(0, f"V{KEY_BYTES}")] for split in SPLITS}
     val_keys = None
     for description, paths in (("validation shards", shards.val), ("training shards", shards.train)):
-        reader = Reader(paths, tokenizer, params.heldout_fraction, val_keys)
+        reader = Reader(paths, tokenizer, params.heldout_fraction or 0, val_keys)
         for documents in _read(reader, num_processes, description):
             for outcome, first, last in _runs(documents.outcomes):
                 if outcome not in writers:
@@ -165,8 +179,10 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
         if not len(distinct[split]):
             raise UserError(f"tokenize: expected documents in every split, found none in {split} (left out: {dict(skipped)}); "
                             "take more shards, or raise tokenize.heldout_fraction")
+    check_accounting(writers, tokenizer)
     return {
-        "splits": {split: {**writers[split].close(), "distinct_documents": len(distinct[split])} for split in SPLITS},
+        "splits": {split: {**writers[split].close(), "distinct_documents": len(distinct[split]), "reproduced_documents": None}
+                   for split in SPLITS},
         "shared_documents": {f"{a} and {b}": len(np.intersect1d(distinct[a], distinct[b])) for a, b in itertools.combinations(SPLITS, 2)},
         "skipped_documents": dict(sorted(skipped.items())),
     }
@@ -177,15 +193,21 @@ def _read(reader: Reader, num_processes: int, description: str) -> Iterator[Docu
     stream = reader.stream
     segments = [(start, min(start + SEGMENT_TOKENS, len(stream))) for start in range(0, len(stream), SEGMENT_TOKENS)]
     num_documents = num_differ = 0
+    counts = np.zeros(len(Outcome), np.int64)
     with Progress(description, len(stream), "token") as progress:
         for (start, stop), documents in zip(segments, map_in_order(reader, segments, min(num_processes, len(segments))), strict=True):
             num_documents += len(documents.outcomes)
             num_differ += int((documents.raw_bytes != documents.accounted_bytes).sum())
+            counts += np.bincount(documents.reencoded, minlength=len(Outcome))
             yield documents
             progress.update(stop - start, documents=num_documents)
     if num_differ > max(1, MAX_DIFFER_FRACTION * num_documents):
         raise ArtifactError(f"{stream.paths[0].parent}: expected documents whose decoded text has as many bytes as their tokens stand for, "
-                            f"found {num_differ} of {num_documents} others; give the tokenizer that made the shards")
+                            f"found {num_differ} of {num_documents} others; {REMEDY}")
+    num_tried = int(counts.sum() - counts[Outcome.untried])
+    if counts[Outcome.other] > MAX_DIFFER_FRACTION * num_tried or too_many_changed(int(counts[Outcome.changed]), num_tried):
+        raise ArtifactError(f"{stream.paths[0].parent}: expected documents whose text, decoded and encoded again, gives the same tokens, "
+                            f"found others in {counts[Outcome.other] + counts[Outcome.changed]} of {num_tried} {description}; {REMEDY}")
 
 
 def _batches(bounds: Int64s) -> Iterator[tuple[int, int]]:

@@ -70,6 +70,9 @@ class Tokenizer:
                                 "whose bytes cannot be counted; train it with the operators as user_defined_symbols, or set "
                                 "tokenize.tokenizer: null and tokenize.case_transform: true")
         self.case_transform = _has_operators(model)
+        if [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()] == processor.encode("a b")[-4:-1]:
+            raise ArtifactError(f"{path}: expected a piece for the space (U+2581), found none: a space would be three byte pieces, which "
+                                "count three bytes; train it with required_chars=\u2581, or set tokenize.tokenizer: null")
         self._is_operator = np.array([self.case_transform and piece in {*OPERATORS} for piece in pieces])
         self._escape = processor.piece_to_id(ESC)
         self._is_boundary = np.array([processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids])

@@ -3,11 +3,12 @@
 import io
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from sentencepiece import SentencePieceTrainer
 
 from lib.data.case import encode_case
-from lib.data.tokenizer import OPERATORS
+from lib.data.tokenizer import OPERATORS, SPACE
 from lib.errors import UserError
 from lib.progress import Progress, say
 
@@ -24,8 +25,8 @@ MAX_DOCUMENT_BYTES = 1 << 30  # SentencePiece leaves out longer ones; its defaul
 def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: int, *, case_transform: bool = False) -> bytes:
     """Train a lossless BPE tokenizer: byte fallback, identity normalization, no dummy prefix, all white space kept.
 
-    Pieces 0 to 3 are pad, bos, eos and unk; then come the operators of the case transform, if it is used, and the 256 bytes. One
-    thread, so that the same documents give the same model.
+    Pieces 0 to 3 are pad, bos, eos and unk; then come the operators of the case transform, if it is used, and the 256 bytes. The space
+    is a piece whatever the documents. One thread, so that the same documents give the same model.
 
     Args:
         documents: training documents; the first are used, until they have `training_bytes`.
@@ -39,17 +40,21 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: i
     Raises:
         ValueError: no documents, or documents that do not give exactly `vocab_size` pieces.
     """
-    sample, size = [], 0
+    sample, size, num_characters, num_spaces = [], 0, 0, 0
     with Progress("sample for the tokenizer", training_bytes, "B") as progress:
         for document in documents:
             sample.append(encode_case(document) if case_transform else document)
             size += len(document.encode())
+            num_characters, num_spaces = num_characters + len(sample[-1]), num_spaces + sample[-1].count(" ")
             progress.update(len(document.encode()), total=max(size, training_bytes), documents=f"{len(sample):,}")
             if size >= training_bytes:
                 break
     if not sample:
         raise UserError("tokenize: expected training documents for the tokenizer, found none; enlarge the corpus")
     say(f"train a tokenizer of {vocab_size} pieces on {size:,} bytes")
+    options: dict[str, Any] = {}
+    if num_spaces <= 2 * (1 - CHARACTER_COVERAGE) * num_characters:  # more would be among the characters that are covered
+        options["required_chars"] = SPACE
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -57,7 +62,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: i
             character_coverage=CHARACTER_COVERAGE, normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
             max_sentence_length=MAX_DOCUMENT_BYTES, num_threads=1, minloglevel=2,
-            user_defined_symbols=list(OPERATORS) if case_transform else [])
+            user_defined_symbols=list(OPERATORS) if case_transform else [], **options)
     except RuntimeError as error:
         raise UserError(f"tokenize.vocab_size: expected {_expected_size(str(error))}, found {vocab_size} for {size} bytes of training "
                         "documents; change it, or use other documents or more of them (tokenize.tokenizer_training_bytes)") from None

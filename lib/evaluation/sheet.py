@@ -73,6 +73,10 @@ class ScoreSheet:
                                f"the first is target {first}, scored {int(counts[first])} times")
         return process.sum(self._nats[:-1].clone()).cpu().numpy(), process.sum(self._context[:-1].clone()).cpu().numpy()
 
+    def num_scored(self, end: int, process: Process) -> int:
+        """How many of the first `end` targets have been scored, in all processes together."""
+        return int(process.sum(self._counts[:end].sum()))
+
     def collect_unfinished(self, process: Process) -> tuple[Losses, npt.NDArray[np.bool_]]:
         """What there is: (N,) fp32 nats, and which targets were scored."""
         scored = process.sum(self._counts[:-1].clone()) == 1

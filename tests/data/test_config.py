@@ -9,6 +9,7 @@ from tests.data.texts import TINY_PARAMS
 EMBEDDED: dict[str, Any] = {"source": "embedded"}
 SHARDS: dict[str, Any] = {"source": "shards", "val_fraction": None, "min_document_bytes": 0, "tokenizer": "a.model"}
 HUB: dict[str, Any] = {"source": "hub", "path": "data/README.md", "val_fraction": None, "min_document_bytes": 0}
+SEPARATE: dict[str, Any] = {"val_fraction": None, "val_path": "v.jsonl", "heldout_fraction": None, "heldout_path": "h.jsonl"}
 DOCUMENTS: dict[str, Any] = {"hub": TINY_PARAMS["hub"] | {"start": "documents"}}
 
 
@@ -23,10 +24,14 @@ DOCUMENTS: dict[str, Any] = {"hub": TINY_PARAMS["hub"] | {"start": "documents"}}
     ({"tokenizer": ""}, "tokenize.tokenizer: expected text of 1 or more characters"),
     ({"hub": TINY_PARAMS["hub"] | {"train_shards": 0}}, "tokenize.hub.train_shards: expected a number above 0"),
     ({"hub": TINY_PARAMS["hub"] | {"start": "middle"}}, "tokenize.hub.start: expected shards or documents"),
-    ({"val_documents": 5}, "tokenize.val_documents: expected exactly one of val_fraction and val_documents.*found 0.2 and 5"),
-    ({"val_fraction": None}, "tokenize.val_documents: expected exactly one of .*found None and None"),
-    (EMBEDDED | {"val_documents": 5}, "tokenize.val_fraction: expected a fraction, and val_documents null.*found 0.2 and 5"),
-    (EMBEDDED | {"val_documents": 5, "val_fraction": None}, "tokenize.val_fraction: expected a fraction"),
+    ({"val_documents": 5}, "tokenize.val_documents: expected exactly one of val_fraction, val_documents and val_path.*found 0.2, 5 and"),
+    ({"val_fraction": None}, "tokenize.val_documents: expected exactly one of .*found None, None and"),
+    (EMBEDDED | {"val_documents": 5}, "tokenize.val_documents: expected null for source embedded.*found 5"),
+    (EMBEDDED | {"val_fraction": None}, "tokenize.val_documents: expected exactly one of"),
+    ({"val_path": "val.jsonl"}, "tokenize.val_documents: expected exactly one of .*found 0.2, None and val.jsonl"),
+    ({"heldout_path": "heldout.jsonl"}, "tokenize.heldout_fraction: expected a fraction, or null and a heldout_path, found 0.2 and"),
+    ({"heldout_fraction": None}, "tokenize.heldout_fraction: expected a fraction, or null and a heldout_path, found None and"),
+    (SHARDS | {"val_path": "val.jsonl"}, "tokenize.val_path: expected data/README.md, which is none.*found val.jsonl"),
     (SHARDS | {"val_fraction": 0.2}, "tokenize.val_fraction: expected null.*found 0.2"),
     (SHARDS | {"val_documents": 5}, "tokenize.val_documents: expected null.*found 5"),
     (SHARDS | {"tokenizer": None}, "tokenize.tokenizer: expected the SentencePiece .model file that made the shards, found null"),
@@ -44,7 +49,8 @@ def test_bad_values_name_their_key(changes: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.parametrize("changes", [
-    EMBEDDED, SHARDS, HUB, {"val_fraction": None, "val_documents": 5}, HUB | DOCUMENTS | {"val_documents": 5},
+    EMBEDDED, SHARDS, HUB, SEPARATE, EMBEDDED | SEPARATE, HUB | DOCUMENTS | SEPARATE,
+    {"val_fraction": None, "val_documents": 5}, HUB | DOCUMENTS | {"val_documents": 5},
     HUB | DOCUMENTS | {"val_fraction": 0.2, "min_document_bytes": 9},
 ])
 def test_each_source_can_be_used(changes: dict[str, Any]) -> None:

@@ -15,11 +15,11 @@ WORDS = st.lists(st.text("abcßDEFÉ", min_size=1, max_size=6), min_size=1, max_
 WHITE_SPACE = st.text(" \t\n\r\u00a0\u3000", min_size=1, max_size=3)
 
 
-def select(texts: list[str], **changes: object) -> tuple[list[tuple[str, str]], Selection]:
+def select(texts: list[str], lossless: bool = False, **changes: object) -> tuple[list[tuple[str, str]], Selection]:
     params = tiny_params(**changes)
-    selection, selected = Selection(params), []
+    selection, selected = Selection(params, lossless), []
     for text, flaw, digest in (examine(text, params.min_document_bytes) for text in texts):
-        if split := selection.assign(flaw, digest):
+        if split := selection.assign(flaw, digest, "here"):
             selected.append((split, text))
     return selected, selection
 
@@ -100,8 +100,10 @@ def test_the_first_documents_are_validation_as_they_are_and_later_equals_are_lef
 
 
 def test_a_given_validation_document_without_utf8_form_is_named() -> None:
-    with pytest.raises(ValueError, match=r"tokenize\.val_documents: expected 3 documents .*, found that number 2 contains a lone"):
+    with pytest.raises(ValueError, match=r"tokenize\.val_documents: expected documents .*, found that number 2, here, contains a lone"):
         select(["one", "\ud800", "three"], val_fraction=None, val_documents=3)
+    with pytest.raises(ValueError, match=r"number 2, here, contains U\+2581, its sign for a space; replace .*tokenize\.val_fraction"):
+        select(["one", "a\u2581", "three"], lossless=True, val_fraction=None, val_documents=3)
     assert len(select(["one", "two", "three", "\ud800"], val_fraction=None, val_documents=3)[0]) == 3
 
 
@@ -114,6 +116,44 @@ def test_jsonl_source_can_be_read_again(tmp_path: Path) -> None:
     assert source.size_bytes == sum(batch.size_bytes for batch in source.read()) == 17 + 18
     assert source.provenance == {"name": "jsonl", "file_bytes": {"a.jsonl": 17, "b.jsonl": 18}}
     assert open_source(tiny_params(path=str(tmp_path / "b.jsonl"))).provenance["file_bytes"] == {"b.jsonl": 18}
+
+
+def test_separate_files_give_their_splits_and_what_equals_them_is_left_out(tmp_path: Path) -> None:
+    files = {"val": ["one", "", "ONE", "two"], "heldout": ["three", "two ", "three"], "train": ["Three", "four", "one", "five", "four"]}
+    for name, texts in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n\n".join(json.dumps({"text": text}) for text in texts))
+    params = tiny_params(path=str(tmp_path), val_fraction=None, val_path=str(tmp_path / "val.jsonl"), heldout_fraction=None,
+                         heldout_path=str(tmp_path / "heldout.jsonl"))
+    source = open_source(params)
+    assert isinstance(source, Source)
+    selection, found = Selection(params), []
+    for given_split, batch in source.batches():
+        for text, place in zip(batch.texts(), batch.places(), strict=True):
+            _, flaw, digest = examine(text, params.min_document_bytes)
+            found.append((text, place.removeprefix(f"{tmp_path}/"), selection.assign(flaw, digest, place, given_split)))
+    assert found == [
+        ("one", "val.jsonl, line 1", "val"), ("", "val.jsonl, line 3", "val"), ("ONE", "val.jsonl, line 5", "val"),
+        ("two", "val.jsonl, line 7", "val"), ("three", "heldout.jsonl, line 1", "heldout"), ("two ", "heldout.jsonl, line 3", None),
+        ("three", "heldout.jsonl, line 5", None), ("Three", "train.jsonl, line 1", None), ("four", "train.jsonl, line 3", "train"),
+        ("one", "train.jsonl, line 5", None), ("five", "train.jsonl, line 7", "train"), ("four", "train.jsonl, line 9", None)]
+    assert selection.skipped == {"also in val": 2, "also in heldout": 1, "repeated": 2}
+    assert source.provenance["file_bytes"].keys() == {"train.jsonl"}
+    assert source.provenance["separate_file_bytes"].keys() == {"val", "heldout"}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"path": "a.jsonl", "val_path": "a.jsonl"}, r"tokenize\.path: expected files beside those of tokenize\.val_path"),
+    ({"path": "a.jsonl", "val_path": "none.jsonl"}, r"tokenize\.val_path: expected a file or folder, found nothing at none\.jsonl"),
+    ({"path": "a.jsonl", "val_path": "b.jsonl", "heldout_fraction": None, "heldout_path": "b.jsonl"},
+     r"tokenize\.heldout_path: expected other files than those of tokenize\.val_path, found .*b\.jsonl in both"),
+])
+def test_separate_files_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str],
+                                                      message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    with pytest.raises(ValueError, match=message):
+        open_source(tiny_params(val_fraction=None, **changes))
 
 
 def test_embedded_source_drops_repeated_docstrings_and_sorts_by_hash(monkeypatch: pytest.MonkeyPatch) -> None:

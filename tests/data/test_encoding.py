@@ -13,7 +13,8 @@ from lib.data import corpus
 from lib.data.corpus import Source, batch_texts, open_source
 from lib.data.encoder import encode_documents
 from lib.data.encoding import make_manifest, provide_tokenizer, summarize, write_splits
-from lib.data.tokenizer import OPERATORS, load_tokenizer
+from lib.data.tokenizer import OPERATORS, Tokenizer, load_tokenizer
+from tests.data.test_tokenizer import train
 from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, tiny_params, tiny_tokenizer
 
 SENTENCES = [f"Document {i}: {text}" for i in range(4) for text in (ENGLISH, *SCRIPTS.values())]
@@ -59,16 +60,34 @@ def test_shared_documents_come_from_the_documents(tmp_path: Path, monkeypatch: p
 def test_lossless_tokenizer_with_other_bytes_fails(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer._num_bytes[tokenizer.processor.encode("D")[0]] = 3
-    with pytest.raises(ValueError, match=r"document that starts 'Document .*: expected \d+ bytes, its UTF-8 length, found \d+"):
+    with pytest.raises(ValueError, match=r"tokenize\.tokenizer: expected tokens .*found \d+ bytes for the .*, which begins 'Docu"):
         write_splits(tiny_params(), make_source(SENTENCES), tokenizer, tmp_path)
 
 
-def test_lossy_tokenizer_records_both_numbers(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.lossless = False
-    tokenizer._num_bytes[tokenizer.processor.encode("D")[0]] = 3
-    splits = write_splits(tiny_params(), make_source(SENTENCES), tokenizer, tmp_path)["splits"]
-    assert sum(split["accounted_bytes"] for split in splits.values()) > sum(split["raw_bytes"] for split in splits.values())
+NORMALIZERS = {"expanding": "65\t65 65 65 65\n6F\t6F 6F 6F 6F\n", "folding": "".join(f"{i:X}\t{i + 32:X}\n" for i in range(65, 91))}
+
+
+def normalizing_tokenizer(folder: Path, name: str) -> Tokenizer:
+    (folder / "rules.tsv").write_text(NORMALIZERS[name])
+    model = train(vocab_size=400, normalization_rule_tsv=str(folder / "rules.tsv"), normalization_rule_name=None)
+    return Tokenizer(model, Path(f"{name}.model"))
+
+
+def test_a_tokenizer_that_lengthens_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenize\.tokenizer: expected tokens of the \w+ split that stand for at most .*lengthens"):
+        write_splits(tiny_params(vocab_size=400), make_source(SENTENCES), normalizing_tokenizer(tmp_path, "expanding"), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("split.json"))
+
+
+def test_a_tokenizer_that_loses_distinctions_is_stated(tmp_path: Path) -> None:
+    tokenizer = normalizing_tokenizer(tmp_path, "folding")
+    result = write_splits(tiny_params(vocab_size=400), make_source([*SENTENCES, "small", "letters"]), tokenizer,
+                          tmp_path / "out")
+    val = result["splits"]["val"]
+    assert val["documents"] - val["reproduced_documents"] > 0
+    manifest = make_manifest(tiny_params(), make_source([]), tokenizer, result)
+    assert summarize(manifest)["text"] == (f"text is not reproduced by the tokenizer: {val['documents'] - val['reproduced_documents']} of "
+                                           f"{val['documents']} validation documents")
 
 
 def test_empty_split_is_an_error(tmp_path: Path) -> None:
@@ -164,7 +183,7 @@ def test_manifest_and_metrics(tmp_path: Path) -> None:
                                      "sha256": tokenizer.sha256}
     assert manifest["skipped_documents"] == {"empty": 1, "repeated": 1}
     val = json.loads((tmp_path / "val" / "split.json").read_text())
-    assert manifest["splits"]["val"] == val | {"distinct_documents": val["documents"]}
+    assert manifest["splits"]["val"] == val | {"distinct_documents": val["documents"], "reproduced_documents": val["documents"]}
     assert summarize(manifest)["val"] == {"documents": val["documents"], "tokens": val["tokens"], "raw_bytes": val["raw_bytes"],
                                           "accounted_bytes": val["raw_bytes"], "bytes_per_token": val["raw_bytes"] / (val["tokens"] - 1)}
 

@@ -57,7 +57,7 @@ def test_foreign_content_is_an_error(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("line", [
-    b'{"text": "cut', b"", b'{"text": "\xff"}', b'["text"]', b'{"body": "x"}', b'{"text": null}', b'{"text": 3}',
+    b'{"text": "cut', b'{"deep": ' + b"[" * 100_000, b'{"text": "\xff"}', b'["text"]', b'{"body": "x"}', b'{"text": null}', b'{"text": 3}',
     b'{"text": "x"} {"text": "y"}',
 ])
 def test_bad_line_is_named(tmp_path: Path, line: bytes) -> None:
@@ -107,3 +107,23 @@ def test_find_files(tmp_path: Path) -> None:
         find_files(tmp_path, "*.json")
     with pytest.raises(ValueError, match=r"notes\.txt: expected a name that ends in \.jsonl, \.gz, \.zst"):
         find_files(tmp_path, "*.txt")
+
+
+def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_bytes(b"\n" + lines_of(["one"]) + b" \r\n\n" + lines_of(["two"]) + b"\n\n")
+    (block,) = read_blocks([path])
+    assert list(block.texts()) == ["one", "two"]
+    assert list(block.places()) == [f"{path}, line 2", f"{path}, line 5"]
+    path.write_bytes(b"\n" + lines_of(["one"]) + b"\nbad\n")
+    with pytest.raises(ValueError, match=r"documents\.jsonl, line 4: expected .*; correct or remove the line"):
+        read_texts([path])
+
+
+def test_zstandard_with_long_windows_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl.zst"
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=False, hash_log=6, chain_log=6, strategy=1)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(compressor.compress(lines_of(TEXTS)) + compressor.flush())
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 31
+    assert read_texts([path]) == TEXTS

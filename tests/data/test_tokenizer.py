@@ -156,6 +156,13 @@ def test_tokenizer_without_byte_fallback_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "plain.model")
 
 
+@pytest.mark.parametrize("changes", [{}, {"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}])
+def test_tokenizer_without_a_piece_for_the_space_is_refused(changes: dict[str, Any]) -> None:
+    letters = "".join(chr(97 + i * i % 23) for i in range(2000)) + " x"
+    with pytest.raises(ArtifactError, match=r"some\.model: expected a piece for the space \(U\+2581\), found none.*three bytes; train it"):
+        Tokenizer(train([letters], vocab_size=300, character_coverage=0.99, hard_vocab_limit=False, **changes), Path("some.model"))
+
+
 def test_another_bos_than_the_model_expects_is_refused(tmp_path: Path) -> None:
     (tmp_path / "some.model").write_bytes(train())
     assert load_tokenizer(tmp_path / "some.model", 1).bos_id == 1

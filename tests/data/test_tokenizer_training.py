@@ -54,6 +54,15 @@ def test_long_documents_count_and_newlines_can_merge() -> None:
     assert processor.piece_to_id("\n\n") != processor.unk_id()
 
 
+@pytest.mark.parametrize("num_spaces", [0, 1, 20, 100])
+def test_the_space_is_a_piece_however_rare_it_is(num_spaces: int) -> None:
+    letters = "".join(chr(97 + i * i % 23) for i in range(3000))
+    model = train_tokenizer([letters + " x" * num_spaces], 300, 100_000)
+    tokenizer = Tokenizer(model, Path("trained.model"))  # refuses one without
+    assert tokenizer.lossless
+    assert SPACE in {tokenizer.processor.id_to_piece(token) for token in range(300)}
+
+
 @pytest.mark.parametrize(("documents", "vocab_size", "expected"), [
     ([ENGLISH], 5000, r"at most \d+ pieces"),
     (DOCUMENTS, 262, r"at least \d+ pieces"),
