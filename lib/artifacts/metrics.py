@@ -17,6 +17,9 @@ from lib.artifacts.files import read_json, write_json
 
 METRICS_FILE = "metrics.json"
 TIMING_FILE = "timing.json"
+NOT_REPRODUCED = "text is not reproduced"
+"""What summary, report and audit say of a validation text that its tokens do not give back; how ``text`` of tokenize's figures begins."""
+
 _CHECKSUM, _ENVIRONMENT = "metrics_sha256", "environment"  # lists, which `dvc metrics` passes over
 
 

@@ -23,8 +23,6 @@ from lib.artifacts.files import ArtifactError, read_json, sha256_of, write_json
 
 SPLITS = ("train", "heldout", "val")
 SPLIT_FILE = "split.json"
-NOT_REPRODUCED = "text is not reproduced"
-"""What summary, report and audit say of a validation text that its tokens do not give back."""
 SPLIT_KEYS = {"documents", "tokens", "raw_bytes", "accounted_bytes", "vocab_size", "shards"}
 REMEDY = "`dvc repro -f tokenize` makes it anew"
 

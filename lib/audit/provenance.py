@@ -11,6 +11,7 @@ from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import SPLIT_FILE, Split
 from lib.audit.chronology import Check
 from lib.audit.isolation import Checks, confine
+from lib.audit.text import check_text
 from lib.data.tokenizer import Tokenizer
 from lib.distributed import Process
 from lib.params import PARAMS_FILE
@@ -40,7 +41,7 @@ def confine_to_inputs(seeds: Sequence[int], stage: str, process: Process) -> Che
 
 
 def check_data(metrics: Mapping[str, Any], split: Split, tokenizer: Tokenizer) -> dict[str, Check]:
-    """That all of the validation text was scored, that no other split has any of it, and that no other stage reads it.
+    """That all of the validation text was scored, by its own bytes, that no other split has any of it, and that no other stage reads it.
 
     Args:
         metrics: figures of the evaluation: ``num_tokens`` and ``num_bytes``, scored.
@@ -49,12 +50,10 @@ def check_data(metrics: Mapping[str, Any], split: Split, tokenizer: Tokenizer) -
     """
     manifest = read_json(MANIFEST)
     of_val = manifest["splits"]["val"]
-    expected = split.raw_bytes if tokenizer.lossless else split.accounted_bytes
     num_bytes, num_targets, shared = metrics["num_bytes"], metrics["num_tokens"], manifest["shared_documents"]
     same = [(read_json(split.folder / SPLIT_FILE)["shards"], of_val["shards"]), (tokenizer.sha256, manifest["tokenizer"]["sha256"])]
     return {
-        "bytes": {"passed": num_bytes == split.accounted_bytes == of_val["accounted_bytes"] == expected, "bytes_scored": num_bytes,
-                  "bytes_of_tokens": split.accounted_bytes, "bytes_of_text": split.raw_bytes, "lossless": tokenizer.lossless},
+        **check_text(num_bytes, split, tokenizer, of_val),
         "targets": {"passed": num_targets == split.num_tokens - 1 == of_val["tokens"] - 1, "targets_scored": num_targets,
                     "tokens": split.num_tokens},
         "disjoint": {"passed": not any(shared.values()), "shared_documents": shared,

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lib.artifacts.tokens import NOT_REPRODUCED, SplitWriter
+from lib.artifacts.metrics import NOT_REPRODUCED
+from lib.artifacts.tokens import SplitWriter
 from lib.data.tokenizer import Tokenizer
 from lib.errors import UserError
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lib.artifacts.files import ArtifactError, read_json
+from lib.artifacts.metrics import NOT_REPRODUCED, load_metrics
+from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.scores import AUDIT_FILE
 
 CONDITIONS = {  # the challenge's issue #1017
@@ -94,7 +96,10 @@ def load_audit(folder: Path) -> Audit | None:
 
 
 def format_verdicts(audits: Sequence[Audit | None]) -> str:
-    """The verdicts on all seeds, each different one once."""
+    """The verdicts on all seeds, each different one once; without an audit, what tokenize knows of the text."""
+    text = load_metrics(TOKENIZE_FOLDER)["text"]
+    if None in audits and text.startswith(NOT_REPRODUCED):
+        return f"not audited: {text}, for which no score was ever accepted"
     return "; ".join(dict.fromkeys("not audited" if audit is None else audit.verdict for audit in audits))
 
 

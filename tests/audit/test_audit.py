@@ -333,7 +333,7 @@ def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     writer = SplitWriter(MANIFEST.with_name("val"), 300, 100_000)
     for text, tokens in zip(TEXTS, encode_documents(tokenizer, TEXTS), strict=True):
         writer.add(tokens, len(text.encode()), int(tokenizer.target_bytes(tokens).sum()))
-    val = {**writer.close(), "distinct_documents": len(TEXTS)}
+    val = {**writer.close(), "distinct_documents": len(TEXTS), "reproduced_documents": len(TEXTS)}
     write_json(MANIFEST, {"tokenizer": {"sha256": tokenizer.sha256}, "splits": {"val": val}, "shared_documents": {"train and val": 0}})
     write_pipeline(evaluate=["artifacts/tokenize/val"], train=["artifacts/tokenize/train"])
     return tokenizer
@@ -357,6 +357,44 @@ def test_the_data_of_a_sound_pipeline_pass(tokenizer: Tokenizer) -> None:
 def test_bytes_or_targets_that_are_missing_are_caught(tokenizer: Tokenizer) -> None:
     assert failed_data_checks(tokenizer, num_bytes=sum(len(text.encode()) for text in TEXTS) - 1) == ["bytes"]
     assert failed_data_checks(tokenizer, num_tokens=100) == ["targets"]
+
+
+def rewrite(tokenizer: Tokenizer, spell: bool, raw_bytes: int) -> None:
+    """The same text with as many bytes, in single letters if `spell`, and a manifest that says what the split says."""
+    writer = SplitWriter(MANIFEST.with_name("val"), 300, 100_000)
+    for text, tokens in zip(TEXTS, encode_documents(tokenizer, TEXTS), strict=True):
+        spelled = [token for letter in text for token in tokenizer.processor.encode(letter)] if spell else tokens[1:].tolist()
+        written = np.array([tokenizer.bos_id, *spelled], np.uint16)
+        writer.add(written, len(text.encode()) + raw_bytes, int(tokenizer.target_bytes(written).sum()))
+    manifest = read_json(MANIFEST)
+    manifest["splits"]["val"] |= writer.close()
+    write_json(MANIFEST, manifest)
+
+
+def test_tokens_that_another_tokenizer_made_are_caught_though_their_bytes_agree(tokenizer: Tokenizer) -> None:
+    rewrite(tokenizer, spell=False, raw_bytes=0)
+    assert failed_data_checks(tokenizer) == []
+    rewrite(tokenizer, spell=True, raw_bytes=0)
+    assert failed_data_checks(tokenizer) == ["text"]
+
+
+@pytest.mark.parametrize(("lossless", "raw_bytes", "failed"), [
+    (True, -1, ["bytes"]), (True, 1, ["bytes"]), (False, -1, ["bytes"]), (False, 1, [])])
+def test_more_accounted_bytes_than_the_text_has_are_caught(tokenizer: Tokenizer, lossless: bool, raw_bytes: int, failed: list[str]) -> None:
+    rewrite(tokenizer, spell=False, raw_bytes=raw_bytes)
+    tokenizer.lossless = lossless
+    assert failed_data_checks(tokenizer) == failed
+
+
+def test_a_text_that_is_not_reproduced_is_said_and_not_passed(tokenizer: Tokenizer) -> None:
+    manifest = read_json(MANIFEST)
+    manifest["splits"]["val"]["reproduced_documents"] -= 1
+    write_json(MANIFEST, manifest)
+    split = load_split(MANIFEST.with_name("val"), 300)
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    check = check_data({"num_tokens": split.num_tokens - 1, "num_bytes": num_bytes}, split, tokenizer)["text"]
+    assert check["passed"] is None
+    assert str(check["why"]).startswith(f"text is not reproduced by the tokenizer (1 of {len(TEXTS)} ")
 
 
 @pytest.mark.parametrize(("change", "failed"), [

@@ -4,6 +4,8 @@ from typing import Any
 import pytest
 
 from lib.artifacts.files import ArtifactError
+from lib.artifacts.metrics import save_metrics
+from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
 from lib.reporting.audit import Audit, format_verdicts, load_audit
@@ -53,10 +55,14 @@ def test_the_verdict_counts_checks_of_what_claims_to_be_legal(tmp_path: Path, ch
     assert load(tmp_path, make_audit(("plain", "two_phase")) | changes).verdict == verdict
 
 
-def test_verdicts_of_seeds_that_agree_are_told_once(tmp_path: Path) -> None:
+def test_verdicts_of_seeds_that_agree_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_metrics(TOKENIZE_FOLDER, {"text": "text is reproduced"}, {})
     audit = load(tmp_path, make_audit())
     assert format_verdicts([audit, audit]) == audit.verdict
     assert format_verdicts([audit, None]) == f"{audit.verdict}; not audited"
+    save_metrics(TOKENIZE_FOLDER, {"text": "text is not reproduced by the tokenizer: 2 of 9"}, {})
+    assert format_verdicts([None]) == "not audited: text is not reproduced by the tokenizer: 2 of 9, for which no score was ever accepted"
 
 
 def test_an_evaluation_without_audit_says_so(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         writer = SplitWriter(TOKENIZE / name, VOCAB_SIZE, shard_tokens=150)
         for text, tokens in zip(DOCUMENTS, encode_documents(tokenizer, DOCUMENTS), strict=True):
             writer.add(tokens, len(text.encode()), int(tokenizer.target_bytes(tokens).sum()))
-        splits[name] = {**writer.close(), "distinct_documents": len(DOCUMENTS)}
+        splits[name] = {**writer.close(), "distinct_documents": len(DOCUMENTS), "reproduced_documents": len(DOCUMENTS)}
     write_json(TOKENIZE / "manifest.json", {"tokenizer": {"sha256": tokenizer.sha256}, "splits": splits,
                                             "shared_documents": {"train and val": 0}})
     model = make_model(vocab_size=VOCAB_SIZE)
