@@ -117,7 +117,7 @@ def _draw_cuts(names: Sequence[StrategyName], outcomes: Mapping[StrategyName, Ou
     trained = [next((event.last + 1 for event in outcomes[name].events if event.kind == "trained"), 0) for name in names]
     near = max(int(NEAR_FRACTION * num_targets), NEAR_CHUNKS * chunk, *(end + chunk for end in trained))
     end = num_targets if thorough else min(num_targets, near)
-    begin = min(max(trained) + 1, end - 1)
+    begin = min(max(chunk, *trained) + 1, end - 1)  # else a replay shows nothing of what comes after
     borders = {"window": params.window_tokens, "stride": params.stride_tokens, "segment": params.segment_tokens, "chunk": chunk}
     places = {kind: np.arange(step, end, step) for kind, step in borders.items()}
     places["document"] = text.documents.start
