@@ -29,7 +29,7 @@ ALLOWED["presets"] = {"errors", "params", "artifacts", "schema"}
 ALLOWED["launch"] = {"errors"}
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(path.relative_to(ROOT) for folder in ("lib", "stages") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(path.relative_to(ROOT) for folder in ("lib", "stages", "tools") for path in (ROOT / folder).rglob("*.py"))
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -41,9 +41,9 @@ def imported_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_imports_follow_the_table(path: Path) -> None:
-    own = [name.split(".") for name in imported_modules(path) if name.split(".")[0] in ("lib", "stages", "tests", "bench")]
-    if path.parts[0] == "stages":
-        assert {name[0] for name in own} <= {"lib"}, "stages import only lib"
+    own = [name.split(".") for name in imported_modules(path) if name.split(".")[0] in ("lib", "stages", "tools", "tests", "bench")]
+    if path.parts[0] in ("stages", "tools"):
+        assert {name[0] for name in own} <= {"lib"}, "stages and tools import only lib"
         return
     layer = path.parts[1].removesuffix(".py")
     if layer == "__init__":

@@ -105,10 +105,9 @@ def _restrict(read: Sequence[Path], write: Sequence[Path], network: bool) -> int
     handled = struct.pack("=Q", rights) if abi < ABI_WITH_TCP else struct.pack("=QQ", rights, 0 if network else TCP)
     for folder in write:
         folder.mkdir(parents=True, exist_ok=True)
-    code = Path(__file__).resolve().parents[2]
-    hidden = {Path.cwd()} | ({code} if (code / "dvc.yaml").exists() else set())
-    readable = {code / "lib", code / "stages", *read, *_links(read), *_outside(_system_folders(), hidden)}
-    writable = {*write, _temporary_folder(hidden), *_outside(_scratch_folders(), hidden)}
+    code, hidden = _code_folder(), _hidden_folders()
+    readable = {code / "lib", code / "stages", code / "tools", *read, *_links(read), *_outside(_system_folders(), hidden)}
+    writable = {*write, temporary_folder(), *_outside(_scratch_folders(), hidden)}
     ruleset = _call(CREATE_RULESET, handled, len(handled), 0)
     try:
         for paths, allowed in ((readable, READ), (writable, rights)):
@@ -136,10 +135,19 @@ def _scratch_folders() -> list[Path]:
     return [Path("/dev"), Path("/proc"), *caches]
 
 
-def _temporary_folder(hidden: set[Path]) -> Path:
-    """The temporary folder; where a hidden folder is below it, one of its own for this user, which is used from then on."""
+def _code_folder() -> Path:
+    return Path(__file__).resolve().parents[2]
+
+
+def _hidden_folders() -> set[Path]:
+    code = _code_folder()
+    return {Path.cwd()} | ({code} if (code / "dvc.yaml").exists() else set())
+
+
+def temporary_folder() -> Path:
+    """The temporary folder of a confined process; where a hidden folder is below the usual one, another, which is used from then on."""
     folder = Path(tempfile.gettempdir()).resolve()
-    if any(other.is_relative_to(folder) for other in hidden):
+    if any(other.is_relative_to(folder) for other in _hidden_folders()):
         folder /= f"albatross-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)

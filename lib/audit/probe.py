@@ -214,7 +214,7 @@ class Trial:
         process = self._process
         sheet = ScoreSheet(len(tokens) - 1, process.device, wants_last=True)
         return run_strategy(self._name, Job(self._forward, load_stream(tokens, process.device), find_documents(tokens, self._bos_id),
-                                            self._params, process, _NoLimit(math.inf, process), sheet))
+                                            self._params, process, NoLimit(math.inf, process), sheet))
 
 
 class Comparison:
@@ -245,11 +245,11 @@ class Comparison:
                 "largest_difference": _figure(self._largest)}
 
 
-class _NoLimit(TimeLimit):
+class NoLimit(TimeLimit):
     """A clock that limits nothing and shows nothing."""
 
     def advance(self, work: int) -> None:
-        pass
+        """Nothing happens."""
 
 
 def _stated(outcome: Outcome) -> npt.NDArray[np.float64]:

@@ -29,7 +29,7 @@ from lib.artifacts.scores import load_nats
 from lib.artifacts.tokens import Split, SplitWriter, Tokens, load_split
 from lib.audit.chronology import Check, load_ledger
 from lib.audit.determinism import deterministic, judge, largest_difference
-from lib.audit.isolation import confine
+from lib.audit.isolation import confine, temporary_folder
 from lib.compression.container import load_artifact
 from lib.distributed import Process, start_process
 from lib.evaluation.config import EvaluateParams, StrategyName
@@ -117,7 +117,7 @@ def _draw_cuts(names: Sequence[StrategyName], outcomes: Mapping[StrategyName, Ou
     trained = [next((event.last + 1 for event in outcomes[name].events if event.kind == "trained"), 0) for name in names]
     near = max(int(NEAR_FRACTION * num_targets), NEAR_CHUNKS * chunk, *(end + chunk for end in trained))
     end = num_targets if thorough else min(num_targets, near)
-    begin = min(max(trained) + 1, end - 1)
+    begin = min(max(chunk, *trained) + 1, end - 1)  # else a replay shows nothing of what comes after
     borders = {"window": params.window_tokens, "stride": params.stride_tokens, "segment": params.segment_tokens, "chunk": chunk}
     places = {kind: np.arange(step, end, step) for kind, step in borders.items()}
     places["document"] = text.documents.start
@@ -268,7 +268,7 @@ class Replayer:
 
     def __init__(self, process: Process, command: Sequence[str] = COMMAND) -> None:
         self._process, self._setup, self._vocab_size = process, "", 0
-        folder = tempfile.mkdtemp(prefix="replay-") if process.is_main else ""
+        folder = tempfile.mkdtemp(prefix="replay-", dir=temporary_folder()) if process.is_main else ""
         self._folder = Path(process.broadcast(folder)).resolve()
         self._port = process.broadcast(_free_port() if process.is_main and process.world_size > 1 else 0)
         code = str(Path(__file__).resolve().parents[2])
