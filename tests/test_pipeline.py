@@ -15,7 +15,7 @@ from lib.params import SECTIONS
 ROOT = Path(__file__).parents[1]
 PIPELINE: dict[str, Any] = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
 STAGES: dict[str, dict[str, Any]] = PIPELINE["stages"]
-TOKENS_FOR_ALL = {"artifacts/tokenize/metrics.json", "artifacts/tokenize/tokenizer.model", "artifacts/tokenize/train", "artifacts/tokenize/heldout"}
+TOKENS_FOR_ALL = {f"artifacts/tokenize/{name}" for name in ("metrics.json", "tokenizer.model", "train", "heldout")}
 TOOLS = {"audit", "imports", "inspect", "score"}  # entry points that are no stages of the pipeline
 UNDECLARED_CODE = {"lib/errors.py", "lib/problems.py", "lib/progress.py", "stages/__init__.py"}  # print, and nothing else
 CONFINEMENT = "lib/audit/isolation.py"  # takes files from the stages that make the artifact; their results are the same without it
