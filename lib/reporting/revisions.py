@@ -22,13 +22,36 @@ from lib.reporting.runs import LOCK_FILE, flatten
 from lib.reporting.table import NO_VALUE, align
 
 WORKSPACE = "workspace"
-FIGURES = {  # what it is called -> stage and figure, digits after the decimal point
-    "val_bpb": ("evaluate", "val_bpb", 4),
-    "held-out bpb": ("quantize", "heldout_bpb", 4),
-    "held-out bpb, float": ("quantize", "heldout_bpb_float", 4),
-    "KL": ("quantize", "heldout_kl", 5),
-    "bytes": ("compress", "artifact_bytes", 0),
+
+
+class Figure(NamedTuple):
+    """What a run is judged by.
+
+    Attributes:
+        stage: that has it among its metrics.
+        key: its name there.
+        digits: after the decimal point.
+        same_metrics: of the same stage; figures of runs that differ in them are not subtracted, because they are of another text.
+        same_params: the same of parameters, sections or keys: the runs were to do different things.
+    """
+
+    stage: str
+    key: str
+    digits: int
+    same_metrics: tuple[str, ...] = ()
+    same_params: tuple[str, ...] = ()
+
+
+_HELDOUT = ("heldout_tokens",), ("tokenize",)
+FIGURES = {
+    "val_bpb": Figure("evaluate", "val_bpb", 4, ("num_bytes", "num_documents"),
+                      ("evaluate.strategy", "evaluate.limit_seconds", "compress.limit_bytes")),
+    "held-out bpb": Figure("quantize", "heldout_bpb", 4, *_HELDOUT),
+    "held-out bpb, float": Figure("quantize", "heldout_bpb_float", 4, *_HELDOUT),
+    "KL": Figure("quantize", "heldout_kl", 5, *_HELDOUT),
+    "bytes": Figure("compress", "artifact_bytes", 0),
 }
+"""By what they are called."""
 
 
 class Revision(NamedTuple):
@@ -38,11 +61,13 @@ class Revision(NamedTuple):
         name: as it was asked for.
         params: dotted key -> value.
         figures: name in `FIGURES` -> mean over the seeds; empty where the revision has no report on its parameters.
+        metrics: stage -> figure -> mean over the seeds; the same holds.
     """
 
     name: str
     params: dict[str, Any]
     figures: dict[str, float]
+    metrics: dict[str, dict[str, float]]
 
 
 class RevisionError(UserError):
@@ -68,8 +93,10 @@ def read_revision(name: str, experiments: Mapping[str, str]) -> Revision:
     lock = _parse(_read(revision, LOCK_FILE) or "stages: {}")["stages"]
     is_reported = lock.get("report", {}).get("params", {}).get(str(PARAMS_FILE)) == params
     report = json.loads((is_reported and _read(revision, REPORT_FOLDER / METRICS_FILE)) or "{}")
-    means = {label: report.get(stage, {}).get(key, {}).get("mean") for label, (stage, key, _) in FIGURES.items()}
-    return Revision(name, dict(flatten(params)), {label: mean for label, mean in means.items() if mean is not None})
+    metrics = {stage: {key: value["mean"] for key, value in figures.items() if isinstance(value, dict) and "mean" in value}
+               for stage, figures in report.items()}
+    figures = {label: metrics[figure.stage][figure.key] for label, figure in FIGURES.items() if figure.key in metrics.get(figure.stage, {})}
+    return Revision(name, dict(flatten(params)), figures, metrics)
 
 
 def find_experiments() -> dict[str, str]:
@@ -84,17 +111,27 @@ def changed_keys(revisions: Sequence[Revision]) -> list[str]:
     return [key for key in keys if any(_differ(revision.params.get(key), revisions[0].params.get(key)) for revision in revisions)]
 
 
+def list_obstacles(figure: Figure, before: Revision, after: Revision) -> list[str]:
+    """Why a figure of two revisions is not subtracted: keys in which they differ."""
+    keys = [f"{figure.stage} {key}" for key in figure.same_metrics
+            if before.metrics[figure.stage].get(key) != after.metrics[figure.stage].get(key)]
+    return keys + [key for key in changed_keys([before, after])
+                   if any(key == prefix or key.startswith(f"{prefix}.") for prefix in figure.same_params)]
+
+
 def format_revisions(revisions: Sequence[Revision]) -> str:
-    """Two revisions as two columns and their difference, more as one line each."""
+    """Two revisions as two columns and their difference where they can be compared, more as one line each."""
     keys = changed_keys(revisions)
     if len(revisions) == 2:
         before, after = revisions
         lines = [["", before.name, after.name, ""]]
         lines += [[key, *(_show(revision.params.get(key)) for revision in revisions), ""] for key in keys]
-        for label, (_, _, digits) in FIGURES.items():
+        for label, figure in FIGURES.items():
             both = label in before.figures and label in after.figures
-            change = f"{after.figures[label] - before.figures[label]:+,.{digits}f}" if both else ""
-            lines.append([label, *(_figure(revision, label) for revision in revisions), change])
+            obstacles = list_obstacles(figure, before, after) if both else []
+            change = f"{after.figures[label] - before.figures[label]:+,.{figure.digits}f}" if both else ""
+            lines.append([label, *(_figure(revision, label) for revision in revisions),
+                          f"other {', '.join(obstacles[:2])}{', ...' if obstacles[2:] else ''}" if obstacles else change])
         return align(lines, "lrrr")
     lines = [["", *keys, *FIGURES]]
     lines += [[revision.name, *(_show(revision.params.get(key)) for key in keys), *(_figure(revision, label) for label in FIGURES)]
@@ -134,7 +171,7 @@ def _git(*arguments: str) -> str:
 
 
 def _figure(revision: Revision, label: str) -> str:
-    return f"{revision.figures[label]:,.{FIGURES[label][2]}f}" if label in revision.figures else NO_VALUE
+    return f"{revision.figures[label]:,.{FIGURES[label].digits}f}" if label in revision.figures else NO_VALUE
 
 
 def _differ(value: Any, other: Any) -> bool:

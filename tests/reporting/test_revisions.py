@@ -62,6 +62,32 @@ def test_two_revisions_are_columns_with_their_difference() -> None:
     ]
 
 
+HELDOUT = {key: {"mean": value} for key, value in {"heldout_bpb": 1.25, "heldout_kl": 0.5, "heldout_tokens": 100.0}.items()}
+
+
+@pytest.mark.parametrize(("label", "change", "reason"), [
+    ("val_bpb", {"evaluate": {"strategy": "plain"}}, "other evaluate.strategy"),
+    ("val_bpb", {"compress": {"limit_bytes": 2}}, "other compress.limit_bytes"),
+    ("val_bpb", {"evaluate": {"val_bpb": 1.0, "num_bytes": 2}}, "other evaluate num_bytes"),
+    ("val_bpb", {"tokenize": {"vocab_size": 512}}, "+0.0000"),  # other tokens for the same bytes
+    ("held-out bpb", {"tokenize": {"vocab_size": 512, "seed": 1, "path": "a"}}, "other tokenize.path, tokenize.seed, ..."),
+    ("KL", {"quantize": {"heldout_tokens": 50}}, "other quantize heldout_tokens"),
+    ("KL", {"quantize": {"damping": 0.5}}, "+0.00000"),
+    ("bytes", {"evaluate": {"strategy": "plain"}}, "+0"),
+])
+def test_figures_of_other_texts_and_strategies_are_not_subtracted(label: str, change: dict[str, Any], reason: str) -> None:
+    report = {**REPORT, "evaluate": {key: {"mean": value} for key, value in (("val_bpb", 1.25), ("num_bytes", 1))}, "quantize": HELDOUT}
+    stage, values = next(iter(change.items()))
+    params = {**PARAMS, "evaluate": {"strategy": "lora", "limit_seconds": 1}, "compress": {"limit_bytes": 1}}
+    write_run(params, report)
+    commit("before")
+    metrics = {key: {"mean": value} for key, value in values.items() if key in report.get(stage, {})}
+    settings = {key: value for key, value in values.items() if key not in report.get(stage, {})}
+    write_run({**params, stage: {**params.get(stage, {}), **settings}}, {**report, stage: {**report.get(stage, {}), **metrics}})
+    lines = format_revisions([read_revision(name, {}) for name in ("HEAD", "workspace")]).splitlines()
+    assert next(line.split("  ")[-1].strip() for line in lines if line.startswith(label + " ")) == reason
+
+
 def test_more_are_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without arguments: HEAD, the workspace, and the experiments of HEAD only, not what DVC keeps beside them."""
     monkeypatch.setattr("sys.argv", ["revisions"])
