@@ -83,7 +83,7 @@ def load_split(folder: Path, vocab_size: int) -> Split:
                             "set model.vocab_size to tokenize.vocab_size")
     listed = description["shards"]
     if not (all(type(description[key]) is int for key in SPLIT_KEYS - {"shards"})
-            and isinstance(listed, list) and all(map(_is_entry, listed))):
+            and isinstance(listed, list) and listed and all(map(_is_entry, listed))):
         raise ArtifactError(f"{folder / SPLIT_FILE}: expected numbers, and name, tokens and SHA-256 of each shard, found others; {REMEDY}")
     with ThreadPoolExecutor() as pool:
         shards = tuple(pool.map(lambda shard: _load_shard(folder / shard["name"], shard["tokens"], shard["sha256"], vocab_size, REMEDY),

@@ -125,7 +125,7 @@ def test_foreign_description_is_refused(split_folder: Path, content: str) -> Non
 
 
 @pytest.mark.parametrize("shards", [
-    3, None, [3], [{}], [{"name": "../val/val_000000.bin", "tokens": 4, "sha256": ""}], [{"name": "a\0", "tokens": 4, "sha256": ""}],
+    3, None, [], [3], [{}], [{"name": "../val/val_000000.bin", "tokens": 4, "sha256": ""}], [{"name": "a\0", "tokens": 4, "sha256": ""}],
     [{"name": "val_000000.bin", "tokens": "4", "sha256": ""}], [{"name": "val_000000.bin", "tokens": -1, "sha256": ""}],
 ])
 def test_a_foreign_list_of_shards_is_refused(split_folder: Path, shards: object) -> None:
