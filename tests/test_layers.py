@@ -19,7 +19,7 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "audit": BASE | {"artifacts", "data", "model", "evaluation"},
     "training": BASE | {"artifacts", "data", "model", "quantization", "evaluation"},
     "imports": {"params", "artifacts", "model", "compression"},
-    "forecast": BASE | {"artifacts", "model", "quantization", "compression"},
+    "forecast": BASE | {"artifacts", "data", "training", "model", "quantization", "compression"},
     "reporting": {"params", "artifacts"},
 }
 ALLOWED["schema"] = set(ALLOWED)
