@@ -8,6 +8,7 @@ from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.data.config import TokenizeParams
 from lib.data.corpus import open_source
 from lib.data.encoding import make_manifest, provide_tokenizer, summarize, write_splits
+from lib.forecast.corpus import check_corpus
 from lib.params import load_params
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     source = open_source(params)
     tokenizer = provide_tokenizer(params, source, TOKENIZE_FOLDER / "tokenizer.model")
     splits = write_splits(params, source, tokenizer, TOKENIZE_FOLDER)
+    check_corpus(splits["splits"])
     manifest = make_manifest(params, source, tokenizer, splits)
     write_json(TOKENIZE_FOLDER / "manifest.json", manifest)
     save_metrics(TOKENIZE_FOLDER, summarize(manifest), {"seconds": time.monotonic() - start})

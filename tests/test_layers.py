@@ -21,7 +21,7 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "audit": BASE | {"artifacts", "data", "model", "evaluation", "compression"},
     "training": BASE | {"artifacts", "data", "model", "quantization", "evaluation"},
     "imports": {"errors", "params", "artifacts", "model", "compression"},
-    "forecast": BASE | {"artifacts", "model", "quantization", "compression"},
+    "forecast": BASE | {"artifacts", "data", "training", "model", "quantization", "compression"},
     "reporting": {"errors", "params", "artifacts"},
 }
 ALLOWED["schema"] = set(ALLOWED)

@@ -15,6 +15,7 @@ from constriction import stream
 from lib.artifacts.tokens import Tokens
 from lib.audit.probe import NoLimit
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.evaluation.config import EvaluateParams, StrategyName
 from lib.evaluation.evaluation import run_strategy
 from lib.evaluation.job import Job
@@ -66,7 +67,7 @@ def read_header(content: bytes) -> tuple[int, int]:
         ValueError: too short, or no whole number of words.
     """
     if len(content) < HEADER.size or len(content) % 4:
-        raise ValueError(f"expected a file that `python -m tools.decode` has written, found {len(content)} bytes")
+        raise UserError(f"expected a file that `python -m tools.decode` has written, found {len(content)} bytes")
     num_targets, bos_id = HEADER.unpack_from(content)
     return num_targets, bos_id
 
@@ -84,5 +85,5 @@ def decode(content: bytes, distribution: Distribution) -> Tokens:
         try:
             tokens[known] = coder.decode(stream.model.Categorical(distribution(tokens, known), perfect=False))
         except AssertionError as error:  # how constriction reports invalid data
-            raise ValueError(f"the file was not written with these distributions ({error})") from None
+            raise UserError(f"the file was not written with these distributions ({error})") from None
     return tokens

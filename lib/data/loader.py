@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lib.artifacts.tokens import Split
+from lib.data.rows import count_rows
 from lib.distributed import SINGLE_CPU, Process
 from lib.errors import UserError
 
@@ -27,10 +28,9 @@ class _Rows:
 
     def __init__(self, split: Split, sequence_tokens: int) -> None:
         self._split, self._sequence_tokens = split, sequence_tokens
-        lengths = np.array([len(shard) for shard in split.shards], np.int64)
-        # One row less than fits at phase 0, so that every phase below T leaves the number of rows, and so the epoch's length, alone.
-        rows = np.where(lengths > sequence_tokens, np.maximum(lengths // sequence_tokens - 1, 1), 0)
-        self.num_phases = np.clip(lengths - rows * sequence_tokens, 1, sequence_tokens)
+        lengths = [len(shard) for shard in split.shards]
+        rows = count_rows(lengths, sequence_tokens)
+        self.num_phases = np.clip(np.array(lengths, np.int64) - rows * sequence_tokens, 1, sequence_tokens)
         self.num_rows = int(rows.sum())
         self._ends = np.cumsum(rows)
         self._firsts = self._ends - rows

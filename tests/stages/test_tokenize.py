@@ -15,12 +15,15 @@ from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.tokens import SPLITS, load_split
 from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
-from lib.params import SECTIONS, ParamsError
+from lib.params import ParamsError, read_params
 from tests.data.fake_hub import FakeHub
 from tests.data.shard_files import tokens_of, write_shards
 from tests.data.texts import ENGLISH, SCRIPTS, TINY_PARAMS, TINY_VOCAB_SIZE
 
 ROOT = Path(__file__).parents[2]
+SECTIONS_OF_TINY = read_params(ROOT / "presets/default.yaml")
+SECTIONS_OF_TINY["train"] |= {"sequence_tokens": 8, "batch_sequences": 2}
+SECTIONS_OF_TINY["calibrate"] |= {"num_sequences": 4, "num_gradient_sequences": 4}
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     texts = [f"Document {i}: {text}" for i in range(10) for text in (ENGLISH, *SCRIPTS.values())]
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    YAML().dump({section: {} for section in SECTIONS} | {"tokenize": TINY_PARAMS}, tmp_path / "params.yaml")
+    YAML().dump(SECTIONS_OF_TINY | {"tokenize": TINY_PARAMS}, tmp_path / "params.yaml")
     return tmp_path
 
 
@@ -55,9 +58,19 @@ def test_stage_writes_its_outputs(project: Path) -> None:
 
 
 def test_stage_names_a_bad_key(project: Path) -> None:
-    YAML().dump({section: {} for section in SECTIONS} | {"tokenize": TINY_PARAMS | {"vocab": 300}}, project / "params.yaml")
+    YAML().dump(SECTIONS_OF_TINY | {"tokenize": TINY_PARAMS | {"vocab": 300}}, project / "params.yaml")
     with pytest.raises(ParamsError, match=r"params\.yaml: tokenize\.vocab: unknown key"):
         run()
+
+
+def test_all_that_later_stages_lack_is_named_before_the_manifest_is_written(project: Path) -> None:
+    params = read_params(ROOT / "presets/default.yaml") | {"tokenize": TINY_PARAMS}
+    params["train"]["sequence_tokens"] = 4096
+    YAML().dump(params, project / "params.yaml")
+    with pytest.raises(ValueError, match=r"train\.batch_sequences: 6 sequences of train\.sequence_tokens 4096 .*; calibrate\.num_sequences "
+                                         r"512, .*: 1024 sequences .*; quantize: 4097 tokens in heldout, .*, found \d+\. Enlarge"):
+        run()
+    assert not (project / TOKENIZE_FOLDER / "manifest.json").exists()
 
 
 def publish(folder: Path) -> tuple[FakeHub, dict[str, Any]]:
@@ -90,7 +103,7 @@ def test_published_shards_the_hub_and_its_documents_give_the_same_splits(project
         }
         files, manifests = {}, {}
         for name, section in runs.items():
-            YAML().dump({section: {} for section in SECTIONS} | {"tokenize": section}, project / "params.yaml")
+            YAML().dump(SECTIONS_OF_TINY | {"tokenize": section}, project / "params.yaml")
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": address, "HF_HOME": str(project / "home")}
             subprocess.run([sys.executable, "-m", "stages.tokenize"], env=environment, check=True)
             files[name] = {path.name: sha256_of(path) for path in TOKENIZE_FOLDER.glob("*/*")} | {
@@ -113,6 +126,6 @@ def test_another_validation_text_than_expected_is_refused(project: Path) -> None
     _, expect = publish(project)
     section = TINY_PARAMS | {"source": "shards", "path": "published", "tokenizer": "sp.model", "val_fraction": None,
                              "min_document_bytes": 0, "expect": expect | {"val_documents": 61}}
-    YAML().dump({section: {} for section in SECTIONS} | {"tokenize": section}, project / "params.yaml")
+    YAML().dump(SECTIONS_OF_TINY | {"tokenize": section}, project / "params.yaml")
     with pytest.raises(ValueError, match=r"tokenize\.expect\.val_documents: expected 61, found 60"):
         run()

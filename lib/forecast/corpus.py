@@ -1,0 +1,37 @@
+"""Whether splits are large enough for every later stage, before anything is trained on a corpus that cannot finish."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lib.data.rows import count_rows
+from lib.errors import UserError
+from lib.params import load_params
+from lib.quantization.config import CalibrateParams
+from lib.training.config import TrainParams
+
+MIN_VAL_TOKENS = 2  # one that predicts, one that is scored
+
+
+def check_corpus(splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare what train, calibrate, quantize and evaluate need, by the parameter file, with what was written.
+
+    Args:
+        splits: by name, what `SplitWriter.close` returns.
+
+    Raises:
+        UserError: too few sequences or tokens; all shortages in one message.
+    """
+    train, calibrate = load_params("train", TrainParams), load_params("calibrate", CalibrateParams)
+    length = train.sequence_tokens
+    rows = int(count_rows([shard["tokens"] for shard in splits["train"]["shards"]], length).sum())
+    sequences = f"sequences of train.sequence_tokens {length} tokens in train"
+    needs = [
+        (train.batch_sequences, rows, f"train.batch_sequences: {{}} {sequences}"),
+        (2 * calibrate.num_sequences, rows, f"calibrate.num_sequences {calibrate.num_sequences}, twice: {{}} {sequences}"),
+        (length + 1, splits["heldout"]["tokens"], "quantize: {} tokens in heldout, train.sequence_tokens and one more"),
+        (MIN_VAL_TOKENS, splits["val"]["tokens"], "evaluate: {} tokens in val"),
+        (1, splits["heldout"]["accounted_bytes"], "train.averaging.select: {} byte of text in heldout"),
+        (1, splits["val"]["accounted_bytes"], "evaluate: {} byte of text in val")]
+    if short := [f"{what.format(needed)}, found {found}" for needed, found, what in needs if found < needed]:
+        raise UserError(f"tokenize: expected splits that every later stage can work with: {'; '.join(short)}. Enlarge the corpus, raise "
+                        "tokenize.heldout_fraction and tokenize.val_fraction or add to their files, or lower these keys")
