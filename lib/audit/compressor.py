@@ -45,9 +45,9 @@ def next_token(name: StrategyName, model: GPT, params: EvaluateParams, *, num_ta
         sheet = ScoreSheet(num_targets, process.device, wanted=known - 1)
         job = Job(forward, load_stream(seen, process.device), find_documents(seen, bos_id), params, process, NoLimit(float("inf"), process),
                   sheet)
-        last = run_strategy(name, job).last
-        assert last is not None
-        probabilities = np.exp(last.astype(np.float64)) + SMALLEST
+        stated = run_strategy(name, job).distribution
+        assert stated is not None
+        probabilities = np.exp(stated.astype(np.float64)) + SMALLEST
         return probabilities / probabilities.sum()
     return distribution
 

@@ -26,8 +26,10 @@ from lib.evaluation.strategies import STRATEGIES
 from lib.evaluation.windows import find_documents
 
 SEED = 0
-QUICK_TARGETS, THOROUGH_TARGETS = 8, 64  # values of the last token that are tried, half of them the likeliest ones
+QUICK_TARGETS, THOROUGH_TARGETS = 4, 64  # values of the last token that are tried, half of them the likeliest ones
+QUICK_TARGETS_WITHIN, THOROUGH_TARGETS_WITHIN = 2, 4  # the same of each token within the piece
 THOROUGH_CHANGES = 12
+THOROUGH_PLACES = 4  # tokens within the piece that are replaced, besides those at borders
 SUM_TOLERANCE = 1e-4
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # nats: the stated distribution is computed for one position, the loss beside others
 
@@ -67,11 +69,13 @@ class Probe(NamedTuple):
         cuts: numbers of tokens after which the text is cut off. They are in the piece's last chunk, and before the end of it, so that
             no number of chunks or phases changes, on which learning rates depend; and side by side: the last target of a window
             shows no leak.
+        places: numbers of tokens within the piece that are replaced alone, to compare what their distribution was; none is BOS.
     """
 
     tokens: Tokens
     changes: tuple[int, ...]
     cuts: tuple[int, ...]
+    places: tuple[int, ...]
 
 
 def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool) -> Probe:
@@ -100,7 +104,13 @@ def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool
     changes = {min(middle + unit + unit // 2, last), min(middle + unit + 1, last)}
     if thorough:
         changes |= set(np.linspace(1, last, THOROUGH_CHANGES - 2).astype(int).tolist())
-    return Probe(tokens, tuple(sorted(changes)), tuple(sorted(cut for cut in cuts if cut > 0)[-THOROUGH_CHANGES:]))
+    places = {middle + unit + 1, middle + unit // 2 + 1}  # the first after a chunk, and one in the middle of it
+    if thorough:
+        borders = {unit, window_tokens, middle, middle + window_tokens} - {0}
+        places |= {border + beside for border in borders for beside in (0, 1, 2)}
+        places |= set(np.linspace(1, last - 1, THOROUGH_PLACES).astype(int).tolist())
+    within = sorted(place for place in places if 0 < place < last and tokens[place] != tokens[0])
+    return Probe(tokens, tuple(sorted(changes)), tuple(sorted(cut for cut in cuts if cut > 0)[-THOROUGH_CHANGES:]), tuple(within))
 
 
 class Trial:
@@ -134,15 +144,16 @@ class Trial:
             comparison.add(self._run(self._replace(np.arange(len(tokens)) >= first)), number < first)
         deviations = [abs(original.nats[last - 1] + _stated(self._run(tokens[:last + 1]))[tokens[last]]) for last in self._probe.cuts]
         from_cut_text = float(np.max(deviations, initial=0))
-        variations = {token: self._run(_with_last(tokens, token)) for token in self._last_tokens(original)}
-        for outcome in variations.values():
-            comparison.add(outcome, number < len(tokens) - 1, has_effect=False)  # two tokens can be equally likely
+        at_places = {place: self._vary(place) for place in (*self._probe.places, len(tokens) - 1)}
+        for place, outcomes in at_places.items():
+            for outcome in outcomes.values():
+                comparison.add(outcome, number < place, has_effect=False)  # two tokens can be equally likely
         isolated = self._check_documents()
         passed = [comparison.judge(self._noise), judge(from_cut_text, LOSS_TOLERANCE[self._params.precision], self._noise)]
         if isolated and "changes" in isolated:
             passed.append(isolated["passed"])  # type: ignore[arg-type]
         figures = comparison.figures() | {"largest_deviation_from_cut_text": _figure(from_cut_text), "documents_isolated": isolated}
-        return self._conclude(worst(*passed), figures), self._check_distribution({int(tokens[-1]): original} | variations)
+        return self._conclude(worst(*passed), figures), self._check_distribution(at_places)
 
     def _check_documents(self) -> Check | None:
         """Change some documents, then the others; None for a strategy that does not claim that documents are isolated."""
@@ -161,18 +172,33 @@ class Trial:
             comparison.add(self._run(self._replace(part[np.append(number, number[-1])])), ~part[number])
         return self._conclude(comparison.judge(self._noise), comparison.figures())
 
-    def _check_distribution(self, outcomes: dict[int, Outcome]) -> Check:
-        stated = [_stated(outcome) for outcome in outcomes.values()]
-        sums = float(np.max([abs(np.exp(each).sum() - 1) for each in stated]))
-        losses = float(np.max([abs(outcome.nats[-1] + each[token] if token < len(each) else math.inf)
-                               for (token, outcome), each in zip(outcomes.items(), stated, strict=True)]))
-        differences = [largest_difference(each, stated[0]) for each in stated]
-        complete = all(len(each) == self._vocab_size for each in stated)
+    def _vary(self, place: int) -> dict[int, Outcome]:
+        """What the strategy does where the token of this number is as it is, and where it is another; the original first."""
+        tokens, is_last = self._probe.tokens, place == len(self._probe.tokens) - 1
+        original = self.original if is_last else self._run(tokens, place)
+        others = [token for token in np.argsort(-_stated(original), kind="stable").tolist()
+                  if token != tokens[place] and (is_last or token != self._bos_id)]
+        half = ((THOROUGH_TARGETS if is_last else THOROUGH_TARGETS_WITHIN) if self._thorough else
+                (QUICK_TARGETS if is_last else QUICK_TARGETS_WITHIN)) // 2
+        tried = others[:half] + self._generator.permutation(others[half:])[:half].tolist()
+        return {int(tokens[place]): original} | {token: self._run(_with(tokens, place, token), place) for token in tried}
+
+    def _check_distribution(self, at_places: dict[int, dict[int, Outcome]]) -> Check:
+        sums, losses, differences, complete, num_tried = 0.0, 0.0, list[float](), True, 0
+        for place, outcomes in at_places.items():
+            stated = [_stated(outcome) for outcome in outcomes.values()]
+            complete &= all(len(each) == self._vocab_size for each in stated)
+            sums = max(sums, *(float(abs(np.exp(each).sum() - 1)) for each in stated))
+            losses = max(losses, *(float(abs(outcome.nats[place - 1] + each[token])) if token < len(each) else math.inf
+                                   for (token, outcome), each in zip(outcomes.items(), stated, strict=True)))
+            differences += [largest_difference(each, stated[0]) for each in stated]
+            num_tried += len(stated)
         passed = worst(complete and sums <= SUM_TOLERANCE, judge(max(differences), 0, self._noise),
                        judge(losses, LOSS_TOLERANCE[self._params.precision], self._noise))
         return self._conclude(passed, {
-            "probabilities": len(stated[0]), "targets_tried": len(stated), "distributions_differing": sum(map(bool, differences)),
-            "largest_deviation_of_sum": _figure(sums), "largest_deviation_of_loss": _figure(losses)})
+            "probabilities": self._vocab_size if complete else None, "places": len(at_places), "targets_tried": num_tried,
+            "distributions_differing": sum(map(bool, differences)), "largest_deviation_of_sum": _figure(sums),
+            "largest_deviation_of_loss": _figure(losses)})
 
     def _conclude(self, passed: bool | None, figures: Check) -> Check:
         if passed is not None:
@@ -187,19 +213,11 @@ class Trial:
         return self._run(self._probe.tokens)
 
     def _noise(self) -> float:
-        """How far the same text's losses, and what is stated for the last target, lie apart when it is scored again."""
+        """How far the same text's losses, and what is stated for the last token, lie apart when it is scored again."""
         if self._measured_noise is None:
             runs = [self.original, *(self._run(self._probe.tokens) for _ in range(NUM_REPETITIONS))]
             self._measured_noise = max(largest_spread([run.nats for run in runs]), largest_spread([_stated(run) for run in runs]))
         return self._measured_noise
-
-    def _last_tokens(self, original: Outcome) -> list[int]:
-        """Other values for the last token: the likeliest ones and random ones."""
-        actual, likeliest = int(self._probe.tokens[-1]), np.argsort(-_stated(original), kind="stable")
-        others = [token for token in likeliest.tolist() if token != actual]
-        half = (THOROUGH_TARGETS if self._thorough else QUICK_TARGETS) // 2
-        random = self._generator.permutation(others[half:])[:half]
-        return others[:half] + random.tolist()
 
     def _replace(self, which: npt.NDArray[np.bool_]) -> Tokens:
         """Random other tokens instead of some; BOS stays where it is and appears nowhere else."""
@@ -210,9 +228,10 @@ class Trial:
             new += new >= avoided
         return np.where(which, new, tokens).astype(np.uint16)
 
-    def _run(self, tokens: Tokens) -> Outcome:
+    def _run(self, tokens: Tokens, place: int | None = None) -> Outcome:
+        """Run the strategy, with the distribution of the token of this number; of the last one if None."""
         process = self._process
-        sheet = ScoreSheet(len(tokens) - 1, process.device, wants_last=True)
+        sheet = ScoreSheet(len(tokens) - 1, process.device, wanted=(len(tokens) - 1 if place is None else place) - 1)
         return run_strategy(self._name, Job(self._forward, load_stream(tokens, process.device), find_documents(tokens, self._bos_id),
                                             self._params, process, NoLimit(math.inf, process), sheet))
 
@@ -253,12 +272,14 @@ class NoLimit(TimeLimit):
 
 
 def _stated(outcome: Outcome) -> npt.NDArray[np.float64]:
-    assert outcome.last is not None
-    return outcome.last.astype(np.float64)
+    assert outcome.distribution is not None
+    return outcome.distribution.astype(np.float64)
 
 
-def _with_last(tokens: Tokens, token: int) -> Tokens:
-    return np.concatenate([tokens[:-1], np.array([token], tokens.dtype)])
+def _with(tokens: Tokens, place: int, token: int) -> Tokens:
+    changed = tokens.copy()
+    changed[place] = token
+    return changed
 
 
 def _figure(value: float) -> float | None:

@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
         events: what was scored and trained on, in order.
         figures: what the strategy itself reports.
         seconds: time of all, and of its phases by name.
-        last: (V,) log-probabilities that the last target was scored from; only where they were asked for.
+        distribution: (V,) log-probabilities that the wanted target was scored from; only where they were asked for.
         trained: whether weights of the model were others at the end than at the beginning; they have been put back.
         left_behind: what else of the model differs from before: buffers, hooks, gradients, attributes, by name.
     """
@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
     events: list[Event]
     figures: dict[str, float]
     seconds: dict[str, float]
-    last: Losses | None
+    distribution: Losses | None
     trained: bool = False
     left_behind: tuple[str, ...] = ()
 
@@ -201,8 +201,8 @@ def run_strategy(name: StrategyName, job: Job) -> Outcome:
     left_behind = differing(before, describe_state(job.forward.model))
     job.limit.check()
     nats, context = job.sheet.collect(job.process)
-    last = job.sheet.collect_last(job.process) if job.sheet.wants_last else None
-    return Outcome(nats, context, job.sheet.ledger.events, job.figures, seconds, last, any(trained), left_behind)
+    distribution = job.sheet.collect_distribution(job.process) if job.sheet.wanted is not None else None
+    return Outcome(nats, context, job.sheet.ledger.events, job.figures, seconds, distribution, any(trained), left_behind)
 
 
 def peak_memory_mib(device: torch.device) -> float:

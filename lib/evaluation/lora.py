@@ -148,7 +148,7 @@ class DocumentScorer:
             self._job.sheet.write(targets, nats.detach(), torch.arange(first - start, end - start, device=rows.device))
             for number, begin, length in zip(numbers.tolist(), active.start.tolist(), active.length.tolist(), strict=False):
                 ledger.scored(begin + first, begin + min(end, length) - 1, number)
-            self._write_last(active, rows, start, first, end)
+            self._write_distribution(active, rows, start, first, end)
             for step in range(settings.steps if num_trained else 0):
                 if step:
                     nats = self._forward(rows[:num_trained], scored)
@@ -187,13 +187,13 @@ class DocumentScorer:
         inputs = place[:-1][scored]  # (P,)
         return rows, (begin + inputs).where(inputs < length, num_targets)
 
-    def _write_last(self, documents: Documents, rows: Tensor, start: int, first: int, end: int) -> None:
+    def _write_distribution(self, documents: Documents, rows: Tensor, start: int, first: int, end: int) -> None:
         if (wanted := self._job.sheet.wanted) is None:
             return
         for row in np.flatnonzero((documents.start <= wanted) & (wanted < documents.start + documents.length)).tolist():
             if first <= (position := wanted - int(documents.start[row])) < end:
                 with torch.no_grad():
-                    self._job.sheet.write_last(self._job.forward.log_probabilities(rows, position - start)[row])
+                    self._job.sheet.write_distribution(self._job.forward.log_probabilities(rows, position - start)[row])
 
 
 def document_work(documents: Documents, settings: LoraParams) -> int:

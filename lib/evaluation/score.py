@@ -136,7 +136,7 @@ class Scorer:
         if (wanted := self._sheet.wanted) is not None:
             for row in np.flatnonzero((batch.first_scored <= wanted) & (wanted < batch.end)).tolist():
                 position = wanted - int(batch.start[row])
-                self._sheet.write_last(self._forward.log_probabilities(rows[row:row + 1], position, batch.attention_tokens)[0])
+                self._sheet.write_distribution(self._forward.log_probabilities(rows[row:row + 1], position, batch.attention_tokens)[0])
 
     def _targets(self, first: Tensor, num_scored: int) -> Tensor:
         return first[:, None] + torch.arange(num_scored, device=first.device)  # (B, P)

@@ -22,25 +22,19 @@ class ScoreSheet:
     Args:
         num_targets: N.
         device: where the losses are computed.
-        wants_last: whether who scores target N - 1 shall also call `write_last`; the audit compares the two.
-        wanted: the target whose distribution shall be written with `write_last` instead of the last one's.
+        wanted: a target; who scores it shall also call `write_distribution`, and the audit compares the two. None for none.
 
     Attributes:
         ledger: what was scored and trained on.
-        wanted: target whose distribution shall be written; None for none.
+        wanted: as above.
     """
 
-    def __init__(self, num_targets: int, device: torch.device, *, wants_last: bool = False, wanted: int | None = None) -> None:
-        self.num_targets, self.ledger, self.wanted = num_targets, Ledger(), num_targets - 1 if wants_last else wanted
+    def __init__(self, num_targets: int, device: torch.device, *, wanted: int | None = None) -> None:
+        self.num_targets, self.ledger, self.wanted = num_targets, Ledger(), wanted
         self._nats = torch.zeros(num_targets + 1, device=device)  # the last place is for what is not wanted
         self._context = torch.zeros(num_targets + 1, device=device, dtype=torch.int32)
         self._counts = torch.zeros(num_targets + 1, device=device, dtype=torch.int32)
-        self._last: Tensor | None = None
-
-    @property
-    def wants_last(self) -> bool:
-        """Whether somebody shall call `write_last`."""
-        return self.wanted is not None
+        self._distribution: Tensor | None = None
 
     def write(self, targets: Tensor, nats: Tensor, context: Tensor) -> None:
         """Write losses.
@@ -54,9 +48,9 @@ class ScoreSheet:
         self._context[targets] = context.to(torch.int32).expand_as(targets)
         self._counts.index_put_((targets,), torch.ones_like(targets, dtype=torch.int32), accumulate=True)
 
-    def write_last(self, log_probabilities: Tensor) -> None:
-        """The distribution (V,) that the wanted target, the last one as a rule, was scored with."""
-        self._last = log_probabilities.float()
+    def write_distribution(self, log_probabilities: Tensor) -> None:
+        """The distribution (V,) that the wanted target was scored with."""
+        self._distribution = log_probabilities.float()
 
     def copy(self, targets: Tensor, other: "ScoreSheet") -> None:
         """Take over losses (B, P) of another sheet of the same stream, as far as this process has computed them."""
@@ -88,13 +82,13 @@ class ScoreSheet:
         scored = process.sum(self._counts[:-1].clone()) == 1
         return process.sum(self._nats[:-1].clone()).cpu().numpy(), scored.cpu().numpy()
 
-    def collect_last(self, process: Process) -> Losses:
-        """(V,) log-probabilities from which the last target was scored, the same in every process.
+    def collect_distribution(self, process: Process) -> Losses:
+        """(V,) log-probabilities from which the wanted target was scored, the same in every process.
 
         Raises:
-            RuntimeError: `write_last` was called in no process, or in more than one.
+            RuntimeError: `write_distribution` was called in no process, or in more than one.
         """
-        found = process.merge({} if self._last is None else {process.rank: self._last.cpu().numpy()})
+        found = process.merge({} if self._distribution is None else {process.rank: self._distribution.cpu().numpy()})
         if len(found) != 1:
-            raise RuntimeError(f"expected the distribution of the last target once, found it {len(found)} times")
+            raise RuntimeError(f"expected the distribution of the wanted target once, found it {len(found)} times")
         return next(iter(found.values()))

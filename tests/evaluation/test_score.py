@@ -47,7 +47,7 @@ def score_by_hand(model: GPT, tokens: npt.NDArray[np.uint16], window: int, strid
 
 def make_scorer(num_targets: int, model: nn.Module | None = None, *, batch_tokens: int = 32, process: Process = SINGLE_CPU,
                 advance: Callable[[int], None] = lambda _: None, wants_last: bool = False) -> tuple[Scorer, ScoreSheet]:
-    sheet = ScoreSheet(num_targets, CPU, wants_last=wants_last)
+    sheet = ScoreSheet(num_targets, CPU, wanted=num_targets - 1 if wants_last else None)
     return Scorer(Forward(model or make_model(), "fp32"), make_stream(num_targets), sheet, batch_tokens=batch_tokens, process=process,
                   advance=advance), sheet
 
@@ -226,14 +226,14 @@ def test_the_last_target_s_distribution_is_what_it_was_scored_with(windows: Wind
     model, tokens = make_model(), make_tokens(61)
     scorer, sheet = make_scorer(61, model, wants_last=True)
     scorer.score(windows)
-    last, nats = sheet.collect_last(SINGLE_CPU), sheet.collect(SINGLE_CPU)[0]
+    last, nats = sheet.collect_distribution(SINGLE_CPU), sheet.collect(SINGLE_CPU)[0]
     start = int(windows.start[-1])
     expected = log_softmax(reference_logits(MODEL, weights_of(model), tokens[start:-1].tolist(), windows.attention_tokens))[-1]
     assert last == pytest.approx(expected, abs=1e-5)
     assert nats[-1] == pytest.approx(-last[tokens[-1]], abs=1e-6)
     unasked = scored(windows, 61, model)
-    with pytest.raises(RuntimeError, match="expected the distribution of the last target once, found it 0 times"):
-        unasked.collect_last(SINGLE_CPU)
+    with pytest.raises(RuntimeError, match="expected the distribution of the wanted target once, found it 0 times"):
+        unasked.collect_distribution(SINGLE_CPU)
 
 
 @pytest.mark.parametrize("windows", [sliding_windows(101, 8, 2), plain_windows(101, 8), one_pass_windows(101, 8, 2)],
@@ -267,9 +267,9 @@ def score_in_process(process: Process, folder: Path) -> None:
     short, short_sheet = make_scorer(5, process=process, wants_last=True)  # one batch: the other processes have none
     short.score(plain_windows(5, 8))
     torch.save({
-        "plain": known.collect(process), "sliding": sheet.collect(process), "last": sheet.collect_last(process), "rows": rows,
+        "plain": known.collect(process), "sliding": sheet.collect(process), "last": sheet.collect_distribution(process), "rows": rows,
         "work": sum(reported), "unfinished": (unfinished, done), "short": short_sheet.collect(process)[0],
-        "short_last": short_sheet.collect_last(process), "score_plain": score_plain(
+        "short_last": short_sheet.collect_distribution(process), "score_plain": score_plain(
             make_model(), make_tokens(5), window_tokens=8, batch_tokens=32, precision="fp32", process=process)},
         folder / f"{process.rank}.pt")
 

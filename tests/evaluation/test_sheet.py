@@ -93,17 +93,16 @@ def test_what_is_taken_over_counts_as_scored_once_more() -> None:
 
 
 def test_the_last_distribution_is_kept_in_fp32_and_must_be_there_once() -> None:
-    sheet = ScoreSheet(2, CPU, wants_last=True)
-    assert sheet.wants_last and not ScoreSheet(2, CPU).wants_last
-    with pytest.raises(RuntimeError, match="expected the distribution of the last target once, found it 0 times"):
-        sheet.collect_last(SINGLE_CPU)
-    sheet.write_last(torch.tensor([-0.5, -1.5], dtype=torch.bfloat16))
-    last = sheet.collect_last(SINGLE_CPU)
+    sheet = ScoreSheet(2, CPU, wanted=1)
+    with pytest.raises(RuntimeError, match="expected the distribution of the wanted target once, found it 0 times"):
+        sheet.collect_distribution(SINGLE_CPU)
+    sheet.write_distribution(torch.tensor([-0.5, -1.5], dtype=torch.bfloat16))
+    last = sheet.collect_distribution(SINGLE_CPU)
     assert last.dtype == np.float32 and last.tolist() == [-0.5, -1.5]
 
 
 def _share(process: Process) -> None:
-    sheet = ScoreSheet(6, process.device, wants_last=True)
+    sheet = ScoreSheet(6, process.device, wanted=5)
     mine = [[0, 2, 4], [1, 5, 3]][process.rank]
     fill(sheet, mine)
     nats, context = sheet.collect(process)
@@ -119,12 +118,12 @@ def _share(process: Process) -> None:
     with pytest.raises(RuntimeError, match="2 were not, the first is target 0, scored 2 times"):
         copied.collect(process)
     if process.rank == 1:
-        sheet.write_last(torch.tensor([-1.0, -2.0]))
-    assert sheet.collect_last(process).tolist() == [-1, -2]
+        sheet.write_distribution(torch.tensor([-1.0, -2.0]))
+    assert sheet.collect_distribution(process).tolist() == [-1, -2]
     if process.rank == 0:
-        sheet.write_last(torch.tensor([-1.0, -2.0]))
+        sheet.write_distribution(torch.tensor([-1.0, -2.0]))
     with pytest.raises(RuntimeError, match="found it 2 times"):
-        sheet.collect_last(process)
+        sheet.collect_distribution(process)
 
 
 def test_two_processes_complete_each_other_and_count_together() -> None:

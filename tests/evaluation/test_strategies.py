@@ -127,9 +127,9 @@ def test_the_artifact_s_model_is_left_as_it_was(name: StrategyName) -> None:
 def test_the_distribution_of_the_last_target_is_the_one_that_it_was_scored_with(name: StrategyName) -> None:
     tokens = make_tokens(NUM_TARGETS, starts=STARTS)
     outcome = run_strategy(name, make_job(make_model(), tokens, make_params(), wants_last=True))
-    assert outcome.last is not None
-    assert np.exp(outcome.last.astype(np.float64)).sum() == pytest.approx(1)
-    assert -outcome.last[tokens[-1]] == pytest.approx(outcome.nats[-1], abs=1e-5)
+    assert outcome.distribution is not None
+    assert np.exp(outcome.distribution.astype(np.float64)).sum() == pytest.approx(1)
+    assert -outcome.distribution[tokens[-1]] == pytest.approx(outcome.nats[-1], abs=1e-5)
     assert np.array_equal(outcome.nats, score(name, tokens))  # and asking for it changes nothing
 
 

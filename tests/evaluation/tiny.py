@@ -85,4 +85,4 @@ def make_job(model: GPT, tokens: npt.NDArray[np.uint16], params: EvaluateParams,
     limit = TimeLimit(params.limit_seconds, process)
     limit.plan(10**9)
     return Job(Forward(model, params.precision), load_stream(tokens, process.device), find_documents(tokens, BOS), params, process, limit,
-               ScoreSheet(len(tokens) - 1, process.device, wants_last=wants_last))
+               ScoreSheet(len(tokens) - 1, process.device, wanted=len(tokens) - 2 if wants_last else None))
