@@ -170,7 +170,8 @@ def share_before_last_block(model: GPT, score: Callable[[], Losses], stopwatch: 
         nonlocal spent
         spent += stopwatch.now() - begun
 
-    handles = [model.token_embedding.register_forward_pre_hook(begin), model.blocks[-1].register_forward_pre_hook(end)]
+    last = model.blocks[-1].get_submodule("attention")
+    handles = [model.token_embedding.register_forward_pre_hook(begin), last.register_forward_pre_hook(end)]
     seconds, _ = stopwatch.time(score)
     for handle in handles:
         handle.remove()

@@ -25,6 +25,7 @@ from lib.data.config import TokenizeParams
 from lib.data.corpus import Source, open_source
 from lib.data.encoding import provide_tokenizer
 from lib.data.tokenizer import load_tokenizer
+from lib.errors import UserError
 from lib.params import load_params
 
 MAX_BYTES = 60 * 2**20
@@ -39,7 +40,7 @@ PRESET = Path("presets/default.yaml")
 SUFFIXES = (".jsonl", ".gz", ".zst")
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """What cannot be packed; the message names it and says what to do."""
 
 

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, clip_range, exponents_of
+from bench.forecast import pack_nearest
+from lib.artifacts.quantized import clip_range
 from lib.compression.bundle import code_bytes
-from lib.compression.container import pack
 from lib.model.gpt import GPT
 from lib.model.roles import MATRIX_ROLES, role_of
 from lib.params import parse_params, read_params
 from lib.quantization.config import FREE
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import row_scales
 from lib.quantization.grid_config import FLOAT_BITS, ClipParams
 from lib.quantization.policy import choose_bits
 from lib.quantization.quantizer import smallest
@@ -48,19 +48,15 @@ def gaussian_weights(params: PipelineParams, std: float) -> dict[str, Tensor]:
 
 def measure(weights: dict[str, Tensor], params: PipelineParams, clip: ClipParams) -> Size:
     """Prune, round to nearest and pack."""
-    matrices, floored = {}, []
-    for name, bits in choose_bits(weights, params.quantize).items():
+    settings = params.quantize.model_copy(update={"clip": clip})
+    pruned, floored = dict(weights), []
+    for name, bits in choose_bits(weights, settings).items():
         if bits == FREE:
             raise ValueError(f"{name}: expected a grid with fixed bits, found free steps, whose size is quantize.target_bytes")
         if bits != FLOAT_BITS:
-            weight = weights[name].masked_fill(smallest(weights[name], params.quantize.prune_fraction), 0)
-            scales = row_scales(weight, int(bits), clip)
-            codes = round_to_grid(weight, scales[:, None], int(bits)).to(torch.int16)
-            matrices[name] = QuantizedTensor(codes, exponents_of(scales), torch.zeros(weight.shape[1], dtype=torch.int16), int(bits))
-            floored.append(scales == row_scales(torch.zeros_like(weight[:1]), int(bits), clip))
-    vectors = {name: weight.half() for name, weight in weights.items() if name not in matrices}
-    model = QuantizedModel(params.model.architecture.model_dump(mode="json"), {}, matrices, vectors)
-    return Size(len(pack(model, params.compress.codec, params.compress.level).blob), float(torch.cat(floored).float().mean()))
+            pruned[name] = weights[name].masked_fill(smallest(weights[name], settings.prune_fraction), 0)
+            floored.append(row_scales(pruned[name], int(bits), clip) == row_scales(torch.zeros_like(pruned[name][:1]), int(bits), clip))
+    return Size(pack_nearest(pruned, params.model.architecture, settings, params.compress), float(torch.cat(floored).float().mean()))
 
 
 def main() -> None:

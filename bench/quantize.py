@@ -56,8 +56,9 @@ class Bench:
     """The run that methods are compared on."""
 
     def __init__(self, root: Path, seed: int, heldout_tokens: int, process: Process) -> None:
-        self.checkpoint: Checkpoint = load_checkpoint(root / stage_folder("train", seed) / "checkpoint.safetensors")
-        self.hessians: Hessians = load_hessians(root / stage_folder("calibrate", seed) / "hessians.safetensors")
+        checkpoint = root / stage_folder("train", seed) / "checkpoint.safetensors"
+        self.checkpoint: Checkpoint = load_checkpoint(checkpoint)
+        self.hessians: Hessians = load_hessians(root / stage_folder("calibrate", seed) / "hessians.safetensors", checkpoint)
         self.model = build_model(self.checkpoint.model, self.checkpoint.weights).to(process.device)
         self.heldout = load_split(root / TOKENIZE_FOLDER / "heldout", self.model.params.vocab_size)
         self.tokenizer = load_tokenizer(root / TOKENIZE_FOLDER / "tokenizer.model")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from lib.artifacts.files import write_bytes
+from lib.errors import report_errors
 from lib.params import PARAMS_FILE, ParamsError, parse_params, read_params
 from lib.schema import PipelineParams
 
@@ -61,4 +62,5 @@ def _is_changed(path: Path) -> bool:
 
 
 if __name__ == "__main__":
+    report_errors()
     main()

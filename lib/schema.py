@@ -12,10 +12,11 @@ from pydantic import Field, model_validator
 
 from lib.compression.config import CompressParams
 from lib.data.config import TokenizeParams
+from lib.errors import UserError, report_errors
 from lib.evaluation.config import EvaluateParams
 from lib.forecast.check import check_size
 from lib.model.config import ModelSection
-from lib.params import PARAMS_FILE, NonNegative, Params, ParamsError, parse_params, read_params
+from lib.params import PARAMS_FILE, Params, ParamsError, Seed, parse_params, read_params
 from lib.quantization.config import CalibrateParams, QuantizeParams
 from lib.reporting.config import ReportParams
 from lib.training.config import TrainParams
@@ -24,7 +25,7 @@ from lib.training.config import TrainParams
 class PipelineParams(Params):
     """All sections of a parameter file, and what must hold between them."""
 
-    seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     """Every stage from train to evaluate runs once for each seed."""
     model: ModelSection
     tokenize: TokenizeParams
@@ -56,9 +57,10 @@ def main() -> None:
         print(check_size(params.model.architecture, params.quantize, params.compress, Path()))
     except ParamsError as error:
         sys.exit(str(error))
-    except ValueError as error:  # of the forecast: the limit, or names of matrices
+    except UserError as error:  # of the forecast: the limit, or names of matrices
         sys.exit(f"{path}: {error}")
 
 
 if __name__ == "__main__":
+    report_errors()
     main()

@@ -1,0 +1,3 @@
+from lib.errors import report_errors
+
+report_errors()

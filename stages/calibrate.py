@@ -7,6 +7,7 @@ from lib.artifacts.hessians import Hessians, save_hessians
 from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import load_split
+from lib.audit.isolation import withhold_validation
 from lib.distributed import start_process
 from lib.model.gpt import build_model
 from lib.params import load_params, parse_seed
@@ -16,9 +17,10 @@ from lib.quantization.hessian import check_reserve, collect_moments, draw_sequen
 
 def main(seed: int) -> None:
     """Run the stage for one seed."""
-    params, folder = load_params("calibrate", CalibrateParams), stage_folder("calibrate", seed)
+    checkpoint_path = stage_folder("train", seed) / "checkpoint.safetensors"
     with start_process() as process:
-        checkpoint = load_checkpoint(stage_folder("train", seed) / "checkpoint.safetensors")
+        params, folder = load_params("calibrate", CalibrateParams), stage_folder("calibrate", seed)
+        checkpoint = load_checkpoint(checkpoint_path)
         model = build_model(checkpoint.model, checkpoint.weights).to(process.device)
         split = load_split(TOKENIZE_FOLDER / "train", model.params.vocab_size)
         start = time.monotonic()  # what training itself would have had to do: the model is there, the processes are connected
@@ -30,10 +32,11 @@ def main(seed: int) -> None:
         seconds, = process.max(time.monotonic() - start)
         check_reserve(seconds, checkpoint.training["calibration_seconds"])
         if process.is_main:
-            save_hessians(folder / "hessians.safetensors", Hessians(matrix_inputs(model), *moments))
+            save_hessians(folder / "hessians.safetensors", Hessians(matrix_inputs(model), *moments), checkpoint_path)
             metrics = {"num_tokens": sequences[0].numel(), "num_hessians": len(moments[0].hessians)}
             save_metrics(folder, metrics, {"seconds": seconds})
 
 
 if __name__ == "__main__":
-    main(parse_seed(__doc__))
+    withhold_validation("calibrate", seed := parse_seed(__doc__))
+    main(seed)

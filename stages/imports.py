@@ -15,11 +15,12 @@ from lib.artifacts.paths import stage_folder
 from lib.artifacts.quantized import load_quantized, save_quantized
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
+from lib.errors import UserError
 from lib.imports.conversion import check_seed, convert_artifact, convert_checkpoint, describe_origin
 from lib.imports.inspection import describe_import
 from lib.imports.published import read_published
 from lib.model.config import ModelSection
-from lib.params import load_params, read_params
+from lib.params import add_seed, load_params, read_params
 from lib.training.config import TrainParams
 
 
@@ -27,11 +28,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Import one file, or say why it cannot be and exit with status 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="final_model.pt or final_model.int6.ptz, as the published scripts save them")
-    parser.add_argument("--seed", type=int, required=True, help="one of `seeds` in params.yaml, whose outputs it becomes")
+    add_seed(parser, required=True, help="one of `seeds` in params.yaml, whose outputs it becomes")
     options = parser.parse_args(arguments)
     try:
         print(import_file(options.path, options.seed))
-    except ValueError as error:
+    except UserError as error:
         sys.exit(str(error))
 
 

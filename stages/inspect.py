@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from lib.compression.inspection import describe_artifact
+from lib.errors import UserError
 from lib.imports.inspection import describe_published
 from lib.imports.published import is_published
 from lib.model.roles import role_of
@@ -17,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = parser.parse_args(arguments).path
     try:
         print(describe_published(path) if is_published(path) else describe_artifact(path, role_of))
-    except ValueError as error:
+    except UserError as error:
         sys.exit(str(error))
 
 

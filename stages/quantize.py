@@ -11,6 +11,7 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.quantized import save_quantized
 from lib.artifacts.tokens import load_split
+from lib.audit.isolation import withhold_validation
 from lib.compression.bundle import code_bytes
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
@@ -29,15 +30,15 @@ BATCH_WINDOWS = 16  # changes speed, not results
 
 def main(seed: int) -> None:
     """Run the stage for one seed."""
-    params, folder, start = load_params("quantize", QuantizeParams), stage_folder("quantize", seed), time.monotonic()
-    coding, code = load_params("compress", CompressParams), code_bytes(Path())
+    start = time.monotonic()
+    sources = stage_folder("train", seed) / "checkpoint.safetensors", stage_folder("calibrate", seed) / "hessians.safetensors"
     with start_process() as process:
-        checkpoint = load_checkpoint(stage_folder("train", seed) / "checkpoint.safetensors")
-        hessians = load_hessians(stage_folder("calibrate", seed) / "hessians.safetensors")
+        params, folder = load_params("quantize", QuantizeParams), stage_folder("quantize", seed)
+        coding, code = load_params("compress", CompressParams), code_bytes(Path())
+        checkpoint, hessians = load_checkpoint(sources[0]), load_hessians(sources[1], checkpoint=sources[0])
         grid = checkpoint.training["qat"]
         if grid is not None and (differences := list_grid_differences(grid, params)):
-            differing = "; ".join(differences)
-            say(f"note: the checkpoint was trained for another grid than quantize exports: {differing}", enabled=process.is_main)
+            say("note: the checkpoint was trained for another grid than this one: " + "; ".join(differences), enabled=process.is_main)
         quantized, dampings = quantize_model(checkpoint, hessians, params, process,
                                              lambda model: code + len(pack(model, coding.codec, coding.level).blob))
         model, reference = (build_model(checkpoint.model, weights).to(process.device)
@@ -49,10 +50,11 @@ def main(seed: int) -> None:
         if process.is_main:
             rows = list_tensors(checkpoint.weights, hessians, quantized, params, dampings=dampings,
                                 coded_bytes=pack(quantized, coding.codec, coding.level).matrix_bytes, device=process.device)
-            save_quantized(folder / "quantized.safetensors", quantized)
+            save_quantized(folder / "quantized.safetensors", quantized, sources)
             write_csv(folder / "tensors.csv", [field.name for field in fields(TensorRow)], map(astuple, rows))
             save_metrics(folder, comparison.metrics() | summarize(rows), {"seconds": time.monotonic() - start})
 
 
 if __name__ == "__main__":
-    main(parse_seed(__doc__))
+    withhold_validation("quantize", seed := parse_seed(__doc__))
+    main(seed)

@@ -115,9 +115,13 @@ def test_forecast(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = output_of("fuzz", "--seconds 0.5", tmp_path, monkeypatch, capsys).splitlines()
-    counts = [int(line.split()[0].replace(",", "")) for line in lines]
-    assert counts[0] == sum(counts[1:]) > 10
+    output = output_of("fuzz", "--seconds 0.4", tmp_path, monkeypatch, capsys)
+    parts = dict(part.split(": ", 1) for part in re.split(r"\n(?=[a-z]+: )", output.strip()))
+    assert parts.keys() == {"containers", "published", "shards", "lines"}
+    for part in parts.values():
+        counts = [int(line.split()[0].replace(",", "")) for line in part.splitlines()]
+        assert counts[0] == sum(counts[1:]) > 10
+        assert len(counts) > 2  # of what is read and of what is refused
     assert not list(tmp_path.iterdir())
 
 

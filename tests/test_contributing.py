@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("bench", "lib", "stages", "tests", "presets", "params.yaml", "pyproject.toml")
+COPIED = ("bench", "lib", "stages", "tools", "tests", "presets", "params.yaml", "pyproject.toml")
 EXAMPLES = ("A clip rule", "A codec", "A strategy of test-time training", "An architecture option")
 CHANGED_TESTS = ("tests/quantization/test_clipping.py", "tests/compression/test_coding.py", "tests/evaluation/test_score_first.py",
                  "tests/model/test_gpt.py", "tests/test_presets.py::test_is_valid_and_has_the_key_tree_of_params_yaml",

@@ -15,7 +15,7 @@ from lib.reporting.summary import STAGES_WITH_FIGURES, format_table, headline_ro
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data/README.md", ROOT / "bench/RESULTS.md"])
-LISTED_FOLDERS = ("lib", "stages", "bench", "presets")
+LISTED_FOLDERS = ("lib", "stages", "tools", "bench", "presets")
 
 
 def test_the_tree_lists_every_file() -> None:
@@ -48,7 +48,7 @@ def test_the_results_are_those_of_the_committed_run() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_presets_links_and_parameters_exist(path: Path) -> None:
     text, params = path.read_text(), read_params(ROOT / "params.yaml")
-    for module in re.findall(r"python -m ((?:stages|lib|bench)\.[\w.]*\w)", text):
+    for module in re.findall(r"python -m ((?:stages|lib|bench|tools)\.[\w.]*\w)", text):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE)) <= set(targets)

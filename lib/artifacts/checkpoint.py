@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lib.artifacts.files import ArtifactError
 from lib.artifacts.tensors import load_tensors, save_tensors
 
 
@@ -39,4 +40,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ArtifactError: missing, damaged, or not a checkpoint.
     """
     weights, metadata = load_tensors(path)
-    return Checkpoint(weights, metadata["model"], metadata["training"])
+    try:
+        return Checkpoint(weights, metadata["model"], metadata["training"])
+    except KeyError as error:
+        raise ArtifactError(f"{path}: not a checkpoint (no {error}); `dvc repro -f` makes it anew") from None

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.errors import UserError
 
-class ArtifactError(ValueError):
+
+class ArtifactError(UserError):
     """A file that is missing, damaged or not what was expected; the message names the path and the remedy."""
 
 
@@ -48,7 +50,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file; `dvc repro` makes it") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # other encodings, numbers of thousands of digits and deep nesting among them
         raise ArtifactError(f"{path}: not valid JSON ({error}); `dvc repro -f` makes it anew") from None
 
 

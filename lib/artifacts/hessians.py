@@ -43,20 +43,20 @@ class Hessians:
     verification: Moments
 
 
-def save_hessians(path: Path, hessians: Hessians) -> None:
-    """Write second moments as safetensors; the same values give the same bytes."""
+def save_hessians(path: Path, hessians: Hessians, checkpoint: Path) -> None:
+    """Write second moments of the model in the file `checkpoint` as safetensors; the same values give the same bytes."""
     tensors = {f"{name}:{kind}:{key}": tensor for name, moments in _sets(hessians).items() for kind, values in vars(moments).items()
                for key, tensor in values.items()}
-    save_tensors(path, tensors, {"inputs": hessians.inputs})
+    save_tensors(path, tensors, {"inputs": hessians.inputs}, [checkpoint])
 
 
-def load_hessians(path: Path) -> Hessians:
-    """Read second moments, tensors on the CPU.
+def load_hessians(path: Path, checkpoint: Path) -> Hessians:
+    """Read second moments of the model in the file `checkpoint`, tensors on the CPU.
 
     Raises:
-        ArtifactError: missing, damaged, or not second moments.
+        ArtifactError: missing, damaged, not second moments, or those of another checkpoint.
     """
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = load_tensors(path, [checkpoint])
     try:
         inputs = {name: tuple(matrices) for name, matrices in metadata["inputs"].items()}
         return Hessians(inputs, *(_moments(tensors, name, inputs) for name in ("calibration", "verification")))

@@ -5,6 +5,7 @@ are powers of 2 with exponents in units of 1/`OCTAVE`, so that the same file giv
 chosen elsewhere, in an imported model, are no such powers; they are kept as they are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -123,13 +124,13 @@ class QuantizedModel:
         return weights | {name: vector.to(torch.float32) for name, vector in self.vectors.items() if not name.endswith(SCALE)}
 
 
-def save_quantized(path: Path, quantized: QuantizedModel) -> None:
-    """Write a quantized model as safetensors; the same model gives the same bytes."""
+def save_quantized(path: Path, quantized: QuantizedModel, sources: Sequence[Path] = ()) -> None:
+    """Write a quantized model, made from the files `sources`, as safetensors; the same model gives the same bytes."""
     tensors = {VECTORS + name: vector for name, vector in quantized.vectors.items()}
     for name, matrix in quantized.matrices.items():
         tensors |= {CODES + name: matrix.codes, ROWS + name: matrix.row_exponents, COLUMNS + name: matrix.column_exponents}
     bits = {name: matrix.bits for name, matrix in quantized.matrices.items()}
-    save_tensors(path, tensors, {"model": quantized.model, "training": quantized.training, "bits": bits})
+    save_tensors(path, tensors, {"model": quantized.model, "training": quantized.training, "bits": bits}, sources)
 
 
 def load_quantized(path: Path) -> QuantizedModel:

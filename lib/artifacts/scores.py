@@ -1,14 +1,20 @@
 """The seam between evaluate and report: figures, curves and tables of every strategy, the record of what happened, the audit."""
 
+import io
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lib.artifacts.files import ArtifactError, read_csv, write_csv, write_json
-from lib.artifacts.metrics import save_metrics
+import numpy as np
+import numpy.typing as npt
+
+from lib.artifacts.files import ArtifactError, read_csv, write_bytes, write_csv, write_json
+from lib.artifacts.metrics import METRICS_FILE, TIMING_FILE, save_metrics
 
 CURVES_FOLDER, CONTEXT_FOLDER, DOCUMENTS_FOLDER, LEDGER_FOLDER, UNFINISHED_FOLDER = "curves", "context", "documents", "ledger", "unfinished"
+NATS_FOLDER = "nats"
 AUDIT_FILE = "audit.json"
 COLUMNS = {
     CURVES_FOLDER: ("tokens", "bpb"),
@@ -19,13 +25,15 @@ COLUMNS = {
 }
 
 Tables = Mapping[Any, Iterable[Sequence[object]]]
+Writer = Callable[[Path], None]
 
 
 def save_scores(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, float], *, curves: Tables, context: Tables,
-                documents: Tables, ledgers: Tables) -> None:
+                documents: Tables, ledgers: Tables, nats: Mapping[Any, npt.NDArray[np.float32]]) -> None:
     """Write the results of an evaluation, each table by the name of its strategy.
 
-    The folders are made anew, so that no file of a strategy that is no longer used stays behind.
+    The folders are made anew, so that no file of a strategy that is no longer used stays behind. Where there is no room for the new
+    tables, the old results stay as they were.
 
     Args:
         folder: the stage's output folder.
@@ -36,11 +44,32 @@ def save_scores(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, f
         documents: rows (tokens of the document at most, documents, bytes, bits per byte).
         ledgers: what was scored and trained on, in order; targets counted from 0, ranges inclusive, state -1 for the model itself
             and the number of a document for its own adapter.
+        nats: loss of each target, (N,) fp32, to the last bit: what replays of the run are compared with.
     """
+    parts = {CURVES_FOLDER: curves, CONTEXT_FOLDER: context, DOCUMENTS_FOLDER: documents, LEDGER_FOLDER: ledgers}
+    _save_all({folder / part: _list_tables(tables, COLUMNS[part]) for part, tables in parts.items()}
+              | {folder / NATS_FOLDER: {f"{name}.npy": partial(_write_nats, values=values) for name, values in nats.items()}},
+              stale=[folder / name for name in (METRICS_FILE, TIMING_FILE)])
     shutil.rmtree(folder / UNFINISHED_FOLDER, ignore_errors=True)
-    for part, tables in ((CURVES_FOLDER, curves), (CONTEXT_FOLDER, context), (DOCUMENTS_FOLDER, documents), (LEDGER_FOLDER, ledgers)):
-        save_tables(folder / part, tables, COLUMNS[part])
     save_metrics(folder, metrics, timing)
+
+
+def load_nats(folder: Path, name: str) -> npt.NDArray[np.float32]:
+    """The losses of a strategy, (N,) fp32, that `save_scores` wrote.
+
+    Raises:
+        ArtifactError: missing, or no such array.
+    """
+    path = folder / NATS_FOLDER / f"{name}.npy"
+    try:
+        nats = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ArtifactError(f"{path}: expected the losses that evaluate writes ({error}); "
+                            "`dvc repro -f evaluate` makes the file anew") from None
+    if nats.dtype != np.float32 or nats.ndim != 1:
+        raise ArtifactError(f"{path}: expected one dimension of float32, found {nats.ndim} of {nats.dtype}; "
+                            "`dvc repro -f evaluate` makes the file anew")
+    return nats
 
 
 def save_unfinished(folder: Path, curves: Tables) -> None:
@@ -55,11 +84,41 @@ def save_audit(folder: Path, audit: Mapping[str, Any]) -> None:
 
 def save_tables(folder: Path, tables: Tables, columns: Sequence[str]) -> None:
     """Make a folder anew with one CSV file for each table; losses with 8 digits."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name, rows in tables.items():
-        rounded = ([round(value, 8) if isinstance(value, float) else value for value in row] for row in rows)
-        write_csv(folder / f"{name}.csv", columns, rounded)
+    _save_all({folder: _list_tables(tables, columns)})
+
+
+def _list_tables(tables: Tables, columns: Sequence[str]) -> dict[str, Writer]:
+    return {f"{name}.csv": partial(_write_table, rows=rows, columns=columns) for name, rows in tables.items()}
+
+
+def _write_table(path: Path, rows: Iterable[Sequence[object]], columns: Sequence[str]) -> None:
+    write_csv(path, columns, ([round(value, 8) if isinstance(value, float) else value for value in row] for row in rows))
+
+
+def _write_nats(path: Path, values: npt.NDArray[np.float32]) -> None:
+    content = io.BytesIO()
+    np.save(content, values)
+    write_bytes(path, content.getvalue())
+
+
+def _save_all(folders: Mapping[Path, Mapping[str, Writer]], stale: Iterable[Path] = ()) -> None:
+    """Make folders anew, all of them or none, of files by name; `stale` are files that go with the old ones."""
+    temporary = {folder: folder.with_name(f".{folder.name}.tmp") for folder in folders}
+    try:
+        for folder, files in folders.items():
+            shutil.rmtree(temporary[folder], ignore_errors=True)
+            temporary[folder].mkdir(parents=True)
+            for name, write in files.items():
+                write(temporary[folder] / name)
+    except OSError:
+        for path in temporary.values():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    for path in stale:
+        path.unlink(missing_ok=True)
+    for folder, path in temporary.items():
+        shutil.rmtree(folder, ignore_errors=True)
+        path.replace(folder)
 
 
 def load_curve(path: Path, columns: tuple[str, str]) -> list[tuple[float, float]]:

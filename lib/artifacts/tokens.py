@@ -6,9 +6,12 @@ every document.
 """
 
 import hashlib
+import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,9 +81,13 @@ def load_split(folder: Path, vocab_size: int) -> Split:
     if description["vocab_size"] != vocab_size:
         raise ArtifactError(f"{folder / SPLIT_FILE}: expected tokens of a vocabulary of {vocab_size}, found {description['vocab_size']}; "
                             "set model.vocab_size to tokenize.vocab_size")
+    listed = description["shards"]
+    if not (all(type(description[key]) is int for key in SPLIT_KEYS - {"shards"})
+            and isinstance(listed, list) and all(map(_is_entry, listed))):
+        raise ArtifactError(f"{folder / SPLIT_FILE}: expected numbers, and name, tokens and SHA-256 of each shard, found others; {REMEDY}")
     with ThreadPoolExecutor() as pool:
         shards = tuple(pool.map(lambda shard: _load_shard(folder / shard["name"], shard["tokens"], shard["sha256"], vocab_size, REMEDY),
-                                description["shards"]))
+                                listed))
     return Split(folder, shards, description["documents"], description["raw_bytes"], description["accounted_bytes"], vocab_size)
 
 
@@ -104,7 +111,8 @@ def load_shards(paths: Sequence[Path], vocab_size: int) -> tuple[Tokens, ...]:
 class SplitWriter:
     """Writes one split, document after document, with memory for one document.
 
-    The folder becomes a split when `close` writes ``split.json``; before, `load_split` finds none.
+    The folder becomes a split when `close` writes ``split.json``; before, `load_split` finds none. On a full disk nothing is left of
+    it, nor of the other splits beside it.
 
     Args:
         folder: the split's folder, emptied first; its name names the shards.
@@ -141,23 +149,36 @@ class SplitWriter:
         self._tokens += len(tokens)
         self.raw_bytes += raw_bytes
         self.accounted_bytes += accounted_bytes
-        while len(tokens):
-            file = self._open_shard() if self._file is None else self._file
-            part = tokens[: self._shard_tokens - self._file_tokens]
-            file.write(part.astype("<u2").tobytes())
-            self._file_tokens += len(part)
-            tokens = tokens[len(part):]
-            if self._file_tokens == self._shard_tokens:
-                self._finish_shard(file)
+        with self._all_or_nothing():
+            while len(tokens):
+                file = self._open_shard() if self._file is None else self._file
+                part = tokens[: self._shard_tokens - self._file_tokens]
+                file.write(part.astype("<u2").tobytes())
+                self._file_tokens += len(part)
+                tokens = tokens[len(part):]
+                if self._file_tokens == self._shard_tokens:
+                    self._finish_shard(file)
 
     def close(self) -> dict[str, Any]:
         """Complete the split and return what ``split.json`` says of it."""
-        if self._file is not None:
-            self._finish_shard(self._file)
-        description = {"documents": self._documents, "tokens": self._tokens, "raw_bytes": self.raw_bytes,
-                       "accounted_bytes": self.accounted_bytes, "vocab_size": self._vocab_size, "shards": self._shards}
-        write_json(self._folder / SPLIT_FILE, description)
+        with self._all_or_nothing():
+            if self._file is not None:
+                self._finish_shard(self._file)
+            description = {"documents": self._documents, "tokens": self._tokens, "raw_bytes": self.raw_bytes,
+                           "accounted_bytes": self.accounted_bytes, "vocab_size": self._vocab_size, "shards": self._shards}
+            write_json(self._folder / SPLIT_FILE, description)
         return description
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Where one split cannot be written, all splits go: they would only keep a full disk full."""
+        try:
+            yield
+        except OSError as error:
+            for split in SPLITS:
+                shutil.rmtree(self._folder.parent / split, ignore_errors=True)
+            reason = f"cannot be written ({os.strerror(error.errno or 0)}); make room and rerun"
+            raise OSError(error.errno, reason, str(self._folder)) from None
 
     def _open_shard(self) -> BinaryIO:
         self._file = (self._folder / f"{self._folder.name}_{len(self._shards):06d}.bin").open("wb")
@@ -176,12 +197,20 @@ class SplitWriter:
         self._file = None
 
 
+def _is_entry(shard: Any) -> bool:
+    """Whether this is what ``split.json`` says of a shard: a file of its own folder, how many tokens it has, its checksum."""
+    return (isinstance(shard, dict) and isinstance(name := shard.get("name"), str) and re.fullmatch(r"[\w-]{1,99}\.bin", name, re.ASCII)
+            is not None and type(shard.get("tokens")) is int and shard["tokens"] >= 0 and isinstance(shard.get("sha256"), str))
+
+
 def _load_shard(path: Path, num_tokens: int | None, sha256: str | None, vocab_size: int, remedy: str) -> Tokens:
     """Map one shard after checking it; where `num_tokens` is None, its header and its length must say the same."""
     try:
         found_bytes = path.stat().st_size
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file, but {SPLIT_FILE} lists it; {remedy}") from None
+    if not path.is_file():
+        raise ArtifactError(f"{path}: expected a file, found a folder or a device; {remedy}")
     if num_tokens is None:
         num_tokens = max(0, found_bytes - HEADER_BYTES) // 2
     expected_bytes = HEADER_BYTES + 2 * num_tokens

@@ -13,6 +13,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
+from lib.errors import UserError
+from lib.params import PARAMS_FILE
+
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls, the same on all architectures but alpha
 VERSION_FLAG, PATH_BENEATH, SET_NO_NEW_PRIVS = 1, 1, 38  # of CREATE_RULESET, of ADD_RULE, of prctl
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
@@ -59,6 +63,25 @@ def confine(*, read: Iterable[Path], write: Iterable[Path], forbidden: Iterable[
     return {"training_data": _try_files(forbidden), "network": _try_network(abi, network)}
 
 
+def withhold_validation(stage: str, seed: int) -> None:
+    """Take the validation text from this process for good, where the kernel can, and leave it the inputs of training and quantization.
+
+    Args:
+        stage: that this process runs; it writes into its own folder only.
+        seed: of the stage.
+
+    Raises:
+        UserError: the text can be read all the same.
+    """
+    tokens = [TOKENIZE_FOLDER / name for name in ("tokenizer.model", "train", "heldout")]
+    read = [PARAMS_FILE, Path("lib"), Path("stages"), *tokens, stage_folder("train", seed), stage_folder("calibrate", seed)]
+    shards = sorted((TOKENIZE_FOLDER / "val").glob("*.bin"))
+    tried = confine(read=read, write=[stage_folder(stage, seed)], forbidden=shards, network=True)["training_data"]
+    if tried["passed"] is False:
+        raise UserError(f"{TOKENIZE_FOLDER / 'val'}: expected that {stage} cannot read it, but of {len(shards)} files only "
+                        f"{tried['files_refused']} were refused; move the project out of the folders of the system and of Python")
+
+
 def _try_files(forbidden: Sequence[Path]) -> dict[str, object]:
     if not forbidden:
         return {"passed": None, "why": "there are no files on this machine that could be tried"}
@@ -82,10 +105,9 @@ def _restrict(read: Sequence[Path], write: Sequence[Path], network: bool) -> int
     handled = struct.pack("=Q", rights) if abi < ABI_WITH_TCP else struct.pack("=QQ", rights, 0 if network else TCP)
     for folder in write:
         folder.mkdir(parents=True, exist_ok=True)
-    code = Path(__file__).resolve().parents[2]
-    hidden = {Path.cwd()} | ({code} if (code / "dvc.yaml").exists() else set())
-    readable = {code / "lib", code / "stages", *read, *_links(read), *_outside(_system_folders(), hidden)}
-    writable = {*write, _temporary_folder(hidden), *_outside(_scratch_folders(), hidden)}
+    code, hidden = _code_folder(), _hidden_folders()
+    readable = {code / "lib", code / "stages", code / "tools", *read, *_links(read), *_outside(_system_folders(), hidden)}
+    writable = {*write, temporary_folder(), *_outside(_scratch_folders(), hidden)}
     ruleset = _call(CREATE_RULESET, handled, len(handled), 0)
     try:
         for paths, allowed in ((readable, READ), (writable, rights)):
@@ -113,10 +135,19 @@ def _scratch_folders() -> list[Path]:
     return [Path("/dev"), Path("/proc"), *caches]
 
 
-def _temporary_folder(hidden: set[Path]) -> Path:
-    """The temporary folder; where a hidden folder is below it, one of its own for this user, which is used from then on."""
+def _code_folder() -> Path:
+    return Path(__file__).resolve().parents[2]
+
+
+def _hidden_folders() -> set[Path]:
+    code = _code_folder()
+    return {Path.cwd()} | ({code} if (code / "dvc.yaml").exists() else set())
+
+
+def temporary_folder() -> Path:
+    """The temporary folder of a confined process; where a hidden folder is below the usual one, another, which is used from then on."""
     folder = Path(tempfile.gettempdir()).resolve()
-    if any(other.is_relative_to(folder) for other in hidden):
+    if any(other.is_relative_to(folder) for other in _hidden_folders()):
         folder /= f"albatross-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)

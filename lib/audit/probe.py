@@ -127,7 +127,7 @@ class Trial:
 
     def check(self) -> tuple[Check, Check]:
         """The conditions C1 and C2: whether they ``passed`` (None where differences may be the device's own noise), and numbers."""
-        tokens, original = self._probe.tokens, self._original
+        tokens, original = self._probe.tokens, self.original
         number = np.arange(1, len(tokens))  # of each target's token
         comparison = Comparison(original)
         for first in self._probe.changes:
@@ -156,7 +156,7 @@ class Trial:
         parts = [rank < num_documents // 2, rank % 2 == 0]  # the longer half may be scored before the other, neighbours in one batch
         if self._thorough:  # any two documents differ in one bit of their numbers
             parts += [np.arange(num_documents) >> bit & 1 == 1 for bit in range((num_documents - 1).bit_length())]
-        comparison = Comparison(self._original)
+        comparison = Comparison(self.original)
         for part in (*parts, *(~part for part in parts)):
             comparison.add(self._run(self._replace(part[np.append(number, number[-1])])), ~part[number])
         return self._conclude(comparison.judge(self._noise), comparison.figures())
@@ -182,13 +182,14 @@ class Trial:
                 "largest_difference_of_repetitions": _figure(self._noise())} | figures
 
     @cached_property
-    def _original(self) -> Outcome:
+    def original(self) -> Outcome:
+        """What the strategy did on the piece as it is."""
         return self._run(self._probe.tokens)
 
     def _noise(self) -> float:
         """How far the same text's losses, and what is stated for the last target, lie apart when it is scored again."""
         if self._measured_noise is None:
-            runs = [self._original, *(self._run(self._probe.tokens) for _ in range(NUM_REPETITIONS))]
+            runs = [self.original, *(self._run(self._probe.tokens) for _ in range(NUM_REPETITIONS))]
             self._measured_noise = max(largest_spread([run.nats for run in runs]), largest_spread([_stated(run) for run in runs]))
         return self._measured_noise
 
@@ -213,7 +214,7 @@ class Trial:
         process = self._process
         sheet = ScoreSheet(len(tokens) - 1, process.device, wants_last=True)
         return run_strategy(self._name, Job(self._forward, load_stream(tokens, process.device), find_documents(tokens, self._bos_id),
-                                            self._params, process, _NoLimit(math.inf, process), sheet))
+                                            self._params, process, NoLimit(math.inf, process), sheet))
 
 
 class Comparison:
@@ -244,11 +245,11 @@ class Comparison:
                 "largest_difference": _figure(self._largest)}
 
 
-class _NoLimit(TimeLimit):
+class NoLimit(TimeLimit):
     """A clock that limits nothing and shows nothing."""
 
     def advance(self, work: int) -> None:
-        pass
+        """Nothing happens."""
 
 
 def _stated(outcome: Outcome) -> npt.NDArray[np.float64]:

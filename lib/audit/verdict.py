@@ -1,45 +1,52 @@
 """Machine checks that every score is legal: the challenge's four conditions, the data, and the process that evaluated.
 
 A check is a dictionary with ``passed`` - None, and ``why``, where it could not be made - and the numbers that show it. C1 and C2 are
-tried on the real model (`lib.audit.probe`), C3 and C4 read off the record of the real run (`lib.audit.chronology`).
+tried on the real model (`lib.audit.probe`), C1 also by repeating the real run with other text after a cut (`lib.audit.replay`), C3 and C4
+read off the record of the real run (`lib.audit.chronology`). What could not be checked is not legal.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lib.audit.chronology import Check, check_score_before_update, check_single_pass
+from lib.audit.determinism import worst
 from lib.audit.probe import Trial
+from lib.audit.replay import Runner, check_replays
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.evaluation.config import EvaluateParams, StrategyName
-from lib.evaluation.evaluation import Text
-from lib.evaluation.ledger import Event
+from lib.evaluation.evaluation import Outcome, Text
+from lib.evaluation.ledger import SHARED
 from lib.evaluation.score import Forward
 from lib.evaluation.strategies import STRATEGIES
 from lib.model.gpt import GPT
 
 Audit = dict[str, Any]
 
+VERDICTS = {True: "legal", False: "NOT LEGAL", None: "NOT CHECKED"}
 NOT_AUDITED: Audit = {"legal": None, "why": "evaluate.audit is false"}
 
 
-class AuditError(RuntimeError):
+class AuditError(UserError):
     """A score is not legal, or one that was declared not to be is."""
 
 
-def audit_scores(model: GPT, text: Text, params: EvaluateParams, ledgers: Mapping[StrategyName, Sequence[Event]], *,
+def audit_scores(model: GPT, text: Text, params: EvaluateParams, outcomes: Mapping[StrategyName, Outcome], *, replay: Runner,
                  data: Mapping[str, Check], confinement: Mapping[str, Check], process: Process, thorough: bool = False,
-                 nondeterministic: str | None = None) -> Audit:
+                 seed_of_cuts: int = 0, nondeterministic: str | None = None) -> Audit:
     """Check all conditions.
 
     Args:
         model: the artifact's model, on the process's device; it ends as it was.
         text: what was scored.
         params: the section ``evaluate``.
-        ledgers: what happened, by strategy.
+        outcomes: of the real run, by strategy.
+        replay: scores other texts in a fresh process: a `lib.audit.replay.Replayer`.
         data: from `lib.audit.provenance.check_data`.
         confinement: what `lib.audit.isolation.confine` found in this process.
         process: every process calls this and gets the same audit.
-        thorough: try more tokens in more places.
+        thorough: try more tokens in more places, and cut the real run all over the text.
+        seed_of_cuts: another one cuts the real run in other places.
         nondeterministic: why results may not repeat on this device, from `lib.audit.determinism.deterministic`.
 
     Returns:
@@ -47,18 +54,41 @@ def audit_scores(model: GPT, text: Text, params: EvaluateParams, ledgers: Mappin
     """
     forward = Forward(model, params.precision, compiled=params.compile)
     strategies = {}
-    for name, events in ledgers.items():
-        causality, distribution = Trial(name, forward, text, params, process, vocab_size=model.params.vocab_size, thorough=thorough,
-                                        nondeterministic=nondeterministic).check()
-        checks = {"causality": causality, "distribution": distribution,
-                  "score_before_update": check_score_before_update(events, len(text.tokens) - 1),
-                  "single_pass": check_single_pass(events, len(text.tokens) - 1, text.documents)}
-        strategies[name] = {"legal": all(check["passed"] is not False for check in checks.values()), **checks}
+    replays = check_replays(outcomes, text, params, replay, thorough=thorough, seed_of_cuts=seed_of_cuts)
+    for name, outcome in outcomes.items():
+        trial = Trial(name, forward, text, params, process, vocab_size=model.params.vocab_size, thorough=thorough,
+                      nondeterministic=nondeterministic)
+        causality, distribution = trial.check()
+        checks = {"causality": _with_part(causality, "replays", replays.get(name)), "distribution": distribution,
+                  "score_before_update": _with_part(check_score_before_update(outcome.events, len(text.tokens) - 1), "model_state",
+                                                    check_state([outcome, trial.original])),
+                  "single_pass": check_single_pass(outcome.events, len(text.tokens) - 1, text.documents)}
+        passed = worst(*(check["passed"] for check in checks.values()))  # type: ignore[arg-type]
+        strategies[name] = {"legal": passed, **checks}
     everywhere = process.merge({process.rank: confinement}).values()
-    worst = {part: min((each[part] for each in everywhere), key=lambda check: (False, None, True).index(check["passed"]))
-             for part in confinement}
-    audit: Audit = {"strategies": strategies, "data": dict(data), "process": worst}
-    return {"legal": not list(_violations(audit)), **audit}
+    of_process = {part: min((each[part] for each in everywhere), key=lambda check: (False, None, True).index(check["passed"]))
+                  for part in confinement}
+    audit: Audit = {"strategies": strategies, "data": dict(data), "process": of_process}
+    unknown = any(strategy["legal"] is None for name, strategy in strategies.items() if not STRATEGIES[name].transductive)
+    return {"legal": False if list(_violations(audit)) else None if unknown else True, **audit}
+
+
+def check_state(outcomes: Sequence[Outcome]) -> Check:
+    """That runs of a strategy left nothing in the model, and that weights which changed have an entry in the ledger."""
+    unrecorded = sum(outcome.trained and not any(event.kind == "trained" and event.state == SHARED for event in outcome.events)
+                     for outcome in outcomes)
+    left_behind = sorted({name for outcome in outcomes for name in outcome.left_behind})
+    return {"passed": not unrecorded and not left_behind, "runs": len(outcomes), "runs_with_training_that_no_record_shows": unrecorded,
+            "left_behind": left_behind}
+
+
+def _with_part(check: Check, name: str, part: Check | None) -> Check:
+    """A check of which another one is a part: it passed where both did."""
+    if part is None:
+        return check
+    passed = worst(check["passed"], part["passed"])  # type: ignore[arg-type]
+    why = {"why": (check if check["passed"] is None else part)["why"]} if passed is None else {}
+    return {**check, "passed": passed, **why, name: part}
 
 
 def raise_violations(audit: Audit) -> None:
@@ -75,7 +105,7 @@ def raise_violations(audit: Audit) -> None:
 def describe_audit(audit: Audit) -> str:
     """One line for each check: what it is, whether it passed, and its numbers."""
     lines = [f"{where}: {_describe(check)}" for where, check in _checks(audit)]
-    return "\n".join([*lines, "legal" if audit["legal"] else "NOT LEGAL"])
+    return "\n".join([*lines, VERDICTS[audit["legal"]]])
 
 
 def _violations(audit: Audit) -> Iterator[str]:

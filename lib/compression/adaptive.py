@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from constriction import stream
 
+from lib.errors import UserError
+
 Integers = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.int64]
 
@@ -81,7 +83,7 @@ class IntegerDecoder:
             ValueError: no whole number of words.
         """
         if len(content) % 4:
-            raise ValueError(f"expected a stream of a multiple of 4 bytes, found {len(content)}")
+            raise UserError(f"expected a stream of a multiple of 4 bytes, found {len(content)}")
         self._coder = stream.queue.RangeDecoder(np.frombuffer(content, "<u4").astype(np.uint32))
 
     def get(self, num_values: int, counts: Counts) -> Integers:
@@ -122,7 +124,7 @@ class IntegerDecoder:
             ValueError: the stream goes on.
         """
         if not self._coder.maybe_exhausted():
-            raise ValueError("expected the end of the stream, found more")
+            raise UserError("expected the end of the stream, found more")
 
     def _get_uniform(self, num_values: int, num_choices: int) -> Integers:
         return self._decode(stream.model.Uniform(num_choices), num_values)
@@ -131,7 +133,7 @@ class IntegerDecoder:
         try:
             return self._coder.decode(model, num_values).astype(np.int64)
         except AssertionError as error:  # how constriction reports invalid data
-            raise ValueError(f"not a valid stream ({error})") from None
+            raise UserError(f"not a valid stream ({error})") from None
 
 
 def check_int16(integers: Integers) -> Integers:
@@ -141,7 +143,7 @@ def check_int16(integers: Integers) -> Integers:
         ValueError: some are beyond int16.
     """
     if len(integers) and not -2**15 <= integers.min() <= integers.max() < 2**15:
-        raise ValueError(f"expected integers of 16 bits, found {integers.min()} to {integers.max()}")
+        raise UserError(f"expected integers of 16 bits, found {integers.min()} to {integers.max()}")
     return integers
 
 

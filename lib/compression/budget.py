@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, QuantizedModel
 from lib.compression.container import Packed
+from lib.errors import UserError
 
 SCALES, VECTORS, CONTAINER, CODE = "scales", "vectors", "container", "code"
 
@@ -30,7 +31,7 @@ class Part(NamedTuple):
     num_bytes: int
 
 
-class BudgetError(ValueError):
+class BudgetError(UserError):
     """An artifact above its limit; the message has the overshoot and what would fit."""
 
 

@@ -18,6 +18,7 @@ import brotli
 
 from lib.compression import head
 from lib.compression.closure import import_closure, imported_packages
+from lib.errors import UserError
 
 ENTRY = Path("stages/score.py")
 """What the submitted program runs."""
@@ -39,8 +40,8 @@ def make_bundle(settings: Mapping[str, Any], root: Path) -> bytes:
     """
     text = "{" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in settings.items()) + "}"
     if len(text) > SETTINGS_BYTES:
-        raise ValueError(f"evaluate: expected settings of at most {SETTINGS_BYTES:,} bytes as JSON, which is the room that {ENTRY.name} "
-                         f"has for them, found {len(text):,}; name fewer parameter groups or layers")
+        raise UserError(f"evaluate: expected settings of at most {SETTINGS_BYTES:,} bytes as JSON, which is the room that {ENTRY.name} "
+                        f"has for them, found {len(text):,}; name fewer parameter groups or layers")
     content = Path(head.__file__).read_text(encoding="utf-8")
     for line, value in ((_SETTINGS_LINE, f'r"""{text:{SETTINGS_BYTES}}"""'), (_ARCHIVE_LINE, f'"{_pack(bundle_sources(root))}"')):
         assert content.count(line) == 1

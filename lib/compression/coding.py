@@ -14,6 +14,7 @@ import numpy as np
 import zstandard
 
 from lib.compression.context import Codes, decode_range, encode_range
+from lib.errors import UserError
 
 MAX_BROTLI_LEVEL = 11
 ESCAPE = -128  # stands for a code beyond int8, or for itself
@@ -46,10 +47,10 @@ def decompress_bytes(frame: bytes, max_bytes: int) -> bytes:
     """
     try:
         if (found := zstandard.frame_content_size(frame)) > max_bytes:
-            raise ValueError(f"expected a zstandard frame of at most {max_bytes} bytes, found {found}")
+            raise UserError(f"expected a zstandard frame of at most {max_bytes} bytes, found {found}")
         return zstandard.ZstdDecompressor().decompress(frame, max_output_size=max_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise ValueError(f"not a valid zstandard frame ({error})") from None
+        raise UserError(f"not a valid zstandard frame ({error})") from None
 
 
 def compress_brotli(content: bytes, level: int) -> bytes:
@@ -67,9 +68,9 @@ def decompress_brotli(frame: bytes, max_bytes: int) -> bytes:
     try:
         content = decompressor.process(frame, output_buffer_limit=max_bytes + 1)
     except brotli.error as error:
-        raise ValueError(f"not a valid brotli stream ({error})") from None
+        raise UserError(f"not a valid brotli stream ({error})") from None
     if not decompressor.is_finished() or len(content) > max_bytes:
-        raise ValueError(f"expected a brotli stream of at most {max_bytes} bytes, found more, or one that is cut off")
+        raise UserError(f"expected a brotli stream of at most {max_bytes} bytes, found more, or one that is cut off")
     return content
 
 
@@ -88,10 +89,10 @@ def _framed(compress: Callable[[bytes, int], bytes], decompress: Callable[[bytes
     def decode(stream: bytes, shapes: Sequence[tuple[int, int]]) -> list[Codes]:
         position = 4 * len(shapes)
         if len(stream) < position:
-            raise ValueError(f"expected the lengths of {len(shapes)} frames, found {len(stream)} bytes")
+            raise UserError(f"expected the lengths of {len(shapes)} frames, found {len(stream)} bytes")
         sizes = struct.unpack(f"<{len(shapes)}I", stream[:position])
         if (expected := position + sum(sizes)) != len(stream):
-            raise ValueError(f"expected frames of {expected} bytes together, found {len(stream)}")
+            raise UserError(f"expected frames of {expected} bytes together, found {len(stream)}")
         matrices = []
         for size, (num_rows, num_columns) in zip(sizes, shapes, strict=True):
             content = decompress(stream[position:position + size], MAX_CODE_BYTES * num_rows * num_columns)
@@ -111,7 +112,7 @@ def _from_bytes(content: bytes, num_codes: int) -> Codes:
     codes = np.frombuffer(content[:num_codes], np.int8).astype(np.int16)
     is_escaped = codes == ESCAPE
     if len(content) != (expected := num_codes + 2 * np.count_nonzero(is_escaped)):
-        raise ValueError(f"expected {expected} bytes of codes, found {len(content)}")
+        raise UserError(f"expected {expected} bytes of codes, found {len(content)}")
     codes[is_escaped] = np.frombuffer(content[num_codes:], "<i2")
     return codes
 

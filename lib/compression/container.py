@@ -29,7 +29,9 @@ from lib.artifacts.files import ArtifactError
 from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, SCALE, QuantizedModel, QuantizedTensor
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
 from lib.compression.exponents import decode_exponents, encode_exponents
+from lib.errors import UserError
 from lib.params import NonNegative, Params
+from lib.problems import describe_problem
 
 MAGIC = b"\x93PTZ"
 VERSION = 3
@@ -142,6 +144,8 @@ def read_artifact(path: Path) -> bytes:
         ContainerError: missing, or no file.
     """
     try:
+        if path.exists() and not path.is_file():  # a device, perhaps, that never ends
+            raise ContainerError(f"{path}: cannot be read (a folder or a device)")
         return path.read_bytes()
     except FileNotFoundError:
         raise ContainerError(f"{path}: no such file; `dvc repro` makes it") from None
@@ -178,7 +182,7 @@ def _pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
     content = b"".join((PREFIX.pack(MAGIC, VERSION, len(header_frame)), header_frame, codes, exponents, vectors_frame))
     blob = seal(content)
     if _open(blob)[0] != header:
-        raise ValueError("expected a model and training that JSON can hold, found something else")
+        raise UserError("expected a model and training that JSON can hold, found something else")
     matrix_bytes = {name: size for (name, _), size in zip(matrices, sizes, strict=True)}
     return Packed(blob, matrix_bytes, len(exponents), len(vectors_frame))
 
@@ -186,26 +190,26 @@ def _pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
 def _open(blob: bytes) -> tuple[Header, int]:
     """The header, checked, and where it ends."""
     if blob[:len(MAGIC)] != MAGIC:
-        raise ValueError(f"not a .ptz container: expected it to begin with {MAGIC!r}, found {blob[:len(MAGIC)]!r}")
+        raise UserError(f"not a .ptz container: expected it to begin with {MAGIC!r}, found {blob[:len(MAGIC)]!r}")
     if len(blob) < PREFIX.size + CHECKSUM_BYTES:
-        raise ValueError(f"truncated: {len(blob)} bytes; copy or make the file anew")
+        raise UserError(f"truncated: {len(blob)} bytes; copy or make the file anew")
     _, version, header_bytes = PREFIX.unpack_from(blob)
     if version != VERSION:
-        raise ValueError(f"container version {version}, this program reads version {VERSION} only; use the program that wrote it, "
-                         "or make the file anew")
+        raise UserError(f"container version {version}, this program reads version {VERSION} only; use the program that wrote it, "
+                        "or make the file anew")
     if seal(blob[:-CHECKSUM_BYTES]) != blob:
-        raise ValueError("the checksum does not fit, so the file is truncated or damaged; copy or make it anew")
+        raise UserError("the checksum does not fit, so the file is truncated or damaged; copy or make it anew")
     header_end = PREFIX.size + header_bytes
     content = decompress_bytes(blob[PREFIX.size:header_end], MAX_HEADER_BYTES)
     try:
         header = Header.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"header: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        raise UserError(f"header: {'.'.join(map(str, problem['loc']))}: {describe_problem(problem)}") from None
     _check(header, len(blob))
     if header_end + header.codes_bytes + header.exponents_bytes > len(blob) - CHECKSUM_BYTES:
-        raise ValueError(f"expected {header_bytes} + {header.codes_bytes} + {header.exponents_bytes} bytes of header, codes and "
-                         f"exponents, found {len(blob)} in all")
+        raise UserError(f"expected {header_bytes} + {header.codes_bytes} + {header.exponents_bytes} bytes of header, codes and "
+                        f"exponents, found {len(blob)} in all")
     return header, header_end
 
 
@@ -222,11 +226,11 @@ def _unpack(blob: bytes) -> QuantizedModel:
             matrices[matrix.name] = QuantizedTensor(torch.from_numpy(matrix_codes), torch.from_numpy(rows), torch.from_numpy(columns),
                                                     matrix.bits)
         except ArtifactError as error:
-            raise ValueError(f"{matrix.name}: {error}") from None
+            raise UserError(f"{matrix.name}: {error}") from None
     num_bytes = sum(math.prod(vector.shape) * VECTOR_TYPES[vector.dtype].itemsize for vector in header.vectors)
     planes = np.frombuffer(decompress_bytes(blob[exponents_end:-CHECKSUM_BYTES], num_bytes), np.uint8)
     if len(planes) != num_bytes:
-        raise ValueError(f"expected vectors of {num_bytes} bytes, found {len(planes)}")
+        raise UserError(f"expected vectors of {num_bytes} bytes, found {len(planes)}")
     vectors = {}
     for kind, dtype in VECTOR_TYPES.items():
         of_kind = [vector for vector in header.vectors if vector.dtype == kind]
@@ -242,23 +246,23 @@ def _check(header: Header, num_bytes: int) -> None:
     """Raise ValueError for contradictions, and for values that a file of `num_bytes` bytes should not make anybody allocate."""
     json.dumps([header.model, header.training], allow_nan=False)  # pydantic lets NaN and infinity pass in JSON
     if header.codec not in CODECS:
-        raise ValueError(f"header: codec: expected one of {', '.join(CODECS)}, found {header.codec!r}")
+        raise UserError(f"header: codec: expected one of {', '.join(CODECS)}, found {header.codec!r}")
     names = [matrix.name for matrix in header.matrices] + [vector.name for vector in header.vectors]
     if len(set(names)) < len(names):
-        raise ValueError("header: expected every tensor once, found a name twice")
+        raise UserError("header: expected every tensor once, found a name twice")
     shapes = [(matrix.rows, matrix.columns) for matrix in header.matrices] + [vector.shape for vector in header.vectors]
     limit = min(MAX_VALUES, max(MIN_MAX_VALUES, MAX_VALUES_PER_BYTE * num_bytes))
     if (num_values := sum(math.prod(max(1, size) for size in shape) for shape in shapes)) > limit:
-        raise ValueError(f"header: expected at most {limit} values in a file of {num_bytes} bytes, found {num_values}")
+        raise UserError(f"header: expected at most {limit} values in a file of {num_bytes} bytes, found {num_values}")
     by_name = {matrix.name: matrix for matrix in header.matrices}
     for name in {name.removesuffix(LEFT).removesuffix(RIGHT) for name in by_name if name.endswith((LEFT, RIGHT))}:
         matrix, left, right = (by_name.get(name + suffix) for suffix in ("", LEFT, RIGHT))
         if not (matrix and left and right and not name.endswith((LEFT, RIGHT))
                 and (left.rows, left.columns, right.columns) == (matrix.rows, right.rows, matrix.columns)):
-            raise ValueError(f"header: {name}: the matrix and the factors of its correction do not fit together")
+            raise UserError(f"header: {name}: the matrix and the factors of its correction do not fit together")
     for vector in header.vectors:
         matrix = by_name.get(vector.name.removesuffix(SCALE))
         if vector.name.endswith(SCALE) and (matrix is None or matrix.name.endswith((LEFT, RIGHT)) or vector.shape != (matrix.rows,)):
-            raise ValueError(f"header: {vector.name}: expected a matrix with one row for each of these scales")
+            raise UserError(f"header: {vector.name}: expected a matrix with one row for each of these scales")
 
 

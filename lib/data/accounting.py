@@ -6,6 +6,7 @@ from typing import Any
 from lib.artifacts.metrics import NOT_REPRODUCED
 from lib.artifacts.tokens import SplitWriter
 from lib.data.tokenizer import Tokenizer
+from lib.errors import UserError
 
 
 def check_accounting(writers: Mapping[str, SplitWriter], tokenizer: Tokenizer) -> None:
@@ -17,9 +18,9 @@ def check_accounting(writers: Mapping[str, SplitWriter], tokenizer: Tokenizer) -
     for split, writer in writers.items():
         if writer.accounted_bytes > writer.raw_bytes or (tokenizer.lossless and writer.accounted_bytes != writer.raw_bytes):
             bound = "exactly" if tokenizer.lossless else "at most"
-            raise ValueError(f"tokenize.tokenizer: expected tokens of the {split} split that stand for {bound} the {writer.raw_bytes:,} "
-                             f"bytes of its text, found {writer.accounted_bytes:,}: bits per byte would be wrong. The tokenizer's "
-                             "normalizer lengthens text, or its pieces do not carry it; give another one, or set it to null")
+            raise UserError(f"tokenize.tokenizer: expected tokens of the {split} split that stand for {bound} the {writer.raw_bytes:,} "
+                            f"bytes of its text, found {writer.accounted_bytes:,}: bits per byte would be wrong. The tokenizer's "
+                            "normalizer lengthens text, or its pieces do not carry it; give another one, or set it to null")
 
 
 def describe_text(manifest: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from lib.data.hub import download_dataset
 from lib.data.jsonl import find_files, read_blocks
 from lib.data.shards import Shards, find_shards
 from lib.data.tokenizer import SPACE
+from lib.errors import UserError
 
 LONE_SURROGATE = "contains a lone surrogate"
 SPACE_MARK = "contains U+2581"
@@ -190,8 +191,8 @@ class Selection:
                 setting, end = ("val_path", "") if given else ("val_documents", ", or set tokenize.val_documents: null and "
                                                                "tokenize.val_fraction, which leaves such documents out")
                 sign = ", its sign for a space" if flaw == SPACE_MARK else ""
-                raise ValueError(f"tokenize.{setting}: expected documents that the tokenizer can reproduce, found that number "
-                                 f"{self._num_given}, {place}, {flaw}{sign}; replace the character or remove the document{end}")
+                raise UserError(f"tokenize.{setting}: expected documents that the tokenizer can reproduce, found that number "
+                                f"{self._num_given}, {place}, {flaw}{sign}; replace the character or remove the document{end}")
             self.keys["val"].add(key)
             return "val"
         split = given or split_of(digest, self.params.heldout_fraction or 0, self.params.val_fraction or 0)
@@ -257,7 +258,7 @@ def _jsonl(params: TokenizeParams) -> Source:
                 for file in find_files(Path(folder), params.pattern, f"tokenize.{key}_path")}
     files = [file for file in find_files(path, params.pattern) if file.resolve() not in separate]
     if not files:
-        raise ValueError(f"tokenize.path: expected files beside those of tokenize.val_path and tokenize.heldout_path, found none at {path}")
+        raise UserError(f"tokenize.path: expected files beside those of tokenize.val_path and tokenize.heldout_path, found none at {path}")
     sizes = _file_sizes(path, files)
     return Source(lambda: read_blocks(files), sum(sizes.values()), {"name": "jsonl", "file_bytes": sizes}, _given_tokenizer(params))
 
@@ -267,7 +268,7 @@ def _add_separate_files(source: Source, params: TokenizeParams) -> Source:
     files = {split: find_files(Path(path), params.pattern, f"tokenize.{split}_path") for split, path in params.separate_paths.items()}
     resolved = [{file.resolve() for file in each} for each in files.values()]
     if len(resolved) == 2 and (common := resolved[0] & resolved[1]):
-        raise ValueError(f"tokenize.heldout_path: expected other files than those of tokenize.val_path, found {min(common)} in both")
+        raise UserError(f"tokenize.heldout_path: expected other files than those of tokenize.val_path, found {min(common)} in both")
     sizes = {split: _file_sizes(Path(params.separate_paths[split]), each) for split, each in files.items()}
     return replace(source, separate=files, size_bytes=source.size_bytes + sum(sum(each.values()) for each in sizes.values()),
                    provenance=source.provenance | {"separate_file_bytes": sizes})

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from multiprocessing import get_context
 from pathlib import Path
 
+from lib.errors import UserError
 from lib.progress import track
 
 SEPARATE_MODULES = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo"}
@@ -37,19 +38,19 @@ def check_pins(requirements: Path, packages: Iterable[str]) -> dict[str, str]:
     try:
         text = requirements.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"tokenize.path: expected a requirements file with exact pins, found no file {requirements}") from None
+        raise UserError(f"tokenize.path: expected a requirements file with exact pins, found no file {requirements}") from None
     pins = {_canonical(name): version for name, version in PIN.findall(text)}
     for package in packages:
         if _canonical(package) not in pins:
-            raise ValueError(f"{requirements}: expected an exact pin {package}==VERSION for tokenize.packages, found none; "
-                             "without it the corpus would change with the installation")
+            raise UserError(f"{requirements}: expected an exact pin {package}==VERSION for tokenize.packages, found none; "
+                            "without it the corpus would change with the installation")
         try:
             installed = distribution(package).version
         except PackageNotFoundError:
             installed = "none"
         if installed != pins[_canonical(package)]:
-            raise ValueError(f"{requirements}: expected {package}=={pins[_canonical(package)]} to be installed, found {installed}; "
-                             f"run pip install -r {requirements}")
+            raise UserError(f"{requirements}: expected {package}=={pins[_canonical(package)]} to be installed, found {installed}; "
+                            f"run pip install -r {requirements}")
     return {package: pins[_canonical(package)] for package in packages}
 
 
@@ -77,7 +78,7 @@ def read_docstrings(file: Path) -> list[str]:
         try:
             module = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{file}: expected Python source, found {error}; leave its package out of tokenize.packages") from None
+            raise UserError(f"{file}: expected Python source, found {error}; leave its package out of tokenize.packages") from None
     return list(_visit(module))
 
 
@@ -101,7 +102,7 @@ def _standard_library_files() -> list[Path]:
 def _distribution_files(package: str) -> list[Path]:
     files = distribution(package).files
     if files is None:
-        raise ValueError(f"tokenize.packages: expected {package} to list its installed files, found no list; reinstall it with pip")
+        raise UserError(f"tokenize.packages: expected {package} to list its installed files, found no list; reinstall it with pip")
     return _sorted_sources({file.as_posix(): Path(str(file.locate())) for file in files})
 
 

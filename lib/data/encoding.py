@@ -20,6 +20,7 @@ from lib.data.resharding import write_shards
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.data.workers import map_in_order
+from lib.errors import UserError
 from lib.progress import Progress
 
 BYTES_PER_TOKEN_TOLERANCE = 1e-5  # one unit of the last digit that is published
@@ -98,11 +99,11 @@ def provide_tokenizer(params: TokenizeParams, source: Source | ShardSource, path
         return load_tokenizer(path)
     tokenizer = load_tokenizer(given)
     if tokenizer.vocab_size != params.vocab_size:
-        raise ValueError(f"tokenize.vocab_size: expected the {tokenizer.vocab_size} pieces of {given}, found {params.vocab_size}")
+        raise UserError(f"tokenize.vocab_size: expected the {tokenizer.vocab_size} pieces of {given}, found {params.vocab_size}")
     if tokenizer.case_transform != params.case_transform:
-        raise ValueError(f"tokenize.case_transform: expected {str(tokenizer.case_transform).lower()}, because {given} has "
-                         f"{'' if tokenizer.case_transform else 'not '}all case operators as user-defined pieces, found "
-                         f"{str(params.case_transform).lower()}; change it, or use another tokenizer")
+        raise UserError(f"tokenize.case_transform: expected {str(tokenizer.case_transform).lower()}, because {given} has "
+                        f"{'' if tokenizer.case_transform else 'not '}all case operators as user-defined pieces, found "
+                        f"{str(params.case_transform).lower()}; change it, or use another tokenizer")
     write_bytes(path, given.read_bytes())
     return tokenizer
 
@@ -147,9 +148,9 @@ def write_splits(params: TokenizeParams, source: Source | ShardSource, tokenizer
             progress.update(batch.size_bytes, documents=f"{num_documents:,}", tokens=f"{num_tokens:,}")
     for split in SPLITS:
         if not selection.keys[split]:
-            raise ValueError(f"tokenize: expected documents in every split, found none in {split} (kept {_sizes(selection)}; left out "
-                             f"{dict(selection.skipped)}); enlarge the corpus, raise the split's fraction, add to "
-                             "its file or lower min_document_bytes")
+            raise UserError(f"tokenize: expected documents in every split, found none in {split} (kept {_sizes(selection)}; left out "
+                            f"{dict(selection.skipped)}); enlarge the corpus, raise the split's fraction, add to "
+                            "its file or lower min_document_bytes")
     check_accounting(writers, tokenizer)
     return {
         "splits": {split: {**writers[split].close(), "distinct_documents": len(selection.keys[split]),
@@ -188,16 +189,16 @@ def _check_expectations(expect: ExpectParams, val: dict[str, Any]) -> None:
     for key, tolerance in (("documents", 0), ("bytes_per_token", BYTES_PER_TOKEN_TOLERANCE)):
         expected = getattr(expect, f"val_{key}")
         if expected is not None and abs(val[key] - expected) > tolerance:
-            raise ValueError(f"tokenize.expect.val_{key}: expected {expected}, found {val[key]}: not the validation documents or not the "
-                             "tokenizer that the number is known of; correct the section tokenize, or set the key to null")
+            raise UserError(f"tokenize.expect.val_{key}: expected {expected}, found {val[key]}: not the validation documents or not the "
+                            "tokenizer that the number is known of; correct the section tokenize, or set the key to null")
 
 
 def _check_document(document: EncodedDocument, split: str, tokenizer: Tokenizer) -> None:
     if tokenizer.lossless and (document.accounted_bytes != document.raw_bytes or not document.reproduced):
         found = f"{document.accounted_bytes} bytes" if document.reproduced else "another text"
-        raise ValueError("tokenize.tokenizer: expected tokens that stand for the text of every document, because the normalizer keeps it, "
-                         f"found {found} for the {split} document of {document.raw_bytes} bytes, {document.place}; give another tokenizer, "
-                         "or set it to null")
+        raise UserError("tokenize.tokenizer: expected tokens that stand for the text of every document, because the normalizer keeps it, "
+                        f"found {found} for the {split} document of {document.raw_bytes} bytes, {document.place}; give another tokenizer, "
+                        "or set it to null")
 
 
 def _training_texts(params: TokenizeParams, source: Source) -> Iterator[str]:

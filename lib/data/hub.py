@@ -15,6 +15,7 @@ from lib.artifacts.files import read_json
 from lib.data.config import HubParams
 from lib.data.hub_repository import Repository
 from lib.data.shards import Shards, sort_shards
+from lib.errors import UserError
 
 MANIFEST = "manifest.json"
 DOCUMENTS = "docs_selected.jsonl"
@@ -75,8 +76,8 @@ def download_dataset(params: HubParams) -> HubDataset:
         names = _shard_names(repository, folder, dataset)
         available = len(names["train"])
         if params.train_shards > available:
-            raise ValueError(f"tokenize.hub.train_shards: expected at most {available}, as many as {params.dataset} has in {repository}, "
-                             f"found {params.train_shards}")
+            raise UserError(f"tokenize.hub.train_shards: expected at most {available}, as many as {params.dataset} has in {repository}, "
+                            f"found {params.train_shards}")
         names["train"] = names["train"][:params.train_shards]
     paths = repository.fetch([model, *(name for part in names.values() for name in part)])
     shards = None
@@ -92,27 +93,27 @@ def _find_dataset(repository: Repository, name: str) -> tuple[PurePosixPath, _Da
     manifests = sorted((path for path in map(PurePosixPath, repository.files) if path.name == MANIFEST),
                        key=lambda path: (len(path.parts), path))
     if not manifests:
-        raise ValueError(f"tokenize.hub.repo: expected a repository with a {MANIFEST}, as the challenge's, found none in {repository}")
+        raise UserError(f"tokenize.hub.repo: expected a repository with a {MANIFEST}, as the challenge's, found none in {repository}")
     known: list[str] = []
     for path, local in repository.fetch(map(str, manifests)).items():
         try:
             manifest = _Manifest.model_validate(read_json(local))
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            raise ValueError(f"{path} of {repository}: expected datasets and tokenizers as in the challenge's manifest, found "
-                             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+            raise UserError(f"{path} of {repository}: expected datasets and tokenizers as in the challenge's manifest, found "
+                            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
         for dataset in manifest.datasets:
             if dataset.name == name:
                 return PurePosixPath(path).parent, dataset, {tokenizer.name: tokenizer for tokenizer in manifest.tokenizers}
         known += [dataset.name for dataset in manifest.datasets]
-    raise ValueError(f"tokenize.hub.dataset: expected one of {', '.join(known)}, which {repository} has, found {name}")
+    raise UserError(f"tokenize.hub.dataset: expected one of {', '.join(known)}, which {repository} has, found {name}")
 
 
 def _model_path(repository: Repository, folder: PurePosixPath, dataset: _Dataset, tokenizers: Mapping[str, _Tokenizer]) -> str:
     tokenizer = tokenizers.get(dataset.tokenizer_name)
     if tokenizer is None or tokenizer.model_path is None:
-        raise ValueError(f"tokenize.hub.dataset: expected a dataset with a SentencePiece model, found {dataset.name} with the tokenizer "
-                         f"{dataset.tokenizer_name}, for which the {MANIFEST} of {repository} names none")
+        raise UserError(f"tokenize.hub.dataset: expected a dataset with a SentencePiece model, found {dataset.name} with the tokenizer "
+                        f"{dataset.tokenizer_name}, for which the {MANIFEST} of {repository} names none")
     return _require(repository, str(folder / tokenizer.model_path), f"the tokenizer of {dataset.name}")
 
 
@@ -126,5 +127,5 @@ def _shard_names(repository: Repository, folder: PurePosixPath, dataset: _Datase
 
 def _require(repository: Repository, name: str, what: str) -> str:
     if name not in repository.files:
-        raise ValueError(f"{repository}: expected the file {name} ({what}), found none")
+        raise UserError(f"{repository}: expected the file {name} ({what}), found none")
     return name

@@ -1,34 +1,30 @@
-"""One commit of a dataset repository on the Hugging Face Hub: its files, downloaded to huggingface_hub's own cache and verified.
+"""One commit of a dataset repository on the Hugging Face Hub: its files, downloaded by huggingface_hub to its own cache, and verified.
 
-The cache is shared by all clones and programs; the environment variable HF_HOME moves it. A file grows beside its final place
-there, so that a download goes on where an earlier one stopped, whichever process that was. The package huggingface_hub is
-imported when a repository is opened, because no other source needs it.
+The cache is shared by all clones and programs; the environment variable HF_HOME moves it. huggingface_hub names files there by what the
+server says (checksum, commit), so that answers with other names are refused. The package is imported when a repository is opened, because
+no other source needs it.
 """
 
 import hashlib
 import importlib
-import io
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TypeVar
-
-from typing_extensions import Buffer
+from glob import escape
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
 
 from lib.artifacts.files import ArtifactError, read_json, write_json
+from lib.errors import UserError
 from lib.progress import Progress, say
 
-NUM_THREADS = 8  # one file each
-COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA1, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+MAX_FILES = 100_000  # of a repository, far beyond the challenge's
 HASH_BYTES = 1 << 20
-
-T = TypeVar("T")
-Report = Callable[[int], None]
-"""Told how many more bytes are done; raises when all work is to stop."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +57,25 @@ class Repository:
         revision: a commit, branch or tag. With a commit whose files are all in the cache, no network is needed.
 
     Raises:
-        ValueError: huggingface_hub is not installed, no such repository or revision, or no network.
+        UserError: huggingface_hub is not installed, no such repository or revision, no network, or a server that says what no hub says.
     """
 
     def __init__(self, repo: str, revision: str) -> None:
         try:
             self._hub = importlib.import_module("huggingface_hub")
         except ModuleNotFoundError:
-            raise ValueError("tokenize.source: expected the package huggingface_hub for source hub, found none; "
-                             "run pip install .[hub]") from None
+            raise UserError("tokenize.source: expected the package huggingface_hub for source hub, found none; "
+                            "run pip install .[hub]") from None
         for part in ("file_download", "hf_api", "utils"):  # the package loads its parts when they are asked for
             importlib.import_module(f"huggingface_hub.{part}")
-        self._hub.utils.disable_progress_bars()
+        if not sys.stderr.isatty():
+            self._hub.utils.disable_progress_bars()
+        self._hub.set_client_factory(self._make_client)
         self._repo = repo
         self.commit = revision
         with self._errors(f"revision {revision}"):
-            if not COMMIT.fullmatch(revision):
-                self.commit = self._hub.HfApi().dataset_info(repo, revision=revision).sha
+            if not SHA1.fullmatch(revision):
+                self.commit = _check(self._hub.HfApi().dataset_info(repo, revision=revision).sha, "sha", SHA1)
                 say(f"tokenize.hub.revision: {revision} is commit {self.commit} now; write that there to repeat this run, with or "
                     "without a network")
             self.files = self._list_files()
@@ -89,91 +87,51 @@ class Repository:
         """Local paths of files by their names in the repository, downloaded if need be, and verified.
 
         Raises:
-            ValueError: a file that is not there any more, or no network; what has been downloaded is kept.
+            UserError: a file that is not there any more, or no network; files that have been downloaded are kept.
             ArtifactError: files with another size or checksum than the hub states; they are deleted from the cache.
         """
         names = list(names)
-        paths = dict(zip(names, self._work_through(names, self._download, "download", self._num_present), strict=True))
-        found = dict(zip(names, self._work_through(names, lambda name, report: _measure(paths[name], self.files[name], report),
-                                                   "verify", lambda name: 0), strict=True))
-        if wrong := [name for name in names if found[name] != self.files[name]]:
-            for name in wrong:
-                paths[name].resolve().unlink(missing_ok=True)
-                paths[name].unlink(missing_ok=True)
-            problems = "\n".join(f"{name}: expected {self.files[name]}, found {found[name]}" for name in wrong)
-            raise ArtifactError(f"{self}: damaged files, now deleted from the cache; rerun to download them again\n{problems}")
-        return paths
+        paths = {name: path for name in names if (path := self._cached(name))}
+        if missing := [name for name in names if name not in paths]:
+            num_bytes = sum(self.files[name].size for name in missing)
+            say(f"tokenize.hub: {len(missing)} files of {num_bytes / 1e6:,.1f} MB to download")
+            with self._errors(f"the files {', '.join(missing)}"):
+                self._hub.snapshot_download(self._repo, repo_type="dataset", revision=self.commit,
+                                            allow_patterns=list(map(escape, missing)))
+            paths |= {name: path for name in missing if (path := self._cached(name))}
+        if missing := [name for name in names if name not in paths]:
+            raise UserError(f"{self}: expected the file {missing[0]}, which its listing names, found none")
+        wrong = []
+        with Progress("verify", sum(self.files[name].size for name in names), "B") as progress:
+            for name in names:
+                if (found := _measure(paths[name], self.files[name], progress)) != self.files[name]:
+                    wrong.append(f"{name}: expected {self.files[name]}, found {found}")
+                    paths[name].resolve().unlink(missing_ok=True)
+                    paths[name].unlink(missing_ok=True)
+        if wrong:
+            raise ArtifactError("\n".join([f"{self}: damaged files, now deleted from the cache; rerun to download them again", *wrong]))
+        return {name: paths[name] for name in names}
 
     def _list_files(self) -> dict[str, RemoteFile]:
         """The listing never changes, so it is kept for runs without a network."""
         folder = Path(self._hub.cached_assets_path("albatross", namespace=self._repo, subfolder="listings"))
         listing = folder / f"{self.commit}.json"
-        with self._hub.utils.WeakFileLock(listing.with_suffix(".lock")):
-            if not listing.exists():
-                entries = self._hub.HfApi().list_repo_tree(self._repo, recursive=True, revision=self.commit, repo_type="dataset")
-                files = (entry for entry in entries if isinstance(entry, self._hub.hf_api.RepoFile))
-                write_json(listing, {file.path: asdict(RemoteFile(file.size, "git-sha1", file.blob_id) if file.lfs is None else
-                                                       RemoteFile(file.lfs.size, "sha256", file.lfs.sha256)) for file in files})
+        if not listing.exists():
+            entries = self._hub.HfApi().list_repo_tree(self._repo, recursive=True, revision=self.commit, repo_type="dataset")
+            found = list(islice((entry for entry in entries if isinstance(entry, self._hub.hf_api.RepoFile)), MAX_FILES + 1))
+            if len(found) > MAX_FILES:
+                raise UserError(f"tokenize.hub.repo: expected at most {MAX_FILES:,} files, found more in {self}")
+            write_json(listing, {entry.path: asdict(_describe(entry)) for entry in found})
         return {name: RemoteFile(**values) for name, values in read_json(listing).items()}
-
-    def _download(self, name: str, report: Report) -> Path:
-        if (cached := self._cached(name)) is not None:
-            return cached
-        file, blob = self.files[name], self._blob(name)
-        lock = Path(self._hub.constants.HF_HUB_CACHE, ".locks", blob.parts[-3], f"{file.digest}.lock")  # huggingface_hub's own
-        for path in (blob, lock):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with self._errors(name):
-            with self._hub.utils.WeakFileLock(lock):
-                if not blob.exists():
-                    partial = _partial(blob)
-                    with _Growing(partial, report) as growing:
-                        if growing.tell() > file.size:
-                            growing.seek(0)
-                            growing.truncate()
-                        url = self._hub.hf_hub_url(self._repo, name, repo_type="dataset", revision=self.commit)
-                        headers = self._hub.utils.build_hf_headers() | {"Accept-Encoding": "identity"}
-                        self._hub.file_download.http_get(url, growing, resume_size=growing.tell(), headers=headers, expected_size=file.size)
-                    partial.replace(blob)
-            return Path(self._hub.hf_hub_download(self._repo, name, repo_type="dataset", revision=self.commit))  # names what is there
 
     def _cached(self, name: str) -> Path | None:
         cached = self._hub.try_to_load_from_cache(self._repo, name, repo_type="dataset", revision=self.commit)
         return Path(cached) if isinstance(cached, str) else None
 
-    def _blob(self, name: str) -> Path:
-        folder = self._hub.file_download.repo_folder_name(repo_id=self._repo, repo_type="dataset")
-        return Path(self._hub.constants.HF_HUB_CACHE, folder, "blobs", self.files[name].digest)
-
-    def _num_present(self, name: str) -> int:
-        blob = self._blob(name)
-        if self._cached(name) is not None or blob.exists():
-            return self.files[name].size
-        return _partial(blob).stat().st_size if _partial(blob).exists() else 0
-
-    def _work_through(self, names: list[str], work: Callable[[str, Report], T], description: str,
-                      num_done: Callable[[str], int]) -> list[T]:
-        """What `work` returns for each file, done in threads; the first error, or an interruption, stops all of them."""
-        lock, stop = threading.Lock(), threading.Event()
-        total, initial = (sum(map(count, names)) for count in (lambda name: self.files[name].size, num_done))
-        with (Progress(description, total, "B", enabled=initial < total, initial=initial) as progress,
-              ThreadPoolExecutor(NUM_THREADS, description) as pool):
-
-            def report(num_bytes: int) -> None:
-                if stop.is_set():
-                    raise _StoppedError
-                with lock:
-                    progress.update(num_bytes)
-
-            futures = [pool.submit(work, name, report) for name in names]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-        for future in done:  # an error there, before those of threads that were stopped for it
-            future.result()
-        return [future.result() for future in futures]
+    def _make_client(self) -> Any:
+        client = importlib.import_module("huggingface_hub.utils._http").default_client_factory()
+        client.event_hooks = {**client.event_hooks, "response": [*client.event_hooks["response"], _check_names]}
+        return client
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -182,52 +140,73 @@ class Repository:
         try:
             yield
         except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            raise ValueError(f"tokenize.hub.repo: expected a dataset repository that can be read, found none named {self._repo}; if it is "
-                             "private or gated, log in with `hf auth login`") from None
+            raise UserError(f"tokenize.hub.repo: expected a dataset repository that can be read, found none named {self._repo}; if it is "
+                            "private or gated, log in with `hf auth login`") from None
         except errors.RevisionNotFoundError:
-            raise ValueError(f"tokenize.hub.revision: expected a commit, branch or tag of {self._repo}, found none named "
-                             f"{self.commit}") from None
-        except errors.EntryNotFoundError:
-            raise ValueError(f"{self}: expected the file {what}, which its listing names, found none") from None
-        except (OSError, errors.HTTPError) as error:
-            raise ValueError(f"{self}: expected to get {what}, found: {error}; see to the network and to free space in "
-                             f"{self._hub.constants.HF_HUB_CACHE} (HF_HOME moves it), then rerun, what has arrived is kept; without a "
-                             "network, tokenize.hub.revision must be a commit that was downloaded before") from None
+            raise UserError(f"tokenize.hub.revision: expected a commit, branch or tag of {self._repo}, found none named "
+                            f"{self.commit}") from None
+        except errors.RemoteEntryNotFoundError as error:
+            url = unquote(str(error))
+            name = max((name for name in self.files if name in url), key=len, default=what)
+            raise UserError(f"{self}: expected the file {name}, which its listing names, found none") from None
+        except (OSError, errors.HTTPError, errors.IncompleteSnapshotError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self}: expected to get {what}, found: {reason}; see to the network and to free space in "
+                            f"{self._hub.constants.HF_HUB_CACHE} (HF_HOME moves it), then rerun, files that have arrived are kept; without "
+                            "a network, tokenize.hub.revision must be a commit that was downloaded before") from None
+        except UserError:
+            raise
+        except Exception as error:  # answers that the package cannot read
+            raise UserError(f"{self}: expected a server that speaks the Hugging Face Hub's protocol, found answers that do not "
+                            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); see to HF_ENDPOINT") from None
 
 
-class _StoppedError(Exception):
-    """Ends work in a thread after an error in another."""
+def _describe(entry: Any) -> RemoteFile:
+    """What an entry of a listing states; raises UserError where its path leads out of the repository."""
+    path = PurePosixPath(entry.path)
+    if path.is_absolute() or ".." in path.parts or str(path) != entry.path or "\\" in entry.path or not entry.path.isprintable():
+        raise UserError(f"tokenize.hub.repo: expected paths inside the repository, found {entry.path!r} in its listing")
+    if entry.lfs is None:
+        return RemoteFile(entry.size, "git-sha1", entry.blob_id)
+    return RemoteFile(entry.lfs.size, "sha256", entry.lfs.sha256)
 
 
-class _Growing(io.BufferedWriter):
-    """A file that is appended to, and reports how it grows."""
+def _check_names(response: Any) -> None:
+    """A hook that sees every answer before huggingface_hub does: what it will name files by must be checksums.
 
-    def __init__(self, path: Path, report: Report) -> None:
-        super().__init__(io.FileIO(path, "a"))
-        self._report = report
+    It takes them from the headers of a HEAD, and from listings.
 
-    def write(self, content: Buffer) -> int:
-        self._report(memoryview(content).nbytes)
-        return super().write(content)
+    Raises:
+        UserError: something else is there.
+    """
+    if response.status_code >= 400:
+        return
+    if response.request.method == "HEAD":
+        etag = "X-Linked-Etag" if "X-Linked-Etag" in response.headers else "ETag"
+        for header, forms in ((etag, (SHA256, SHA1)), ("X-Repo-Commit", (SHA1,))):
+            if header in response.headers:
+                _check(response.headers[header].removeprefix("W/").strip('"'), header, *forms)
+    elif "/tree/" in response.request.url.path:
+        response.read()
+        for entry in response.json():
+            _check(entry["oid"], "oid", SHA1)
+            if lfs := entry.get("lfs"):
+                _check(lfs["oid"], "lfs.oid", SHA256)
 
-    def truncate(self, size: int | None = None) -> int:
-        """Cut off at the current position, as when the server starts from the beginning again."""
-        position = self.tell()
-        self._report(position - self.seek(0, io.SEEK_END))
-        self.seek(position)
-        return super().truncate(size)
+
+def _check(value: Any, what: str, *forms: re.Pattern[str]) -> str:
+    if not isinstance(value, str) or not any(form.fullmatch(value) for form in forms):
+        raise UserError(f"tokenize.hub.repo: expected a checksum in hexadecimal digits as {what}, found {str(value)[:80]!r}; the server is "
+                        "no Hugging Face Hub")
+    return value
 
 
-def _partial(blob: Path) -> Path:
-    return blob.with_name(f"{blob.name}.incomplete")
-
-
-def _measure(path: Path, stated: RemoteFile, report: Report) -> RemoteFile:
+def _measure(path: Path, stated: RemoteFile, progress: Progress) -> RemoteFile:
     """Size and digest of a local file."""
     size = path.stat().st_size
     digest = hashlib.sha256() if stated.algorithm == "sha256" else hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(HASH_BYTES):
             digest.update(chunk)
-            report(len(chunk))
+            progress.update(len(chunk))
     return RemoteFile(size, stated.algorithm, digest.hexdigest())

@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 import zstandard
 
+from lib.errors import UserError
+
 CHUNK_BYTES = 1 << 16  # read from a file at a time
 BLOCK_BYTES = 1 << 20  # of lines that are parsed together
 MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`; memory is touched only as far as the content goes
@@ -55,13 +57,13 @@ def find_files(path: Path, pattern: str, key: str = "tokenize.path") -> list[Pat
         ValueError: nothing there, or a file that is neither ``.jsonl`` nor compressed in a known way.
     """
     if not path.exists():
-        raise ValueError(f"{key}: expected a file or folder, found nothing at {path}; correct it, or put the file there")
+        raise UserError(f"{key}: expected a file or folder, found nothing at {path}; correct it, or put the file there")
     files = [path] if path.is_file() else sorted(file for file in path.glob(pattern) if file.is_file())
     if not files:
-        raise ValueError(f"tokenize.pattern: expected files that match {pattern!r} inside {path}, found none")
+        raise UserError(f"tokenize.pattern: expected files that match {pattern!r} inside {path}, found none")
     for file in files:
         if file.suffix not in READERS:
-            raise ValueError(f"{file}: expected a name that ends in {', '.join(READERS)}; convert it, or change {key} or tokenize.pattern")
+            raise UserError(f"{file}: expected a name that ends in {', '.join(READERS)}; convert it, or change {key} or tokenize.pattern")
     return files
 
 
@@ -79,7 +81,7 @@ def read_blocks(files: Iterable[Path]) -> Iterator[Block]:
                     yield Block(path, number, lines, file.tell() - position)
                     number, position = number + lines.count(b"\n"), file.tell()
             except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-                raise ValueError(f"{path}: damaged or truncated ({error}); fetch or compress it again") from None
+                raise UserError(f"{path}: damaged or truncated ({error}); fetch or compress it again") from None
 
 
 def _cut(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -103,11 +105,11 @@ def _parse(path: Path, number: int, line: bytes) -> str:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path}, line {number}: expected a JSON object in UTF-8 ({problem}), found {line[:60]!r}; correct or remove the "
-                         "line") from None
+        raise UserError(f"{path}, line {number}: expected a JSON object in UTF-8 ({problem}), found {line[:60]!r}; correct or remove the "
+                        "line") from None
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-        raise ValueError(f"{path}, line {number}: expected an object with a string \"text\", found {line[:60]!r}; correct or remove "
-                         "the line")
+        raise UserError(f"{path}, line {number}: expected an object with a string \"text\", found {line[:60]!r}; correct or remove "
+                        "the line")
     text: str = document["text"]
     return text
 

@@ -18,6 +18,7 @@ import torch
 from lib.artifacts.tokens import Split
 from lib.data.rows import count_rows
 from lib.distributed import SINGLE_CPU, Process
+from lib.errors import UserError
 
 Int64s = npt.NDArray[np.int64]
 
@@ -71,9 +72,9 @@ class Loader:
         self._epochs: dict[int, tuple[Int64s, int]] = {}
         if self._rows.num_rows < num_sequences:
             longest = max(map(len, split.shards), default=0)
-            raise ValueError(f"{split.folder}: expected at least train.batch_sequences = {num_sequences} sequences of "
-                             f"train.sequence_tokens = {sequence_tokens} tokens, found {self._rows.num_rows} in {split.num_tokens} tokens "
-                             f"({longest} in the longest shard); make the batch or the sequences smaller, or the corpus larger")
+            raise UserError(f"{split.folder}: expected at least train.batch_sequences = {num_sequences} sequences of "
+                            f"train.sequence_tokens = {sequence_tokens} tokens, found {self._rows.num_rows} in {split.num_tokens} tokens "
+                            f"({longest} in the longest shard); make the batch or the sequences smaller, or the corpus larger")
         self._stride = coprime_stride(self._rows.num_rows)
 
     @property
@@ -150,8 +151,8 @@ def sample_sequences(split: Split, num_sequences: int, sequence_tokens: int, see
     """
     rows = _Rows(split, sequence_tokens)
     if rows.num_rows < num_sequences:
-        raise ValueError(f"{split.folder}: expected at least {num_sequences} distinct sequences of {sequence_tokens} tokens, found "
-                         f"{rows.num_rows} in {split.num_tokens} tokens; ask for fewer, or enlarge the corpus")
+        raise UserError(f"{split.folder}: expected at least {num_sequences} distinct sequences of {sequence_tokens} tokens, found "
+                        f"{rows.num_rows} in {split.num_tokens} tokens; ask for fewer, or enlarge the corpus")
     generator = np.random.default_rng(seed)
     phases = generator.integers(rows.num_phases)
     bounds = np.arange(num_sequences + 1) * rows.num_rows // num_sequences

@@ -24,6 +24,7 @@ from lib.data.roundtrip import Outcome, reencode, too_many_changed
 from lib.data.shards import Shards, Stream
 from lib.data.tokenizer import Tokenizer
 from lib.data.workers import map_in_order
+from lib.errors import UserError
 from lib.progress import Progress
 
 SEGMENT_TOKENS = 1 << 22  # one task of a process: seconds
@@ -176,8 +177,8 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
     distinct = {split: np.unique(np.concatenate(keys[split])) for split in SPLITS}
     for split in SPLITS:
         if not len(distinct[split]):
-            raise ValueError(f"tokenize: expected documents in every split, found none in {split} (left out: {dict(skipped)}); "
-                             "take more shards, or raise tokenize.heldout_fraction")
+            raise UserError(f"tokenize: expected documents in every split, found none in {split} (left out: {dict(skipped)}); "
+                            "take more shards, or raise tokenize.heldout_fraction")
     check_accounting(writers, tokenizer)
     return {
         "splits": {split: {**writers[split].close(), "distinct_documents": len(distinct[split]), "reproduced_documents": None}

@@ -13,6 +13,7 @@ import numpy as np
 
 from lib.artifacts.files import ArtifactError, sha256_of
 from lib.artifacts.tokens import HEADER_BYTES, HEADER_INT32S, MAGIC, VERSION, Tokens
+from lib.errors import UserError
 
 SHARD_NAME = re.compile(r"(?P<dataset>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
 """Not of files that some datasets have beside the shards, as ``x_val_bytes_000000.bin``."""
@@ -38,7 +39,7 @@ def find_shards(folder: Path) -> Shards:
         ArtifactError: a shard that ``SHA256SUMS`` does not list, or that was altered.
     """
     if not folder.is_dir():
-        raise ValueError(f"tokenize.path: expected a folder of published shards, found none at {folder}")
+        raise UserError(f"tokenize.path: expected a folder of published shards, found none at {folder}")
     sorted_names = sort_shards((path.name for path in folder.iterdir()), str(folder))
     shards = Shards(*(tuple(folder / name for name in sorted_names[split]) for split in ("train", "val")))
     sums = folder / SUMS_FILE
@@ -64,14 +65,14 @@ def sort_shards(names: Iterable[str], where: str) -> dict[str, list[str]]:
             found[match["split"]][int(match["number"])] = name
             datasets.add(match["dataset"])
     if len(datasets) > 1:
-        raise ValueError(f"{where}: expected the shards of one dataset, found {', '.join(sorted(datasets))}; give each a folder of its own")
+        raise UserError(f"{where}: expected the shards of one dataset, found {', '.join(sorted(datasets))}; give each a folder of its own")
     for split, by_number in found.items():
         if not by_number:
-            raise ValueError(f"{where}: expected shards named *_{split}_000000.bin and so on, found none; the published dataset has them")
+            raise UserError(f"{where}: expected shards named *_{split}_000000.bin and so on, found none; the published dataset has them")
         for number in range(min(by_number), max(by_number)):
             if number not in by_number:
-                raise ValueError(f"{where}: expected {split} shard number {number} between {by_number[min(by_number)]} and "
-                                 f"{by_number[max(by_number)]}, found none; documents go on from shard to shard, so fetch it")
+                raise UserError(f"{where}: expected {split} shard number {number} between {by_number[min(by_number)]} and "
+                                f"{by_number[max(by_number)]}, found none; documents go on from shard to shard, so fetch it")
     return {split: [by_number[number] for number in sorted(by_number)] for split, by_number in found.items()}
 
 

@@ -9,6 +9,7 @@ from sentencepiece import SentencePieceTrainer
 
 from lib.data.case import encode_case
 from lib.data.tokenizer import OPERATORS, SPACE
+from lib.errors import UserError
 from lib.progress import Progress, say
 
 CHARACTER_COVERAGE = 0.995
@@ -49,7 +50,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: i
             if size >= training_bytes:
                 break
     if not sample:
-        raise ValueError("tokenize: expected training documents for the tokenizer, found none; enlarge the corpus")
+        raise UserError("tokenize: expected training documents for the tokenizer, found none; enlarge the corpus")
     say(f"train a tokenizer of {vocab_size} pieces on {size:,} bytes")
     options: dict[str, Any] = {}
     if num_spaces <= 2 * (1 - CHARACTER_COVERAGE) * num_characters:  # more would be among the characters that are covered
@@ -63,8 +64,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: i
             max_sentence_length=MAX_DOCUMENT_BYTES, num_threads=1, minloglevel=2,
             user_defined_symbols=list(OPERATORS) if case_transform else [], **options)
     except RuntimeError as error:
-        raise ValueError(f"tokenize.vocab_size: expected {_expected_size(str(error))}, found {vocab_size} for {size} bytes of training "
-                         "documents; change it, or use other documents or more of them (tokenize.tokenizer_training_bytes)") from None
+        raise UserError(f"tokenize.vocab_size: expected {_expected_size(str(error))}, found {vocab_size} for {size} bytes of training "
+                        "documents; change it, or use other documents or more of them (tokenize.tokenizer_training_bytes)") from None
     return model.getvalue()
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lib.errors import UserError
+
 
 class Score(NamedTuple):
     """The score of a token stream.
@@ -35,8 +37,8 @@ def make_score(nats: npt.NDArray[np.float32], target_bytes: npt.NDArray[np.int64
     """
     num_bytes = int(target_bytes.sum())
     if nats.shape != target_bytes.shape or num_bytes < 1:
-        raise ValueError(f"expected as many losses as targets and at least one byte, found {nats.shape} losses, "
-                         f"{target_bytes.shape} targets, {num_bytes} bytes")
+        raise UserError(f"expected as many losses as targets and at least one byte, found {nats.shape} losses, "
+                        f"{target_bytes.shape} targets, {num_bytes} bytes")
     total = float(nats.sum(dtype=np.float64))
     return Score(total / len(nats), total / math.log(2) / num_bytes, len(nats), num_bytes)
 
@@ -65,5 +67,5 @@ def check_bytes(target_bytes: npt.NDArray[np.int64], accounted_bytes: int, where
         ValueError: they differ: tokenizer and shards do not belong together, or the byte accounting is wrong.
     """
     if (found := int(target_bytes.sum())) != accounted_bytes:
-        raise ValueError(f"{where}: expected {accounted_bytes:,} bytes of text, found {found:,} with this tokenizer; "
-                         "`dvc repro -f tokenize` makes shards and tokenizer anew")
+        raise UserError(f"{where}: expected {accounted_bytes:,} bytes of text, found {found:,} with this tokenizer; "
+                        "`dvc repro -f tokenize` makes shards and tokenizer anew")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lib.artifacts.tokens import Split
 from lib.data.tokenizer import Tokenizer
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.evaluation.bpb import make_score
 from lib.model.gpt import GPT
 from lib.progress import Progress
@@ -61,8 +62,8 @@ def compare_heldout(model: GPT, reference: GPT, split: Split, tokenizer: Tokeniz
     tokens = split.tokens()
     available = (len(tokens) - 1) // window_tokens
     if available < 1:
-        raise ValueError(f"{split.folder}: expected at least {window_tokens + 1} held-out tokens, found {len(tokens)}; "
-                         "raise tokenize.heldout_fraction or enlarge the corpus")
+        raise UserError(f"{split.folder}: expected at least {window_tokens + 1} held-out tokens, found {len(tokens)}; "
+                        "raise tokenize.heldout_fraction or enlarge the corpus")
     num_windows = min(available, max(1, max_tokens // window_tokens))
     starts = np.arange(num_windows) * available // num_windows * window_tokens
     rows = torch.from_numpy(np.stack([tokens[start:start + window_tokens + 1] for start in starts]).astype(np.int64))  # (N, T+1)

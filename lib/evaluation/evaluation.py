@@ -5,7 +5,7 @@ Shapes: N targets.
 
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from lib.evaluation.limit import TimeLimit, TimeLimitError
 from lib.evaluation.lora import LowRankAdapters
 from lib.evaluation.score import Forward, load_stream
 from lib.evaluation.sheet import Losses, ScoreSheet
+from lib.evaluation.state import describe_state, differing
 from lib.evaluation.strategies import STRATEGIES
 from lib.evaluation.tables import context_table, document_table
 from lib.evaluation.trainable import describe_groups, match_groups
@@ -70,6 +71,8 @@ class Outcome(NamedTuple):
         figures: what the strategy itself reports.
         seconds: time of all, and of its phases by name.
         last: (V,) log-probabilities that the last target was scored from; only where they were asked for.
+        trained: whether weights of the model were others at the end than at the beginning; they have been put back.
+        left_behind: what else of the model differs from before: buffers, hooks, gradients, attributes, by name.
     """
 
     nats: Losses
@@ -78,6 +81,8 @@ class Outcome(NamedTuple):
     figures: dict[str, float]
     seconds: dict[str, float]
     last: Losses | None
+    trained: bool = False
+    left_behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,14 +158,9 @@ def evaluate(model: GPT, text: Text, params: EvaluateParams, *, process: Process
         ValueError: a trainable group or a kind of layer that matches nothing.
     """
     _describe(model, params, process)
-    stream, forward = load_stream(text.tokens, process.device), Forward(model, params.precision, compiled=params.compile)
     evaluation = Evaluation(params, text)
-    known: list[tuple[Windows, ScoreSheet]] = []
-    documents: ScoreSheet | None = None  # of the strategy that scores every document as the first phase of `phased` does
     with limit.plan(sum(STRATEGIES[name].work(text.documents, params) for name in params.strategies)):
-        for name in (name for name in STRATEGIES if name in params.strategies):  # plain before sliding, which takes over its windows
-            sheet = ScoreSheet(len(stream) - 1, process.device)
-            job = Job(forward, stream, text.documents, params, process, limit, sheet, known, documents)
+        for name, job in make_jobs(model, text, params, params.strategies, process=process, limit=limit):
             try:
                 evaluation.outcomes[name] = run_strategy(name, job)
             except TimeLimitError:
@@ -168,10 +168,24 @@ def evaluate(model: GPT, text: Text, params: EvaluateParams, *, process: Process
                 if process.is_main:
                     keep(evaluation.curves() | {name: running_bpb(nats[scored], text.target_bytes[scored], CURVE_POINTS)})
                 raise
-            if windows := STRATEGIES[name].windows:
-                known.append((windows(job.num_targets, params), job.sheet))
-            documents = job.sheet if name == "lora" else documents
     return evaluation
+
+
+def make_jobs(model: GPT, text: Text, params: EvaluateParams, names: Collection[StrategyName], *, process: Process,
+              limit: TimeLimit) -> Iterator[tuple[StrategyName, Job]]:
+    """The jobs of some strategies on one text, in the order of `STRATEGIES`; each must have run when the next one is asked for.
+
+    Later jobs know what earlier ones have scored with the artifact's own weights.
+    """
+    stream, forward = load_stream(text.tokens, process.device), Forward(model, params.precision, compiled=params.compile)
+    known: list[tuple[Windows, ScoreSheet]] = []
+    documents: ScoreSheet | None = None  # of the strategy that scores every document as the first phase of `phased` does
+    for name in (name for name in STRATEGIES if name in names):  # plain before sliding, which takes over its windows
+        job = Job(forward, stream, text.documents, params, process, limit, ScoreSheet(len(stream) - 1, process.device), known, documents)
+        yield name, job
+        if windows := STRATEGIES[name].windows:
+            known.append((windows(job.num_targets, params), job.sheet))
+        documents = job.sheet if name == "lora" else documents
 
 
 def run_strategy(name: StrategyName, job: Job) -> Outcome:
@@ -181,12 +195,14 @@ def run_strategy(name: StrategyName, job: Job) -> Outcome:
         TimeLimitError: ``evaluate.limit_seconds`` has passed.
         RuntimeError: a target was not scored, or more than once.
     """
-    with _restored(job.forward.model), job.limit.timed() as seconds:
+    before = describe_state(job.forward.model)
+    with restored(job.forward.model) as trained, job.limit.timed() as seconds:
         STRATEGIES[name].run(job)
+    left_behind = differing(before, describe_state(job.forward.model))
     job.limit.check()
     nats, context = job.sheet.collect(job.process)
     last = job.sheet.collect_last(job.process) if job.sheet.wants_last else None
-    return Outcome(nats, context, job.sheet.ledger.events, job.figures, seconds, last)
+    return Outcome(nats, context, job.sheet.ledger.events, job.figures, seconds, last, any(trained), left_behind)
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -197,14 +213,18 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[list[str]]:
+    """Put the weights of a model back at the end; the list then names those that had changed."""
     before: dict[str, Tensor] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    changed: list[str] = []
     try:
-        yield
+        yield changed
     finally:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(before[name])
+                if not torch.equal(parameter, before[name]):
+                    changed.append(name)
+                    parameter.copy_(before[name])
 
 
 def _describe(model: GPT, params: EvaluateParams, process: Process) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.model.compilation import compile_seconds
 from lib.progress import Progress, say
 
@@ -13,7 +14,7 @@ WARNING_FROM = 0.02  # fraction of the work from which on a projection is worth 
 RESERVE = 0.03  # fraction of the limit that `affordable` leaves unused
 
 
-class TimeLimitError(RuntimeError):
+class TimeLimitError(UserError):
     """The evaluation took longer than ``evaluate.limit_seconds``."""
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.evaluation.adapter import BACKWARD_WORK, frozen
 from lib.evaluation.config import LoraParams
 from lib.evaluation.job import Job
@@ -37,7 +38,7 @@ def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple
     for layer in layers:
         names = [name for name, _ in model.named_modules() if name.rsplit(".", maxsplit=1)[-1] == layer]
         if not names:
-            raise ValueError(f"evaluate.lora.layers: {layer}: the model has no such layer")
+            raise UserError(f"evaluate.lora.layers: {layer}: the model has no such layer")
         for name in names:
             module = model.get_submodule(name)
             assert isinstance(module, Linear | TiedHead)
@@ -187,11 +188,12 @@ class DocumentScorer:
         return rows, (begin + inputs).where(inputs < length, num_targets)
 
     def _write_last(self, documents: Documents, rows: Tensor, start: int, first: int, end: int) -> None:
-        position = int(documents.length[documents.start == self._job.documents.start[-1]].sum()) - 1  # of the stream's last target
-        if self._job.sheet.wants_last and first <= position < end:
-            row = int(np.flatnonzero(documents.start == self._job.documents.start[-1])[0])
-            with torch.no_grad():
-                self._job.sheet.write_last(self._job.forward.log_probabilities(rows, position - start)[row])
+        if (wanted := self._job.sheet.wanted) is None:
+            return
+        for row in np.flatnonzero((documents.start <= wanted) & (wanted < documents.start + documents.length)).tolist():
+            if first <= (position := wanted - int(documents.start[row])) < end:
+                with torch.no_grad():
+                    self._job.sheet.write_last(self._job.forward.log_probabilities(rows, position - start)[row])
 
 
 def document_work(documents: Documents, settings: LoraParams) -> int:

@@ -133,8 +133,10 @@ class Scorer:
         scored = slice(length - num_scored, length)
         nats = self._forward(rows, scored, batch.attention_tokens, repeats=repeats)  # (B, P)
         self._sheet.write(self._targets(start + scored.start, num_scored), nats, torch.arange(scored.start, length, device=start.device))
-        if self._sheet.wants_last and int(batch.end[-1]) == self._sheet.num_targets:
-            self._sheet.write_last(self._forward.log_probabilities(rows[-1:], length - 1, batch.attention_tokens)[0])
+        if (wanted := self._sheet.wanted) is not None:
+            for row in np.flatnonzero((batch.first_scored <= wanted) & (wanted < batch.end)).tolist():
+                position = wanted - int(batch.start[row])
+                self._sheet.write_last(self._forward.log_probabilities(rows[row:row + 1], position, batch.attention_tokens)[0])
 
     def _targets(self, first: Tensor, num_scored: int) -> Tensor:
         return first[:, None] + torch.arange(num_scored, device=first.device)  # (B, P)

@@ -23,18 +23,24 @@ class ScoreSheet:
         num_targets: N.
         device: where the losses are computed.
         wants_last: whether who scores target N - 1 shall also call `write_last`; the audit compares the two.
+        wanted: the target whose distribution shall be written with `write_last` instead of the last one's.
 
     Attributes:
         ledger: what was scored and trained on.
-        wants_last: as given.
+        wanted: target whose distribution shall be written; None for none.
     """
 
-    def __init__(self, num_targets: int, device: torch.device, *, wants_last: bool = False) -> None:
-        self.num_targets, self.ledger, self.wants_last = num_targets, Ledger(), wants_last
+    def __init__(self, num_targets: int, device: torch.device, *, wants_last: bool = False, wanted: int | None = None) -> None:
+        self.num_targets, self.ledger, self.wanted = num_targets, Ledger(), num_targets - 1 if wants_last else wanted
         self._nats = torch.zeros(num_targets + 1, device=device)  # the last place is for what is not wanted
         self._context = torch.zeros(num_targets + 1, device=device, dtype=torch.int32)
         self._counts = torch.zeros(num_targets + 1, device=device, dtype=torch.int32)
         self._last: Tensor | None = None
+
+    @property
+    def wants_last(self) -> bool:
+        """Whether somebody shall call `write_last`."""
+        return self.wanted is not None
 
     def write(self, targets: Tensor, nats: Tensor, context: Tensor) -> None:
         """Write losses.
@@ -49,7 +55,7 @@ class ScoreSheet:
         self._counts.index_put_((targets,), torch.ones_like(targets, dtype=torch.int32), accumulate=True)
 
     def write_last(self, log_probabilities: Tensor) -> None:
-        """The distribution (V,) that the last target was scored with."""
+        """The distribution (V,) that the wanted target, the last one as a rule, was scored with."""
         self._last = log_probabilities.float()
 
     def copy(self, targets: Tensor, other: "ScoreSheet") -> None:
@@ -72,6 +78,10 @@ class ScoreSheet:
             raise RuntimeError(f"expected every target to be scored exactly once; {wrong} were not, "
                                f"the first is target {first}, scored {int(counts[first])} times")
         return process.sum(self._nats[:-1].clone()).cpu().numpy(), process.sum(self._context[:-1].clone()).cpu().numpy()
+
+    def num_scored(self, end: int, process: Process) -> int:
+        """How many of the first `end` targets have been scored, in all processes together."""
+        return int(process.sum(self._counts[:end].sum()))
 
     def collect_unfinished(self, process: Process) -> tuple[Losses, npt.NDArray[np.bool_]]:
         """What there is: (N,) fp32 nats, and which targets were scored."""

@@ -26,6 +26,8 @@ class Strategy(NamedTuple):
         trains: the settings of the adaptation of the model's own parameters.
         transductive: whether it trains on text before scoring it, so that its score is not a legal one.
         isolates_documents: whether no document's score depends on another document; the audit checks it.
+        chunk_tokens: targets that are scored between two changes of what they are scored with, at most: the weights, an adapter,
+            or for strategies that change nothing the window. The audit chooses its places by it.
     """
 
     run: Callable[[Job], None]
@@ -34,13 +36,16 @@ class Strategy(NamedTuple):
     trains: Callable[[EvaluateParams], tuple[AdaptationParams, ...]] = lambda _: ()
     transductive: bool = False
     isolates_documents: bool = False
+    chunk_tokens: Callable[[EvaluateParams], int] = lambda params: params.window_tokens
 
 
-def _fixed(windows: Callable[[int, EvaluateParams], Windows]) -> Strategy:
+def _fixed(windows: Callable[[int, EvaluateParams], Windows],
+           chunk_tokens: Callable[[EvaluateParams], int] = lambda params: params.window_tokens) -> Strategy:
     def run(job: Job) -> None:
         with job.limit.phase("scoring"):
             job.score_known(windows(job.num_targets, job.params))
-    return Strategy(run, lambda documents, params: windows(_num_targets(documents), params).work, windows)
+    return Strategy(run, lambda documents, params: windows(_num_targets(documents), params).work, windows,
+                    chunk_tokens=chunk_tokens)
 
 
 def _num_targets(documents: Documents) -> int:
@@ -175,9 +180,11 @@ def _note_epochs(job: Job, num_epochs: int, num_parts: int) -> None:
 STRATEGIES: dict[StrategyName, Strategy] = {
     "plain": _fixed(_plain),
     "sliding": _fixed(_sliding),
-    "one_pass": _fixed(_one_pass),
-    "score_first": Strategy(_score_first, _score_first_work, trains=lambda params: (params.score_first,)),
-    "lora": Strategy(_lora, lambda documents, params: document_work(documents, params.lora), isolates_documents=True),
-    "phased": Strategy(_phased, _phased_work, trains=lambda params: (params.phased,)),
+    "one_pass": _fixed(_one_pass, lambda params: params.segment_tokens),
+    "score_first": Strategy(_score_first, _score_first_work, trains=lambda params: (params.score_first,),
+                            chunk_tokens=lambda params: params.score_first.chunk_tokens),
+    "lora": Strategy(_lora, lambda documents, params: document_work(documents, params.lora), isolates_documents=True,
+                     chunk_tokens=lambda params: params.lora.chunk_tokens),
+    "phased": Strategy(_phased, _phased_work, trains=lambda params: (params.phased,), chunk_tokens=lambda params: params.lora.chunk_tokens),
     "two_phase": Strategy(_two_phase, _two_phase_work, trains=_two_phase_settings, transductive=True),
 }

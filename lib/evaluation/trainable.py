@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from lib.errors import UserError
+
 GROUPS = {  # name -> pattern of whole parameter names
     "scales": r".*scale.*",  # pr585: whatever is called a scale: of blocks, bigram and value embedding
     "block_scales": r"blocks\.\d+\.(attention|mlp)_scale",  # pr410
@@ -42,7 +44,7 @@ def match_groups(groups: Iterable[str], sizes: Mapping[str, int]) -> dict[str, l
     members = {}
     for group in groups:
         if not is_group(group):
-            raise ValueError(f"trainable group {group}: expected one of {', '.join(GROUP_NAMES)}")
+            raise UserError(f"trainable group {group}: expected one of {', '.join(GROUP_NAMES)}")
         if last := LAST_BLOCKS.fullmatch(group):
             blocks = tuple(f"blocks.{block}." for block in range(num_blocks - int(last[1]), num_blocks))
             members[group] = [name for name in sizes if name.startswith(blocks)] if int(last[1]) <= num_blocks else []
@@ -50,8 +52,8 @@ def match_groups(groups: Iterable[str], sizes: Mapping[str, int]) -> dict[str, l
             members[group] = [name for name in sizes if re.fullmatch(GROUPS[group], name)]
         if not members[group]:
             available = [name for name in GROUPS if any(re.fullmatch(GROUPS[name], parameter) for parameter in sizes)]
-            raise ValueError(f"trainable group {group}: matches no parameter of this model, which has {num_blocks} blocks and "
-                             f"the groups {', '.join(available)}")
+            raise UserError(f"trainable group {group}: matches no parameter of this model, which has {num_blocks} blocks and "
+                            f"the groups {', '.join(available)}")
     return members
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lib.errors import UserError
+
 Integers = npt.NDArray[np.int64]
 
 
@@ -64,9 +66,9 @@ def sliding_windows(end: int, window_tokens: int, stride_tokens: int, *, first: 
         ValueError: no targets, or a stride outside 1 .. W.
     """
     if not 0 <= first < end:
-        raise ValueError(f"expected at least one target to score, found {first} to {end - 1}")
+        raise UserError(f"expected at least one target to score, found {first} to {end - 1}")
     if not 1 <= stride_tokens <= window_tokens:
-        raise ValueError(f"stride_tokens: expected 1 to window_tokens {window_tokens}, found {stride_tokens}")
+        raise UserError(f"stride_tokens: expected 1 to window_tokens {window_tokens}, found {stride_tokens}")
     head = [0] if first == 0 else []
     begin = first or min(window_tokens, end)  # of what windows of S targets score
     first_scored = np.concatenate([np.array(head, np.int64), np.arange(begin, end, stride_tokens, dtype=np.int64)])
@@ -140,6 +142,6 @@ def find_documents(tokens: npt.NDArray[np.uint16], bos_id: int) -> Documents:
         ValueError: fewer than two tokens, or a stream that does not start with BOS.
     """
     if len(tokens) < 2 or tokens[0] != bos_id:
-        raise ValueError(f"expected at least two tokens, the first of them BOS {bos_id}, found {tokens[:2].tolist()}")
+        raise UserError(f"expected at least two tokens, the first of them BOS {bos_id}, found {tokens[:2].tolist()}")
     start = np.flatnonzero(tokens[:-1] == bos_id).astype(np.int64)
     return Documents(start, np.diff(start, append=len(tokens) - 1))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from lib.compression.bundle import code_bytes
 from lib.compression.config import CompressParams
+from lib.errors import UserError
 from lib.model.config import ModelParams
 from lib.quantization.config import FREE, QuantizeParams
 
 
-class ForecastError(ValueError):
+class ForecastError(UserError):
     """An artifact that will not meet its limit; the message has the key, the forecast and what would fit."""
 
 

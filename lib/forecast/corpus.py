@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lib.data.rows import count_rows
+from lib.errors import UserError
 from lib.params import load_params
 from lib.quantization.config import CalibrateParams
 from lib.training.config import TrainParams
@@ -18,7 +19,7 @@ def check_corpus(splits: Mapping[str, Mapping[str, Any]]) -> None:
         splits: by name, what `SplitWriter.close` returns.
 
     Raises:
-        ValueError: too few sequences or tokens; all shortages in one message.
+        UserError: too few sequences or tokens; all shortages in one message.
     """
     train, calibrate = load_params("train", TrainParams), load_params("calibrate", CalibrateParams)
     length = train.sequence_tokens
@@ -32,5 +33,5 @@ def check_corpus(splits: Mapping[str, Mapping[str, Any]]) -> None:
         (1, splits["heldout"]["accounted_bytes"], "train.averaging.select: {} byte of text in heldout"),
         (1, splits["val"]["accounted_bytes"], "evaluate: {} byte of text in val")]
     if short := [f"{what.format(needed)}, found {found}" for needed, found, what in needs if found < needed]:
-        raise ValueError(f"tokenize: expected splits that every later stage can work with: {'; '.join(short)}. Enlarge the corpus, raise "
+        raise UserError(f"tokenize: expected splits that every later stage can work with: {'; '.join(short)}. Enlarge the corpus, raise "
                          "tokenize.heldout_fraction and tokenize.val_fraction or add to their files, or lower these keys")

@@ -3,6 +3,7 @@
 import io
 import json
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +18,11 @@ MARKS = {  # how files begin that may be taken for published ones
 }
 LENGTH = struct.Struct("<Q")  # of the header with which a safetensors file begins; JSON follows
 RECORD = "data.pkl"  # of an archive of torch.save
+PICKLES = 5  # in a file of torch.save of before 1.6, the one with the tensors among them
+HARMLESS = re.compile(
+    r"torch (\w+Storage|(u?int|b?float|complex|bool)\d*|Size|device)|collections (OrderedDict|Counter)|builtins set|_codecs encode"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter|sparse_tensor|meta_tensor_no_storage)|torch\.serialization _get_layout")
+"""What tensors and plain values are made of, in memory that the file has bytes for; torch.load would also call ``bytearray(n)``."""
 SHOWN = 5
 
 
@@ -38,6 +44,23 @@ def describe_zip(content: bytes) -> str | None:
             return _describe_entries(archive, len(content))
     except Exception as error:  # the reader meets damage with exceptions of any kind
         return f"a damaged zip ({type(error).__name__}); copy it anew"
+
+
+def find_foreign_object(archive: bytes) -> str | None:
+    """The dotted name of a Python object in a `torch.save` archive that is not `HARMLESS`, if there is one."""
+    if archive.startswith(ZIP):
+        with zipfile.ZipFile(io.BytesIO(archive)) as entries:
+            streams = [io.BytesIO(entries.read(name)) for name in entries.namelist() if name.endswith(".pkl")]
+    else:
+        streams = [io.BytesIO(archive)] * PICKLES
+    for stream in streams:
+        try:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name == "GLOBAL" and not HARMLESS.fullmatch(str(argument)):
+                    return ".".join(str(argument).split(" "))
+        except Exception:  # as above; torch.load meets the same damage
+            break
+    return None
 
 
 def is_whole_pickle(content: bytes) -> bool:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lib.errors import UserError
+
 SUPPORTED = ("a state dict of floats, {'w': tensors, 'm': kinds} or the format int8_clean_per_row_v1, saved by torch.save, as it is or "
              "in zstandard or zlib")
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys of dictionaries that hold a state dict beside other things
@@ -79,35 +81,35 @@ def _unwrap(payload: Any) -> tuple[Any, tuple[str, ...]]:
         return payload, ()
     _check_names(payload)
     if len(found) > 1:
-        raise ValueError(f"expected one model, found {' and '.join(found)}; save one of them alone")
+        raise UserError(f"expected one model, found {' and '.join(found)}; save one of them alone")
     return payload[found[0]], tuple(sorted(payload.keys() - found))
 
 
 def _without_prefixes(parameters: dict[str, T]) -> dict[str, T]:
     renamed = {".".join(part for part in name.split(".") if part not in PREFIXES): value for name, value in parameters.items()}
     if len(renamed) < len(parameters):
-        raise ValueError(f"expected each parameter once, found some with and without {' or '.join(PREFIXES)} in their names")
+        raise UserError(f"expected each parameter once, found some with and without {' or '.join(PREFIXES)} in their names")
     return renamed
 
 
 def _check_floats(tensors: Any) -> dict[str, Tensor]:
     """Names and float tensors, or ValueError that lists what is neither."""
     if not isinstance(tensors, Mapping):
-        raise ValueError(f"expected {SUPPORTED}, found {type(tensors).__name__}")
+        raise UserError(f"expected {SUPPORTED}, found {type(tensors).__name__}")
     _check_names(tensors)
     if problems := [f"{name}: {problem}" for name, tensor in tensors.items() if (problem := _find_problem(tensor, FLOATS))]:
-        raise ValueError("\n".join([f"expected {SUPPORTED}, found", *problems]))
+        raise UserError("\n".join([f"expected {SUPPORTED}, found", *problems]))
     return dict(tensors)
 
 
 def _from_int8(payload: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Tensors and kinds, as in the layout of #585, of the starting script's."""
     if payload[FORMAT] != INT8_FORMAT:
-        raise ValueError(f"expected {SUPPORTED}, found the format {reprlib.repr(payload[FORMAT])}")
+        raise UserError(f"expected {SUPPORTED}, found the format {reprlib.repr(payload[FORMAT])}")
     _check_names(payload)
     parts = {key: payload[key] for key in INT8_PARTS if isinstance(payload.get(key), Mapping)}
     if len(parts) < len(INT8_PARTS) or not payload.keys() <= {FORMAT, *INT8_PARTS, *INT8_NOTES}:
-        raise ValueError(f"{INT8_FORMAT}: expected the dictionaries {', '.join(INT8_PARTS)}, found {reprlib.repr(sorted(payload))}")
+        raise UserError(f"{INT8_FORMAT}: expected the dictionaries {', '.join(INT8_PARTS)}, found {reprlib.repr(sorted(payload))}")
     codes, scales, others = parts["quantized"], parts["scales"], parts["passthrough"]
     _check_names([*codes, *scales, *others])
     tensors = {f"{name}{CODES}": tensor for name, tensor in codes.items()} | {f"{name}{SCALES}": scale for name, scale in scales.items()}
@@ -117,7 +119,7 @@ def _from_int8(payload: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, An
 def _split(tensors: Any, kinds: Any) -> tuple[dict[str, Tensor], dict[str, Codes]]:
     """Floats and codes of an artifact, or ValueError that lists what is not as expected."""
     if not isinstance(tensors, Mapping) or not isinstance(kinds, Mapping):
-        raise ValueError(f"expected {SUPPORTED}, found {type(tensors).__name__} and {type(kinds).__name__}")
+        raise UserError(f"expected {SUPPORTED}, found {type(tensors).__name__} and {type(kinds).__name__}")
     _check_names([*tensors, *kinds])
     floats: dict[str, Tensor] = {}
     codes: dict[str, Codes] = {}
@@ -147,14 +149,14 @@ def _split(tensors: Any, kinds: Any) -> tuple[dict[str, Tensor], dict[str, Codes
             codes[name] = Codes(first, scale.expand(len(first)))
     problems += [f"{name}: a tensor that belongs to no parameter" for name in tensors if name not in used]
     if problems:
-        raise ValueError("\n".join(["not in the layout of #585 and #410, or of the starting script:", *problems]))
+        raise UserError("\n".join(["not in the layout of #585 and #410, or of the starting script:", *problems]))
     return floats, codes
 
 
 def _check_names(names: Iterable[Any]) -> None:
     """That all are text, which does not command the terminal that prints it."""
     if others := [name for name in names if not isinstance(name, str) or not name.isprintable()]:
-        raise ValueError(f"expected names of parameters, found {reprlib.repr(others[0])}")
+        raise UserError(f"expected names of parameters, found {reprlib.repr(others[0])}")
 
 
 def _find_problem(tensor: Any, dtypes: tuple[torch.dtype, ...]) -> str | None:

@@ -6,10 +6,9 @@ A file is an archive of `torch.save`, as it is (``final_model.pt``) or as one zs
 
 import hashlib
 import io
-import pickle
-import re
 import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,15 @@ from torch import Tensor
 from lib.artifacts.files import ArtifactError
 from lib.compression.coding import decompress_bytes
 from lib.compression.container import MAGIC
-from lib.imports.foreign import PICKLE, ZIP, describe_mark, describe_zip, is_whole_pickle
+from lib.errors import UserError
+from lib.imports.foreign import PICKLE, ZIP, describe_mark, describe_zip, find_foreign_object, is_whole_pickle
 from lib.imports.payload import SUPPORTED, Codes, read_payload
 
 ZSTANDARD, ZLIB = b"\x28\xb5\x2f\xfd", (b"x\x01", b"x^", b"x\x9c", b"x\xda")  # how they begin; zlib by its level
 MAX_BYTES = 2**30  # of what a file decompresses to, far beyond any real model
+MAX_BYTES_PER_BYTE = 32  # of the file; files that decompress to less than the next constant may have more
+MIN_MAX_BYTES = 2**22
+MAX_SHARED = 4  # bytes of all tensors in a byte of the archive: some of them, such as tied ones, share theirs
 NOT_IN_THE_MODEL = "mtp_heads."  # heads for tokens further ahead, which only training uses
 LAYER_SCALES = "ve_layer_scales"
 
@@ -81,6 +84,8 @@ def read_published(path: Path) -> Published:
             not as expected are listed.
     """
     try:
+        if path.exists() and not path.is_file():  # a device, perhaps, that never ends
+            raise ArtifactError(f"{path}: cannot be read (a folder or a device)")
         content = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from None
@@ -96,44 +101,62 @@ def read_published(path: Path) -> Published:
 
 def _decompress(content: bytes) -> bytes:
     """The `torch.save` archive of a file; raises ValueError."""
+    max_bytes = min(MAX_BYTES, max(MIN_MAX_BYTES, MAX_BYTES_PER_BYTE * len(content)))
     if content.startswith(ZSTANDARD):
-        content = decompress_bytes(content, MAX_BYTES)
+        content = decompress_bytes(content, max_bytes)
     elif content.startswith(ZLIB):
-        content = _decompress_zlib(content)
+        content = _decompress_zlib(content, max_bytes)
     if kind := describe_mark(content) or (describe_zip(content) if content.startswith(ZIP) else None):
-        raise ValueError(f"expected {SUPPORTED}, found {kind}")
+        raise UserError(f"expected {SUPPORTED}, found {kind}")
     if not content.startswith((ZIP, PICKLE)):
-        raise ValueError(f"expected {SUPPORTED}, found a file that begins with {content[:4]!r} (brotli has no mark of its own)")
+        raise UserError(f"expected {SUPPORTED}, found a file that begins with {content[:4]!r} (brotli has no mark of its own)")
     return content
 
 
-def _decompress_zlib(stream: bytes) -> bytes:
+def _decompress_zlib(stream: bytes, max_bytes: int) -> bytes:
     decompressor = zlib.decompressobj()
     try:
-        content = decompressor.decompress(stream, MAX_BYTES + 1)
+        content = decompressor.decompress(stream, max_bytes + 1)
     except zlib.error as error:
-        raise ValueError(f"not a valid zlib stream ({error}); copy it anew") from None
-    if len(content) > MAX_BYTES or decompressor.unused_data:
-        raise ValueError(f"expected a zlib stream of at most {MAX_BYTES} bytes of content and nothing after it, found more")
+        raise UserError(f"not a valid zlib stream ({error}); copy it anew") from None
+    if len(content) > max_bytes or decompressor.unused_data:
+        raise UserError(f"expected a zlib stream of at most {max_bytes} bytes of content and nothing after it, found more")
     if not decompressor.eof:
-        raise ValueError(f"expected a whole zlib stream, found one that is cut off after {len(stream)} bytes; copy it anew")
+        raise UserError(f"expected a whole zlib stream, found one that is cut off after {len(stream)} bytes; copy it anew")
     return content
 
 
 def _load(archive: bytes) -> Any:
     """The content of a `torch.save` archive: tensors and plain values, or ValueError."""
+    if name := find_foreign_object(archive):
+        raise UserError(f"expected {SUPPORTED}, found the Python object {name}, which could run anything when it is loaded, so that "
+                        "it was not; have its owner save model.state_dict() alone")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is said below
-            return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:  # the reader meets damage with exceptions of any kind
-        if isinstance(error, pickle.UnpicklingError) and (needed := re.search(r"GLOBAL (\S+)", str(error))):
-            raise ValueError(f"expected {SUPPORTED}, found the Python object {needed[1]}, which could run anything when it is loaded, so "
-                             "that it was not; have its owner save model.state_dict() alone") from None
         if archive.startswith(ZIP) or is_whole_pickle(archive):
-            raise ValueError(f"expected {SUPPORTED}, found a sound pickle with more than tensors and plain values in it, or not saved by "
-                             "torch.save; have its owner save model.state_dict() alone with torch.save") from None
-        raise ValueError(f"expected {SUPPORTED}, found a damaged file ({type(error).__name__}); copy it anew") from None
+            raise UserError(f"expected {SUPPORTED}, found a sound pickle with more than tensors and plain values in it, or not saved by "
+                            "torch.save; have its owner save model.state_dict() alone with torch.save") from None
+        raise UserError(f"expected {SUPPORTED}, found a damaged file ({type(error).__name__}); copy it anew") from None
+    if (num_bytes := _count_bytes(content)) > MAX_SHARED * len(archive):
+        raise UserError(f"expected {SUPPORTED}, found tensors of {num_bytes:,} bytes in {len(archive):,}, many of them in the same memory")
+    return content
+
+
+def _count_bytes(content: Any) -> int:
+    """Bytes of all tensors in dictionaries and lists, counted as if each had its own."""
+    waiting, seen, num_bytes = [content], set(), 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and value.device.type == "cpu":
+                num_bytes += min(value.nbytes, value.untyped_storage().nbytes())
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, Mapping) else value
+    return num_bytes
 
 
 def _join_layer_scales(floats: dict[str, Tensor]) -> dict[str, Tensor]:

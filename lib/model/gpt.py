@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.model.attention import ALL_POSITIONS, Attention, Rotation, Scope, make_rotation, make_scope, rms_norm
 from lib.model.compilation import call
 from lib.model.config import ModelParams
@@ -40,8 +41,38 @@ class MLP(nn.Module):
         return self.down(F.relu(self.up(x)).square(), row_scale=output_scale)
 
 
+class Entry(NamedTuple):
+    """What happens to the residual stream between two blocks.
+
+    Attributes:
+        skip_scale: (D,), of the output of an earlier block that is added; None for none.
+        earlier: that output, (B, T, D); None for the stream itself.
+        mix: factors (2, D) of the stream and of the embedding; None for 1 and 0.
+        input_scale: () fp32, of the normalised inputs; None for 1.
+    """
+
+    skip_scale: Tensor | None = None
+    earlier: Tensor | None = None
+    mix: Tensor | None = None
+    input_scale: Tensor | None = None
+
+
+def enter(x: Tensor, x0: Tensor, entry: Entry) -> tuple[Tensor, Tensor]:
+    """The stream in a block and its normalised inputs, both (B, T, D), from the stream before it and the embedding (B, T, D)."""
+    if entry.skip_scale is not None:
+        x = x + entry.skip_scale.to(x.dtype) * (x if entry.earlier is None else entry.earlier)
+    if entry.mix is not None:
+        mix = entry.mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+    return x, rms_norm(x, entry.input_scale)
+
+
 class Block(nn.Module):
-    """Attention and MLP, each scaled by a learned vector and added to the residual stream."""
+    """Attention and MLP, each scaled by a learned vector and added to the residual stream.
+
+    Both halves begin with a matrix product and end with the norm before the next one, so that a compiler can fuse all that happens in
+    between. Everything in which the layers of a model differ is an argument: one compiled graph of a half serves many of them.
+    """
 
     residual_mix: nn.Parameter | None
 
@@ -53,31 +84,37 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.empty(params.model_dim))
         self.register_parameter("residual_mix", nn.Parameter(torch.empty(2, params.model_dim)) if params.residual_mix else None)
 
-    def forward(self, x: Tensor, x0: Tensor, scope: Scope, *, skip: tuple[Tensor, Tensor] | None = None,
-                added_value: Tensor | None = None, input_scale: Tensor | None = None) -> Tensor:
-        """One block.
-
-        Everything in which the layers of a model differ is an argument, so that one compiled graph serves them all.
+    def attend(self, x: Tensor, y: Tensor, scope: Scope, added_value: Tensor | None, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The first half.
 
         Args:
             x: residual stream (B, T, D).
-            x0: embedding (B, T, D).
+            y: its normalised inputs (B, T, D).
             scope: of the T positions.
-            skip: factors (D,) and the output (B, T, D) of an earlier block that is added with them.
             added_value: value embedding (B, T, K*E).
-            input_scale: () fp32, of the normalised inputs.
+            input_scale: () fp32, of the MLP's normalised inputs; None for 1.
 
         Returns:
-            (B, P, D), at the positions of `scope`.
+            The stream and the MLP's normalised inputs at the positions of `scope`, both (B, P, D).
         """
-        if skip is not None:
-            factors, earlier = skip
-            x = x + factors.to(x.dtype) * earlier
-        if self.residual_mix is not None:
-            mix = self.residual_mix.to(x.dtype)
-            x = mix[0] * x + mix[1] * x0
-        x = x[:, scope.first : scope.last] + self.attention(rms_norm(x, input_scale), added_value, scope, self.attention_scale)
-        return x + self.mlp(rms_norm(x, input_scale), self.mlp_scale)
+        x = x[:, scope.first : scope.last] + self.attention(y, added_value, scope, self.attention_scale)
+        return x, rms_norm(x, input_scale)
+
+    def transform(self, x: Tensor, y: Tensor, x0: Tensor, entry: Entry, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The second half, and the entry to what follows.
+
+        Args:
+            x: residual stream (B, P, D).
+            y: its normalised inputs (B, P, D).
+            x0: embedding (B, T, D).
+            entry: to the next block or the head.
+            keep: whether the output of the block is wanted, for a later one.
+
+        Returns:
+            The stream in the next block, its normalised inputs, and the output of this one, all (B, P, D).
+        """
+        output = x + self.mlp(y, self.mlp_scale)
+        return *enter(output, x0, entry), output if keep else None
 
 
 class TiedHead(nn.Module):
@@ -96,13 +133,17 @@ class Start(NamedTuple):
     """What the blocks start from.
 
     Attributes:
-        x: (B, T, D), residual stream before the first block.
+        x0: embedding (B, T, D).
+        x: (B, T, D), residual stream in the first block.
+        y: (B, T, D), its normalised inputs.
         added_values: layer -> value embedding (B, T, K*E).
         rotation: of the T positions.
         input_scales: (L,) fp32 of the normalised inputs of the L layers; None for 1.
     """
 
+    x0: Tensor
     x: Tensor
+    y: Tensor
     added_values: dict[int, Tensor]
     rotation: Rotation
     input_scales: Tensor | None
@@ -152,29 +193,26 @@ class GPT(nn.Module):
         cap = self.params.logit_softcap
         return cap * torch.tanh(self.head_outputs(self._run_blocks(tokens, positions, attention_tokens, compiled=False)).float() / cap)
 
-    def head_outputs(self, x: Tensor) -> Tensor:
-        """(B, P, V) before the soft cap, in the dtype of matrix products, from the residual stream (B, P, D) after the last block."""
-        x = rms_norm(x)
-        return self.head(x, self.token_embedding.weight) if self.params.tied_head else self.head(x)
+    def head_outputs(self, y: Tensor) -> Tensor:
+        """(B, P, V) before the soft cap, in the dtype of matrix products, from the normalised outputs (B, P, D) of the last block."""
+        return self.head(y, self.token_embedding.weight) if self.params.tied_head else self.head(y)
 
     def _run_blocks(self, tokens: Tensor, positions: slice, attention_tokens: int | None, compiled: bool) -> Tensor:
-        """The residual stream after the last block, (B, P, D); that block computes nothing for other positions."""
+        """The normalised outputs of the last block, (B, P, D); that block computes nothing for other positions."""
         starts = self._starts(tokens) if self.params.document_mask else None
-        x, added_values, rotation, input_scales = call(GPT.start, self, tokens, starts, attention_tokens, compiled=compiled)
-        x0 = x.view_as(x)  # a tensor that is an argument twice would have a graph of its own
+        x0, x, y, added_values, rotation, input_scales = call(GPT.start, self, tokens, starts, attention_tokens, compiled=compiled)
         everywhere = make_scope(self.kernel, rotation, ALL_POSITIONS, attention_tokens, starts)
         at_positions = everywhere if positions == ALL_POSITIONS else make_scope(self.kernel, rotation, positions, attention_tokens, starts)
-        earlier: list[Tensor] = []
-        num_layers = self.params.num_layers
+        last = self.params.num_layers - 1
+        kept: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            skip = None
-            if self.skip_weights is not None and layer >= num_layers // 2 and earlier:
-                skip = self.skip_weights[len(self.skip_weights) - len(earlier)], earlier.pop()
-            x = call(_run_block, block, x, x0, at_positions if layer == num_layers - 1 else everywhere, skip, added_values.get(layer),
-                     None if input_scales is None else input_scales[layer], compiled=compiled)
-            if self.skip_weights is not None and layer < num_layers // 2:
-                earlier.append(x.view_as(x))
-        return x
+            x, y = call(Block.attend, block, x, y, at_positions if layer == last else everywhere, added_values.get(layer),
+                        None if input_scales is None else input_scales[layer], compiled=compiled)
+            entry = Entry() if layer == last else self._entry(layer + 1, input_scales, kept)
+            x, y, output = call(Block.transform, block, x, y, x0, entry, layer + 1 < self._num_skips, compiled=compiled)
+            if output is not None:
+                kept.append(output)
+        return y
 
     def start(self, tokens: Tensor, starts: Tensor | None, attention_tokens: int | None) -> Start:
         """What the blocks start from: `tokens` (B, T) int64, `starts` (B, T) bool or None for position 0 alone."""
@@ -188,8 +226,24 @@ class GPT(nn.Module):
             x = self.smear_gate(x, starts)
         rotation = make_rotation(self.params, tokens.shape[1], attention_tokens, tokens.device)
         layers = torch.arange(1, self.params.num_layers + 1, dtype=torch.float64, device=tokens.device)
-        return Start(x, self.value_embedding(tokens) if self.value_embedding is not None else {}, rotation,
-                     layers.sqrt().reciprocal().float() if self.params.ln_scale else None)
+        input_scales = layers.sqrt().reciprocal().float() if self.params.ln_scale else None
+        added_values = self.value_embedding(tokens) if self.value_embedding is not None else {}
+        return Start(x, *enter(x, x, self._entry(0, input_scales, [])), added_values, rotation, input_scales)
+
+    @property
+    def _num_skips(self) -> int:
+        """S; block S + n adds the output of block S - 1 - n."""
+        return 0 if self.skip_weights is None else len(self.skip_weights)
+
+    def _entry(self, layer: int, input_scales: Tensor | None, kept: list[Tensor]) -> Entry:
+        """The entry to a block; it takes its skip from the outputs that were `kept`."""
+        block = self.blocks[layer]
+        assert isinstance(block, Block)
+        input_scale = None if input_scales is None else input_scales[layer]
+        n = layer - self._num_skips
+        if self.skip_weights is None or not 0 <= n < self._num_skips:
+            return Entry(mix=block.residual_mix, input_scale=input_scale)
+        return Entry(self.skip_weights[n], kept.pop() if n else None, block.residual_mix, input_scale)
 
     def _starts(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T) bool: true at position 0 and where a document begins."""
@@ -269,16 +323,9 @@ class GPT(nn.Module):
         return scales
 
 
-def _run_block(block: Block, x: Tensor, x0: Tensor, scope: Scope, *optional: Any) -> Tensor:
-    """A block, called as a module, so that hooks are seen; `optional` are its optional arguments in order."""
-    skip, added_value, input_scale = optional
-    y: Tensor = block(x, x0, scope, skip=skip, added_value=added_value, input_scale=input_scale)
-    return y
-
-
-def _losses(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
-    """Losses (B, P) fp32 of `targets` (B, P), from the residual stream `x` (B, P, D) after the last block."""
-    z = model.head_outputs(x)
+def _losses(model: GPT, y: Tensor, targets: Tensor) -> Tensor:
+    """Losses (B, P) fp32 of `targets` (B, P), from the normalised outputs `y` (B, P, D) of the last block."""
+    z = model.head_outputs(y)
     return softcapped_cross_entropy(z.flatten(0, 1), targets.flatten(), model.params.logit_softcap).view(targets.shape)
 
 
@@ -292,15 +339,23 @@ def build_model(model: dict[str, Any], weights: dict[str, Tensor], kernel: Kerne
 
     Raises:
         ParamsError: the configuration is not valid.
-        ValueError: weights are missing, unexpected or of another shape.
+        UserError: weights are missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
-        gpt = GPT(parse_params(model, ModelParams, "model configuration: "), kernel)
+    params = parse_params(model, ModelParams, "model configuration: ")
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if len(layers) != params.num_layers:  # before so many are built
+        raise UserError(f"weights do not fit the model configuration: expected num_layers {params.num_layers}, found weights of "
+                        f"{len(layers)} layers")
+    try:
+        with torch.device("meta"):
+            gpt = GPT(params, kernel)
+    except RuntimeError as error:  # sizes beyond those of any tensor
+        raise UserError(f"model configuration: expected sizes that a model can have, found others ({str(error).splitlines()[0]})") from None
     expected = {name: tuple(parameter.shape) for name, parameter in gpt.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
         differences = [f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
                        for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-        raise ValueError("weights do not fit the model configuration: " + "; ".join(differences[:5]))
+        raise UserError("weights do not fit the model configuration: " + "; ".join(differences[:5]))
     gpt.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return gpt.eval().requires_grad_(True)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch._library.custom_ops import CustomOpDef
 
+from lib.errors import UserError
 from lib.model.config import KernelName, ModelParams
 from lib.model.flash import FLASH4, FlashAttend, attend_by_flash, attend_with, attend_with_flash4
 from lib.model.sdpa import SDPA, Kernel
@@ -17,7 +18,7 @@ from lib.params import Precision
 MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8  # of all three libraries
 
 
-class KernelError(ValueError):
+class KernelError(UserError):
     """The named kernel cannot be used; the message names key, what was found and the way out."""
 
 

@@ -1,5 +1,7 @@
 """Role of each parameter: what quantization bits, optimizer groups and reports are keyed by."""
 
+from lib.errors import UserError
+
 MATRIX_ROLES = ("attention", "mlp", "embedding", "bigram", "value_embedding", "head")
 VECTOR_ROLE = "vector"
 
@@ -28,4 +30,4 @@ def role_of(name: str, num_dims: int) -> str:
         return module
     if module == "token_embedding":
         return "embedding"
-    raise ValueError(f"{name}: no role; give it one in lib/model/roles.py")
+    raise UserError(f"{name}: no role; give it one in lib/model/roles.py")

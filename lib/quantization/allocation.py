@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lib.artifacts.quantized import MAX_CODE, OCTAVE, exponents_of, scales_of
+from lib.errors import UserError
 from lib.quantization.gptq import Problem
 
 RESOLUTION = OCTAVE // 8  # of the exponents of rows and columns: finer ones cost more bytes than they save
@@ -28,7 +29,7 @@ MAX_PROBES = 12
 LARGEST_MISJUDGEMENT = 8.0
 
 
-class TargetError(ValueError):
+class TargetError(UserError):
     """A byte budget that cannot be met; the message says what can."""
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lib.artifacts.quantized import clip_range
+from lib.errors import UserError
 
 DAMPING_FACTOR = 10.0
 NUM_DAMPINGS = 6
@@ -55,7 +56,7 @@ def factorize(name: str, hessian: Tensor, damping: float, act_order: bool) -> Fa
         ValueError: not finite, or no decomposition after `NUM_DAMPINGS` dampings.
     """
     if not hessian.isfinite().all():
-        raise ValueError(f"{name}: expected a finite Hessian, found NaN or infinity; the model overflows on the calibration sequences")
+        raise UserError(f"{name}: expected a finite Hessian, found NaN or infinity; the model overflows on the calibration sequences")
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(hessian), device=hessian.device)
     dead = diagonal == 0
@@ -68,8 +69,8 @@ def factorize(name: str, hessian: Tensor, damping: float, act_order: bool) -> Fa
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             return Factor(torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), order, dead, raised)
-    raise ValueError(f"{name}: the Hessian is not positive definite even with damping {tried[-1]:g}; "
-                     "raise calibrate.num_sequences or quantize.damping")
+    raise UserError(f"{name}: the Hessian is not positive definite even with damping {tried[-1]:g}; "
+                    "raise calibrate.num_sequences or quantize.damping")
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from lib.artifacts.hessians import Moments
 from lib.artifacts.tokens import Split
 from lib.data.loader import sample_sequences
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.model.gpt import GPT, TiedHead
 from lib.params import Precision
 from lib.progress import Progress
@@ -56,8 +57,8 @@ def check_reserve(seconds: float, reserve_seconds: float | None) -> None:
         ValueError: it took longer.
     """
     if reserve_seconds is not None and seconds > reserve_seconds:
-        raise ValueError(f"calibrate: expected at most the {reserve_seconds:g} s that train.reserve_seconds left of the training budget, "
-                         f"took {seconds:.1f} s; lower calibrate.num_sequences, or raise train.reserve_seconds and train again")
+        raise UserError(f"calibrate: expected at most the {reserve_seconds:g} s that train.reserve_seconds left of the training budget, "
+                        f"took {seconds:.1f} s; lower calibrate.num_sequences, or raise train.reserve_seconds and train again")
 
 
 def matrix_inputs(model: GPT) -> dict[str, tuple[str, ...]]:
@@ -84,7 +85,7 @@ def collect_moments(model: GPT, sequences: Tensor, *, num_gradient_sequences: in
     """
     device = process.device
     with_gradients = sequences[torch.arange(num_gradient_sequences) * len(sequences) // num_gradient_sequences]
-    generator = torch.Generator(device).manual_seed(seed + process.rank)
+    generator = torch.Generator(device).manual_seed((seed + process.rank) % 2**64)
     with Progress(description, len(sequences) + len(with_gradients), "seq", enabled=process.is_main) as progress, \
             torch.no_grad(), _products(precision):
         with _InputSums(model, device) as inputs:

@@ -13,6 +13,7 @@ from lib.artifacts.checkpoint import Checkpoint
 from lib.artifacts.hessians import Hessians
 from lib.artifacts.quantized import QuantizedModel
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.model.roles import MATRIX_ROLES, VECTOR_ROLE, role_of
 from lib.quantization.config import QuantizeParams
 from lib.quantization.grid_config import FLOAT_BITS
@@ -29,7 +30,7 @@ def choose_bits(weights: Mapping[str, Tensor], params: QuantizeParams) -> dict[s
     """
     roles = {name: role for name, weight in weights.items() if (role := role_of(name, weight.ndim)) in MATRIX_ROLES}
     if unknown := sorted(params.bits_of.keys() - roles.keys()):
-        raise ValueError(f"quantize.bits_of: {unknown[0]}: expected the name of a matrix, one of {', '.join(sorted(roles))}")
+        raise UserError(f"quantize.bits_of: {unknown[0]}: expected the name of a matrix, one of {', '.join(sorted(roles))}")
     return {name: params.bits_of.get(name, getattr(params.bits, role)) for name, role in roles.items()}
 
 
@@ -54,11 +55,11 @@ def quantize_model(checkpoint: Checkpoint, hessians: Hessians, params: QuantizeP
     """
     weights, bits = checkpoint.weights, choose_bits(checkpoint.weights, params)
     if different := sorted({name for names in hessians.inputs.values() for name in names} ^ bits.keys()):
-        raise ValueError(f"{different[0]}: expected in the checkpoint and in the Hessians, found in one; calibrate first (`dvc repro`)")
+        raise UserError(f"{different[0]}: expected in the checkpoint and in the Hessians, found in one; calibrate first (`dvc repro`)")
     for name, weight in weights.items():
         if not weight.abs().amax() <= FP16_MAX:
-            raise ValueError(f"{name}: expected magnitudes up to {FP16_MAX:g} (fp16), found {weight.abs().amax().item():g}; "
-                             "the training diverged")
+            raise UserError(f"{name}: expected magnitudes up to {FP16_MAX:g} (fp16), found {weight.abs().amax().item():g}; "
+                            "the training diverged")
     vectors = {name: truncate(weight, params.vector_mantissa_bits) if role_of(name, weight.ndim) == VECTOR_ROLE else weight.half()
                for name, weight in weights.items() if bits.get(name, FLOAT_BITS) == FLOAT_BITS}
 

@@ -11,17 +11,19 @@ from lib.artifacts.scores import AUDIT_FILE
 
 CONDITIONS = {  # the challenge's issue #1017
     "causality": ("C1", "A score depends on the artifact and earlier tokens only.",
-                  "Later tokens are replaced: no score before them may change by a bit, some score after them must."),
+                  "The run is repeated in a fresh process with other text after a cut, and a piece of it with later tokens replaced: "
+                  "no score before them may change by a bit."),
     "distribution": ("C2", "It comes from a full, normalised distribution that does not depend on the target.",
                      "The last token is replaced: the distribution stated for it stays the same, sums to 1, and gives the loss."),
     "score_before_update": ("C3", "What is trained on has been scored before, and no score comes after training on its target.",
-                            "Read from the record of the run."),
+                            "Read from the record of the run; weights that change need an entry in it, and nothing may stay in the model."),
     "single_pass": ("C4", "One pass from left to right, every token scored once.", "Read from the record of the run."),
 }
 """Name of each condition of a legal score: its number, what it says, how it is checked."""
 
 Result = Literal["passed", "failed", "not checked"]
 
+VERDICTS = {True: "legal", False: "NOT LEGAL", None: "NOT CHECKED"}
 RESULTS: dict[bool | None, Result] = {True: "passed", False: "failed", None: "not checked"}
 
 
@@ -42,10 +44,10 @@ class Check(NamedTuple):
 
 
 class StrategyAudit(NamedTuple):
-    """The checks of one strategy: whether its score is legal, and one check for each of `CONDITIONS`."""
+    """The checks of one strategy: whether its score is legal (None: not checked), and one check for each of `CONDITIONS`."""
 
     name: str
-    legal: bool
+    legal: bool | None
     checks: list[Check]
 
 
@@ -53,25 +55,25 @@ class Audit(NamedTuple):
     """All checks of one evaluation.
 
     Attributes:
-        legal: whether all was found as it must be.
+        legal: whether all was found as it must be; None where a condition could not be checked.
         strategies: conditions of a legal score, by strategy.
         groups: other checks, under the name of what they are about.
     """
 
-    legal: bool
+    legal: bool | None
     strategies: list[StrategyAudit]
     groups: dict[str, list[Check]]
 
     @property
     def verdict(self) -> str:
         """One line: the outcome, how many checks came to it, and why some were not made; where all is well, of legal scores only."""
-        checks = [check for strategy in self.strategies if strategy.legal or not self.legal for check in strategy.checks]
+        checks = [check for strategy in self.strategies if strategy.legal is not False or self.legal is False for check in strategy.checks]
         checks += [check for group in self.groups.values() for check in group]
         counts = {word: sum(check.result == word for check in checks) for word in RESULTS.values()}
         text = ", ".join(f"{count} {word}" for word, count in counts.items() if count or word == "passed")
         if reasons := list(dict.fromkeys(check.why for check in checks if check.why)):
             text += f": {'; '.join(reasons)}"
-        return f"{'legal' if self.legal else 'NOT LEGAL'} ({text})"
+        return f"{VERDICTS[self.legal]} ({text})"
 
 
 def load_audit(folder: Path) -> Audit | None:
@@ -83,7 +85,7 @@ def load_audit(folder: Path) -> Audit | None:
     path = folder / AUDIT_FILE
     values = read_json(path)
     try:
-        if values["legal"] is None:
+        if values["legal"] is None and "strategies" not in values:
             return None
         strategies = [StrategyAudit(name, found["legal"], [_check(condition, found[condition]) for condition in CONDITIONS])
                       for name, found in values["strategies"].items()]

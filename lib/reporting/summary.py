@@ -10,6 +10,7 @@ from typing import Any
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.metrics import load_metrics, load_timing
 from lib.artifacts.paths import stage_folder
+from lib.errors import report_errors
 from lib.params import ParamsError, load_params, read_params
 from lib.reporting.audit import format_verdicts, load_audit
 from lib.reporting.config import RecordParams, ReportParams
@@ -123,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    report_errors()
     main()

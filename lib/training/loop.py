@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lib.data.loader import Loader, Prefetch
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.model.gpt import GPT
 from lib.progress import Progress, say
 from lib.training.averaging import Averages
@@ -41,7 +42,7 @@ RESUME_SHARE = 0.02  # and long enough that saving takes no more than this share
 INTERRUPTED_EXIT_CODE = 130
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """A run that cannot go on; the message names the step, what was found and the remedy."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lib.artifacts.files import ArtifactError, write_bytes
+from lib.errors import UserError
 from lib.model.config import ModelParams
 from lib.training.config import TrainParams
 
@@ -56,7 +57,7 @@ def load_resume(path: Path) -> dict[str, Any] | None:
     try:
         content = memoryview(path.read_bytes())
         if zlib.crc32(content[:-CHECKSUM_BYTES]) != int.from_bytes(content[-CHECKSUM_BYTES:], "little"):
-            raise ValueError("wrong checksum")
+            raise UserError("wrong checksum")
         state: dict[str, Any] = torch.load(io.BytesIO(content[:-CHECKSUM_BYTES]), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.evaluation.bpb import Score
 
 
@@ -30,6 +31,6 @@ def select(scores: Mapping[str, Score], choice: str) -> str:
     if choice == "heldout":
         return min(scores, key=lambda kind: scores[kind].bpb)
     if choice not in scores:
-        raise ValueError(f"train.averaging.select: expected one of {', '.join(scores)}, found {choice}; no snapshot was taken: "
-                         "lower averaging.swa_every_steps or raise averaging.swa_below_lr")
+        raise UserError(f"train.averaging.select: expected one of {', '.join(scores)}, found {choice}; no snapshot was taken: "
+                        "lower averaging.swa_every_steps or raise averaging.swa_below_lr")
     return choice

@@ -19,18 +19,19 @@ def make_moments(seed: int) -> Moments:
 
 def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
     hessians = Hessians(INPUTS, make_moments(0), make_moments(1))
-    save_hessians(tmp_path / "hessians", hessians)
-    found = load_hessians(tmp_path / "hessians")
+    save_checkpoint(tmp_path / "checkpoint", Checkpoint({"a": torch.ones(2)}, {}, {}))
+    save_hessians(tmp_path / "hessians", hessians, tmp_path / "checkpoint")
+    found = load_hessians(tmp_path / "hessians", tmp_path / "checkpoint")
     assert found.inputs == INPUTS
     for moments, expected in ((found.calibration, hessians.calibration), (found.verification, hessians.verification)):
         for values, originals in zip(vars(moments).values(), vars(expected).values(), strict=True):
             assert values.keys() == originals.keys()
             assert all(torch.equal(value, originals[name]) for name, value in values.items())
-    save_hessians(tmp_path / "again", found)
+    save_hessians(tmp_path / "again", found, tmp_path / "checkpoint")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "hessians").read_bytes()
 
 
 def test_other_files_are_errors(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoint", Checkpoint({"a": torch.ones(2)}, {}, {}))
     with pytest.raises(ArtifactError, match="checkpoint: not the Hessians of a model"):
-        load_hessians(tmp_path / "checkpoint")
+        load_hessians(tmp_path / "checkpoint", tmp_path / "checkpoint")

@@ -1,14 +1,17 @@
 import json
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.metrics import load_metrics, load_timing
-from lib.artifacts.scores import Tables, load_curve, save_audit, save_scores, save_tables, save_unfinished
+from lib.artifacts.scores import Tables, load_curve, load_nats, save_audit, save_scores, save_tables, save_unfinished
 from lib.evaluation.ledger import Event
 
 LEDGER = [Event(0, "scored", -1, 0, 15), Event(1, "trained", -1, 0, 15, 4, 0.01), Event(2, "scored", 3, 16, 20)]
+NATS = np.array([1.25, 1 / 3], np.float32)
 
 
 def save(folder: Path, *names: str, curve: tuple[int, float] = (10, 1.25)) -> None:
@@ -16,7 +19,7 @@ def save(folder: Path, *names: str, curve: tuple[int, float] = (10, 1.25)) -> No
     tables: list[Tables] = [{name: [row] for name in names} for row in (curve, (31, 10, 0.5), (16, 1, 10, 2.0))]
     curves, context, documents = tables
     save_scores(folder, {"val_bpb": 1.5, "strategy": "sliding", "sliding_legal": True}, {"seconds": 2.0}, curves=curves, context=context,
-                documents=documents, ledgers=dict.fromkeys(names, LEDGER))
+                documents=documents, ledgers=dict.fromkeys(names, LEDGER), nats=dict.fromkeys(names, NATS))
 
 
 def files(folder: Path) -> set[str]:
@@ -33,7 +36,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
         assert (tmp_path / f"documents/{name}.csv").read_text() == "length,documents,bytes,bpb\n16,1,10,2.0\n"
         assert (tmp_path / f"ledger/{name}.csv").read_text() == (
             "step,kind,state,first,last,num_steps,lr\n0,scored,-1,0,15,0,0.0\n1,trained,-1,0,15,4,0.01\n2,scored,3,16,20,0,0.0\n")
-    assert files(tmp_path) == {"metrics.json", "timing.json"} | {
+        assert load_nats(tmp_path, name).tobytes() == NATS.tobytes()
+    assert files(tmp_path) == {"metrics.json", "timing.json", "nats/plain.npy", "nats/lora.npy"} | {
         f"{folder}/{name}.csv" for folder in ("curves", "context", "documents", "ledger") for name in ("plain", "lora")}
 
 
@@ -45,7 +49,7 @@ def test_losses_have_eight_digits_and_counts_all(tmp_path: Path) -> None:
 def test_a_strategy_that_is_no_longer_used_leaves_nothing_behind(tmp_path: Path) -> None:
     save(tmp_path, "plain", "lora")
     save(tmp_path, "sliding")
-    assert files(tmp_path) == {"metrics.json", "timing.json", *(
+    assert files(tmp_path) == {"metrics.json", "timing.json", "nats/sliding.npy", *(
         f"{folder}/sliding.csv" for folder in ("curves", "context", "documents", "ledger"))}
 
 
@@ -78,3 +82,30 @@ def test_a_curve_that_cannot_be_used_is_an_error_with_its_path(tmp_path: Path, c
         path.write_text(content)
     with pytest.raises(ArtifactError, match=f"curve.csv: {message}"):
         load_curve(path, ("tokens", "bpb"))
+
+
+def test_a_full_disk_leaves_the_old_results_as_they_were(tmp_path: Path) -> None:
+    """No file may grow beyond a limit, which the system refuses as it refuses a full disk; the last of the tables is larger."""
+    save(tmp_path, "plain")
+    save_audit(tmp_path, {"legal": True})
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot be written .*; make room and rerun"):
+            save_scores(tmp_path, {"val_bpb": 9.0}, {"seconds": 9.0}, curves={"plain": [(20, 9.0)]}, context={}, documents={},
+                        ledgers={"plain": LEDGER * 1000}, nats={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not an array", None])
+def test_losses_that_cannot_be_read_are_named(tmp_path: Path, content: bytes | None) -> None:
+    save(tmp_path, "plain")
+    path = tmp_path / "nats/plain.npy"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"nats/plain.npy: expected the losses that evaluate writes"):
+        load_nats(tmp_path, "plain")

@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,36 @@ def test_foreign_description_is_refused(split_folder: Path, content: str) -> Non
     (split_folder / "split.json").write_text(content)
     with pytest.raises(ArtifactError, match=r"split\.json: expected the keys"):
         load_split(split_folder, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("shards", [
+    3, None, [3], [{}], [{"name": "../val/val_000000.bin", "tokens": 4, "sha256": ""}], [{"name": "a\0", "tokens": 4, "sha256": ""}],
+    [{"name": "val_000000.bin", "tokens": "4", "sha256": ""}], [{"name": "val_000000.bin", "tokens": -1, "sha256": ""}],
+])
+def test_a_foreign_list_of_shards_is_refused(split_folder: Path, shards: object) -> None:
+    description = json.loads((split_folder / "split.json").read_text()) | {"shards": shards}
+    (split_folder / "split.json").write_text(json.dumps(description))
+    with pytest.raises(ArtifactError, match=r"split\.json: expected numbers, and name, tokens and SHA-256 of each shard, found others"):
+        load_split(split_folder, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{\x00", b"[" * 100_000, b"1" * 5000, b'"\xe9"'])
+def test_what_is_no_json_is_named(split_folder: Path, content: bytes) -> None:
+    (split_folder / "split.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"split\.json: not valid JSON .*; `dvc repro -f` makes it anew"):
+        load_split(split_folder, VOCAB_SIZE)
+
+
+def test_a_full_disk_leaves_no_shards(tmp_path: Path) -> None:
+    """No file may grow beyond a limit, which the system refuses as it refuses a full disk."""
+    writers = {name: SplitWriter(tmp_path / name, VOCAB_SIZE, 10_000) for name in ("train", "heldout", "val")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+    try:
+        writers["val"].add(np.ones(100, np.uint16), 100, 100)
+        with pytest.raises(OSError, match=r"cannot be written .*; make room and rerun") as failed:
+            writers["train"].add(np.ones(10_000, np.uint16), 10_000, 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.filename == str(tmp_path / "train")
+    assert list(tmp_path.iterdir()) == []

@@ -125,7 +125,7 @@ def test_settings_fit_into_their_room_or_are_refused(project: Path) -> None:
 def test_everything_that_the_real_program_imports_is_bundled() -> None:
     sources = bundle_sources(ROOT)
     assert list(sources) == [path.as_posix() for path in import_closure(Path("stages/score.py"), ROOT)]
-    assert sum(map(len, sources.values())) > 100_000 > 2 * code_bytes(ROOT)
+    assert sum(map(len, sources.values())) > 3 * code_bytes(ROOT) > 60_000
     assert set(list_packages(ROOT)) == {"brotli", "constriction", "numpy", "pydantic", "pydantic_core", "ruamel.yaml", "safetensors",
                                         "sentencepiece", "torch", "tqdm", "zstandard"}
 

@@ -29,6 +29,7 @@ class FakeHub:
         damaged: files that are sent with their last byte changed.
         cut_after: bytes after which the next transfers of a file break off, by path; each is used once.
         stall_after: bytes after which every transfer of a file stops, by path, and leaves its reader waiting.
+        stated: what is said in place of the truth: ``sha``, ``oid``, ``lfs.oid``, ``path``, ``size`` or the name of a header, by name.
         ignores_ranges: every transfer starts at the beginning.
         requests: what was asked for: method, path, and where the range starts (0 without one).
     """
@@ -40,6 +41,7 @@ class FakeHub:
     damaged: set[str] = field(default_factory=set)
     cut_after: dict[str, list[int]] = field(default_factory=dict)
     stall_after: dict[str, int] = field(default_factory=dict)
+    stated: dict[str, Any] = field(default_factory=dict)
     ignores_ranges: bool = False
     requests: list[tuple[str, str, int]] = field(default_factory=list)
     commit: str = field(init=False)
@@ -107,7 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
         api, repo = re.escape(f"/api/datasets/{self.hub.repo}"), re.escape(f"/datasets/{self.hub.repo}")
         if match := re.fullmatch(rf"{api}/revision/(.+)", path):
             if self._knows(match[1]):
-                self._send_json({"id": self.hub.repo, "sha": self.hub.commit, "private": False, "tags": [], "downloads": 0, "likes": 0})
+                sha = self.hub.stated.get("sha", self.hub.commit)
+                self._send_json({"id": self.hub.repo, "sha": sha, "private": False, "tags": [], "downloads": 0, "likes": 0})
         elif match := re.fullmatch(rf"{api}/tree/([^/]+)", path):
             if self._knows(match[1]):
                 self._send_json([self._entry(name) for name in self.hub.files] + [{"type": "directory", "path": "data", "oid": "0" * 40}])
@@ -125,9 +128,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _entry(self, name: str) -> dict[str, Any]:
         content = self.hub.files[name]
-        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": git_sha1(content)}
+        entry: dict[str, Any] = {"type": "file", "path": self.hub.stated.get("path", name), "size": len(content),
+                                 "oid": self.hub.stated.get("oid", git_sha1(content))}
         if name.endswith(LFS_SUFFIXES):
-            entry["lfs"] = {"oid": self.hub.digests[name], "size": len(content), "pointerSize": 130}
+            entry["lfs"] = {"oid": self.hub.stated.get("lfs.oid", self.hub.digests[name]), "size": len(content), "pointerSize": 130}
         return entry
 
     def _send_file(self, name: str, start: int) -> None:
@@ -146,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         for header, value in (("ETag", f'"{digest}"'), ("X-Repo-Commit", self.hub.commit), ("X-Linked-Etag", f'"{digest}"'),
                               ("X-Linked-Size", str(len(content)))):
-            self.send_header(header, value)
+            self.send_header(header, self.hub.stated.get(header, value))
         self.end_headers()
         if self.command == "GET":
             body = content[start:]

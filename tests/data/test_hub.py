@@ -135,13 +135,13 @@ def test_what_is_needed_is_downloaded_once(user: User) -> None:
     lines = printed.splitlines()
     assert lines.pop(0).startswith(f"tokenize.hub.revision: main is commit {user.hub.commit} now; write that there to repeat this run")
     size = sum(len(FILES[name]) for name in WANTED)
-    assert {line.split(":")[0] for line in lines} == {"download", "verify"}  # and no bars of huggingface_hub
-    assert re.search(rf"download: 100% {size / 1e6:.1f}M/", printed)
+    assert f"tokenize.hub: 5 files of {size / 1e6:.1f} MB to download" in printed
+    assert re.search(rf"verify: 100% {size / 1e6:.1f}M/", printed)
     user.hub.requests.clear()
     (again,), printed = user.download()
     assert again == dataset
     assert not [path for method, path, _ in user.hub.requests if "/resolve/" in path]
-    assert "download" not in printed
+    assert "to download" not in printed
 
 
 def test_a_pinned_commit_needs_no_network_the_second_time(user: User) -> None:
@@ -165,24 +165,8 @@ def test_a_broken_transfer_goes_on_where_it_broke(user: User) -> None:
     assert all(user.hub.transfers(name) == [0] for name in WANTED if name != LARGE)
 
 
-def test_what_cannot_be_gone_on_with_is_started_over(user: User) -> None:
-    """A part that is longer than the file, and one that the server does not go on with."""
-    too_long, ignored = WANTED[1], WANTED[3]
-    for name, part in ((too_long, bytes(len(FILES[too_long]) + 9)), (ignored, FILES[ignored][:900])):
-        partial = user.home / f"hub/datasets--owner--data/blobs/{sha256(FILES[name])}.incomplete"
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(part)
-    user.hub.ignores_ranges = True
-    (dataset,), printed = user.download()
-    check(user, dataset)
-    assert user.hub.transfers(too_long) == [0]
-    assert user.hub.transfers(ignored) == [900]
-    size = f"{sum(len(FILES[name]) for name in WANTED) / 1e6:.1f}M"
-    assert f"download: 100% {size}/{size}" in printed
-
-
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_download_goes_on_in_the_next_process(user: User, signal_number: int) -> None:
+def test_files_that_arrived_before_a_download_was_stopped_are_kept(user: User, signal_number: int) -> None:
     user.environment = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}  # seconds until a thread that waits for the server sees that it is to stop
     user.hub.stall_after = {LARGE: CHUNK_BYTES + 100}
     process = user.start()
@@ -194,13 +178,31 @@ def test_a_stopped_download_goes_on_in_the_next_process(user: User, signal_numbe
     user.hub.stall_after = {}
     process.communicate()
     assert process.returncode != 0
-    assert user.partial_sizes() == [CHUNK_BYTES]
     user.hub.requests.clear()
-    (dataset,), printed = user.download()
-    check(user, dataset)
-    assert user.hub.transfers(LARGE) == [CHUNK_BYTES]
+    (dataset,), _ = user.download()
+    for path, name in zip([dataset["tokenizer"], *dataset["shards"]["train"], *dataset["shards"]["val"]], WANTED, strict=True):
+        assert Path(path).read_bytes() == user.hub.files[name]
+    assert user.hub.transfers(LARGE) == ([0] if signal_number == signal.SIGKILL else [])  # Ctrl-C waits for what is on its way
     assert not any(user.hub.transfers(name) for name in WANTED if name != LARGE)
-    assert "download: 100%" in printed
+
+
+OUTSIDE = "../../../../../../written"
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("sha", OUTSIDE), ("sha", "main"), ("oid", OUTSIDE), ("lfs.oid", OUTSIDE), ("lfs.oid", "/tmp/written"), ("lfs.oid", "A" * 64),
+    ("lfs.oid", 3), ("path", OUTSIDE), ("path", "/etc/written"), ("path", "a/../../b"), ("ETag", f'"{OUTSIDE}"'),
+    ("X-Linked-Etag", f'"{OUTSIDE}"'), ("X-Linked-Etag", '"' + "0" * 63 + '"'), ("X-Repo-Commit", OUTSIDE),
+])
+def test_what_a_server_says_names_no_file_unless_it_is_a_checksum(user: User, name: str, value: Any) -> None:
+    user.hub.stated = {name: value}
+    if name == "ETag":
+        user.hub.stated["X-Linked-Etag"] = f'"{OUTSIDE}"'
+    (message,), _ = user.download()
+    assert re.search(r"tokenize\.hub\.repo: expected (a checksum in hexadecimal digits as|paths inside the repository, found)", message)
+    assert "\n" not in message
+    written = [path for path in user.home.parent.rglob("*") if path.is_file() and "written" in path.name]
+    assert written == []
 
 
 def test_processes_that_download_together_share_the_work(user: User) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lib.artifacts.files import ArtifactError
 from lib.compression.container import pack
 from lib.imports import published as module
-from lib.imports.published import is_published, read_published
+from lib.imports.published import MIN_MAX_BYTES, is_published, read_published
 from tests.artifacts.quantized_models import make_quantized_model
 from tests.evaluation.tiny import MODEL
 from tests.imports.published_files import (
@@ -347,3 +347,54 @@ def test_dequantisation_is_that_of_the_layout() -> None:
     """The reference of other tests: near the weights, and at their extremes exactly scale times 15 or 127."""
     for name, weight in dequantize(TENSORS, KINDS).items():
         assert torch.allclose(weight, STATE[name], atol=float(STATE[name].abs().max()) / 29 if name + ".q" in TENSORS else 1e-3)
+
+
+def replace_pickle(archive: bytes, content: bytes) -> bytes:
+    """An archive of `torch.save` with another pickle in it."""
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(rewritten, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+    return rewritten.getvalue()
+
+
+def calls(name: bytes, number: int) -> bytes:
+    """A pickle that calls something with a number."""
+    return b"\x80\x02c" + name + b"\n\x8a\x08" + number.to_bytes(8, "little") + b"\x85R."
+
+
+@pytest.mark.parametrize("name", [b"builtins\nbytearray", b"torch\nTensor", b"torch.storage\nUntypedStorage", b"torch\nFloatTensor"])
+def test_memory_that_a_pickle_asks_for_is_not_given(tmp_path: Path, name: bytes) -> None:
+    """torch.load, with weights_only, gives all of these."""
+    archive = io.BytesIO()
+    torch.save({}, archive)
+    old = io.BytesIO()
+    torch.save({}, old, _use_new_zipfile_serialization=False)
+    legacy = old.getvalue().replace(pickle.dumps({}, 2), calls(name, 2**40))
+    for content in (replace_pickle(archive.getvalue(), calls(name, 2**40)), legacy):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(ArtifactError, match=rf"found the Python object {name.decode().split()[0]}"):
+            read_published(tmp_path / "x")
+
+
+@pytest.mark.parametrize("compress", [zstandard.ZstdCompressor(19).compress, zlib.compress], ids=["zstd", "zlib"])
+def test_files_that_unpack_to_far_more_than_they_have_are_refused_before_they_do(tmp_path: Path, compress: Any) -> None:
+    archive = io.BytesIO()
+    torch.save({"a": torch.zeros(2**22)}, archive)
+    (tmp_path / "x").write_bytes(compress(archive.getvalue()))
+    with pytest.raises(ArtifactError, match=rf"at most {MIN_MAX_BYTES} bytes.*, found"):
+        read_published(tmp_path / "x")
+
+
+def test_tensors_in_the_same_memory_are_counted_each(tmp_path: Path) -> None:
+    shared = torch.ones(2**16)
+    torch.save({"a": shared, "b": shared}, tmp_path / "tied")
+    assert set(read_published(tmp_path / "tied").floats) == {"a", "b"}
+    torch.save({str(n): shared for n in range(100)}, tmp_path / "x")
+    with pytest.raises(ArtifactError, match=r"found tensors of 26,214,400 bytes in .*, many of them in the same memory"):
+        read_published(tmp_path / "x")
+
+
+def test_devices_that_never_end_are_not_read() -> None:
+    with pytest.raises(ArtifactError, match=r"/dev/zero: cannot be read \(a folder or a device\)"):
+        read_published(Path("/dev/zero"))

@@ -1,15 +1,18 @@
 """The forward pass against a plain reimplementation of the published description, one token and one head at a time."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor
 
+from lib.errors import UserError
 from lib.model.config import ModelParams
-from lib.model.gpt import GPT, TiedHead, build_model
+from lib.model.gpt import GPT, Block, TiedHead, build_model
 from lib.model.sdpa import SDPA, Attend, Kernel, Sight
 from lib.params import ParamsError, parse_params
 
@@ -349,6 +352,10 @@ def test_build_model_restores_a_model_and_refuses_other_weights() -> None:
         build_model(FULL, {**weights, "head.weight": torch.zeros(40, 24)})
     with pytest.raises(ParamsError, match="model configuration: num_layers"):
         build_model({**FULL, "num_layers": 0}, weights)
+    with pytest.raises(UserError, match="expected num_layers 1000000000000, found weights of 5 layers"):  # none is built
+        build_model({**FULL, "num_layers": 10**12}, weights)
+    with pytest.raises(UserError, match="model configuration: expected sizes that a model can have"):
+        build_model({**FULL, "bigram_rows": 2**62}, weights)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -369,11 +376,18 @@ def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> 
         parse_params({**FULL, **change}, ModelParams, "")
 
 
-def test_under_autocast_the_residual_stream_is_bf16_and_losses_are_fp32() -> None:
+def test_under_autocast_the_residual_stream_is_bf16_and_losses_are_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = make_model(FULL), torch.arange(16).view(2, 8)
     seen: set[torch.dtype] = set()
-    for block in model.blocks:
-        block.register_forward_hook(lambda module, inputs, output: seen.update((inputs[0].dtype, inputs[1].dtype, output.dtype)))
+    def watch(half: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+        def run(*arguments: Any) -> tuple[Tensor | None, ...]:
+            outputs = half(*arguments)
+            seen.update(tensor.dtype for tensor in (*arguments[1:3], *outputs) if tensor is not None)
+            return outputs
+        return run
+
+    monkeypatch.setattr(Block, "attend", watch(Block.attend))
+    monkeypatch.setattr(Block, "transform", watch(Block.transform))
     exact = model(tokens, tokens)
     assert seen == {torch.float32}
     seen.clear()

@@ -304,7 +304,7 @@ def test_precision_of_other_products_is_as_before() -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     seen: list[str] = []
     model = make_model()
-    model.blocks[0].register_forward_hook(lambda *_: seen.append(torch.backends.cuda.matmul.fp32_precision))
+    model.blocks[0].get_submodule("mlp").register_forward_hook(lambda *_: seen.append(torch.backends.cuda.matmul.fp32_precision))
     for precision, within in (("fp32", before), ("bf16", "tf32")):
         seen.clear()
         collect(model, make_sequences(), precision=precision)  # type: ignore[arg-type]

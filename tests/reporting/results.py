@@ -83,7 +83,7 @@ def write_evaluation(seed: int, number: int, names: tuple[str, ...] = tuple(BPB)
     documents = {name: [(*row, value + 0.1 * row[1]) for row in DOCUMENTS] for name, value in bpb.items()}
     timing = {"seconds": SECONDS["evaluate"], "peak_memory_mib": 512.0, **STRATEGY_SECONDS}
     save_scores(Path(f"artifacts/evaluate/seed{seed}"), make_metrics(number, names)["evaluate"], timing, curves=curves, context=context,
-                documents=documents, ledgers={})
+                documents=documents, ledgers={}, nats={})
 
 
 def make_lock(seeds: list[int]) -> dict[str, Any]:

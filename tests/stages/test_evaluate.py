@@ -14,6 +14,7 @@ from lib.artifacts.tokens import load_split
 from lib.compression.container import load_artifact
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU
+from lib.errors import UserError
 from lib.evaluation.bpb import make_score
 from lib.evaluation.score import score_plain
 from lib.model.gpt import build_model
@@ -114,7 +115,7 @@ def test_shards_of_another_tokenizer_are_refused() -> None:
 @pytest.mark.usefixtures("_inputs")
 def test_too_little_time_fails_the_stage_and_leaves_the_curves_but_no_score_until_there_is_enough() -> None:
     write_params({"limit_seconds": 1e-3})
-    with pytest.raises(RuntimeError, match=r"evaluate.limit_seconds: expected at most 0.001 s"):
+    with pytest.raises(UserError, match=r"evaluate.limit_seconds: expected at most 0.001 s"):
         evaluate.main(3)
     assert read_results().keys() == {"unfinished/plain.csv"}
     write_params({})

@@ -1,6 +1,9 @@
 """Calibrate, quantize and compress, one after the other, on a checkpoint of random weights."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from lib.artifacts.hessians import load_hessians
 from lib.artifacts.metrics import load_metrics, load_timing
 from lib.artifacts.paths import stage_folder
 from lib.artifacts.quantized import load_quantized
+from lib.audit import isolation
 from lib.compression.budget import BudgetError
 from lib.compression.bundle import code_bytes
 from lib.compression.container import load_artifact
@@ -47,7 +51,7 @@ def test_the_three_stages(project: Path) -> None:
     for stage in (calibrate, quantize, compress):
         stage.main(SEED)
     folder = stage_folder("calibrate", SEED)
-    hessians = load_hessians(folder / "hessians.safetensors")
+    hessians = load_hessians(folder / "hessians.safetensors", stage_folder("train", SEED) / "checkpoint.safetensors")
     assert hessians.inputs.keys() == hessians.calibration.hessians.keys() == hessians.verification.hessians.keys()
     assert not torch.equal(hessians.calibration.hessians["blocks.0.mlp.up"], hessians.verification.hessians["blocks.0.mlp.up"])
     assert load_metrics(folder) == {"num_tokens": 24 * 16, "num_hessians": len(hessians.inputs)}
@@ -132,3 +136,36 @@ def test_a_checkpoint_trained_for_another_grid_is_pointed_out(tmp_path: Path, mo
     calibrate.main(SEED)
     quantize.main(SEED)
     assert ("bits.mlp 6 in training, 5 here" in capsys.readouterr().err) == (qat == "other")
+
+
+def landlock() -> bool:
+    try:
+        return isolation._call(isolation.CREATE_RULESET, None, 0, isolation.VERSION_FLAG) > 0  # asks for its version
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not landlock(), reason="Landlock cannot be used here")
+@pytest.mark.parametrize(("stage", "reads"), [("calibrate", "train"), ("quantize", "heldout")])
+def test_a_confined_stage_works_and_cannot_read_the_validation_text(stage: str, reads: str, project: Path) -> None:
+    if stage == "quantize":
+        calibrate.main(SEED)
+    secret = project / "artifacts/tokenize/val/val_000000.bin"
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_bytes(b"secret")
+    script = f"""if True:
+        from pathlib import Path
+        from lib.audit.isolation import withhold_validation
+        from stages import {stage}
+        withhold_validation("{stage}", {SEED})
+        {stage}.main({SEED})
+        next(Path("artifacts/tokenize/{reads}").glob("*.bin")).read_bytes()
+        try:
+            Path("{secret}").read_bytes()
+        except PermissionError:
+            print("refused")
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(calibrate.__file__).parents[1])}
+    outcome = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert outcome.stdout.endswith("refused\n")
+    assert list(stage_folder(stage, SEED).glob("*.safetensors"))

@@ -88,8 +88,8 @@ def test_two_processes_print_one_result(project: tuple[Path, dict[str, Any]], fo
     assert float(figures(output)["val_bpb"]) == pytest.approx(project[1]["val_bpb"], abs=1e-5)
 
 
-def test_it_keeps_to_its_time_limit_and_shows_where_it_stopped(folder: Path) -> None:
+def test_it_keeps_to_its_time_limit_and_says_so_in_a_line(folder: Path) -> None:
     write_bytes(folder / "train_gpt.py", make_bundle(SETTINGS | {"limit_seconds": 1e-3}, ROOT))
     error = run(folder, "train_gpt.py", "--data", "../data", status=1)
-    assert "evaluate.limit_seconds: expected at most 0.001 s" in error
-    assert f'"{folder}/train_gpt.py/stages/score.py", line ' in error and "    evaluation = evaluate(" in error
+    assert error.splitlines()[-1].startswith("evaluate.limit_seconds: expected at most 0.001 s")
+    assert "Traceback" not in error

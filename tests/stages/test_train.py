@@ -43,6 +43,10 @@ FEW_STEPS = 12
 SHARD, TOKENIZER = TOKENIZE_FOLDER / "train/train_000001.bin", TOKENIZE_FOLDER / "tokenizer.model"
 
 
+def list_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
@@ -145,7 +149,7 @@ def test_when_one_process_is_killed_or_asked_to_stop_all_end_and_the_run_continu
 def test_two_nodes_train_as_one_process_does_and_the_first_writes(two_nodes: list[Path], reference: Path) -> None:
     assert read_losses(two_nodes[0]) == pytest.approx(read_losses(reference), abs=1e-4)
     assert read_results(two_nodes[0]).keys() == RESULT_FILES
-    assert not (two_nodes[1] / "artifacts/train").exists()
+    assert not list_files(two_nodes[1] / "artifacts/train")
 
 
 def test_when_the_first_node_is_gone_the_other_says_so_and_ends(nodes: list[Path]) -> None:
@@ -323,8 +327,8 @@ def test_parameters_that_no_process_can_use_are_named_once(folder: Path) -> None
     write_params(folder, "model", rope_dims=10)
     with Command(folder, torchrun(*TWO_PROCESSES)) as command:
         assert command.wait() != 0
-        assert command.printed.count("ParamsError: params.yaml: model.rope_dims: expected an even number") == 1
-    assert not (folder / "artifacts/train").exists()
+        assert command.printed.count("params.yaml: model.rope_dims: expected an even number") == 1
+    assert not list_files(folder / "artifacts/train")
 
 
 def test_one_process_ends_with_the_error_as_its_last_line(folder: Path) -> None:
@@ -333,7 +337,7 @@ def test_one_process_ends_with_the_error_as_its_last_line(folder: Path) -> None:
     with Command(folder) as command:
         assert command.wait() == 1
         assert command.printed.splitlines()[-1] == (
-            f"OSError: [Errno {errno.ENOSPC}] cannot be written (No space left on device); make room and rerun: "
-            f"'{RESULT / 'checkpoint.safetensors'}'")
+            f"{RESULT / 'checkpoint.safetensors'}: cannot be written (No space left on device); make room and rerun")
+        assert "Traceback" not in command.printed
     assert read_results(folder).keys() == {find_state(folder).name}
     assert saved_steps(folder) == NUM_STEPS
