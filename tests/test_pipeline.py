@@ -65,9 +65,10 @@ def test_declared_code_is_the_imported_code(stage: str) -> None:
     assert all((ROOT / path).is_file() for path in templates)
 
 
-def test_train_alone_has_code_that_it_does_not_declare_and_does_not_depend_on_the_parameters_that_code_reads() -> None:
-    """What that code computes is printed; tests/forecast/test_watch.py sees that the training does not change."""
-    assert {path.stem for path in (ROOT / "stages").glob("*.py") if "lib.forecast" in path.read_text()} == {"train"}
+def test_code_that_is_not_declared_is_of_train_and_tokenize_which_do_not_depend_on_the_parameters_that_it_reads() -> None:
+    """What that code computes is printed, or refused; tests/forecast/test_watch.py sees that the training does not change."""
+    assert {path.stem for path in (ROOT / "stages").glob("*.py") if "lib.forecast" in path.read_text()} == {"tokenize", "train"}
+    assert STAGES["tokenize"]["params"] == ["tokenize"]
     assert STAGES["train"]["params"] == ["model", "train"]
 
 
