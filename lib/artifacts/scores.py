@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from lib.artifacts.files import ArtifactError, read_csv, write_bytes, write_csv, write_json
 from lib.artifacts.metrics import METRICS_FILE, TIMING_FILE, save_metrics
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 CURVES_FOLDER, CONTEXT_FOLDER, DOCUMENTS_FOLDER, LEDGER_FOLDER, UNFINISHED_FOLDER = "curves", "context", "documents", "ledger", "unfinished"
 NATS_FOLDER = "nats"
@@ -29,7 +30,7 @@ Writer = Callable[[Path], None]
 
 
 def save_scores(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, float], *, curves: Tables, context: Tables,
-                documents: Tables, ledgers: Tables, nats: Mapping[Any, npt.NDArray[np.float32]]) -> None:
+                documents: Tables, ledgers: Tables, nats: "Mapping[Any, npt.NDArray[np.float32]]") -> None:
     """Write the results of an evaluation, each table by the name of its strategy.
 
     The folders are made anew, so that no file of a strategy that is no longer used stays behind. Where there is no room for the new
@@ -54,12 +55,13 @@ def save_scores(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, f
     save_metrics(folder, metrics, timing)
 
 
-def load_nats(folder: Path, name: str) -> npt.NDArray[np.float32]:
+def load_nats(folder: Path, name: str) -> "npt.NDArray[np.float32]":
     """The losses of a strategy, (N,) fp32, that `save_scores` wrote.
 
     Raises:
         ArtifactError: missing, or no such array.
     """
+    import numpy as np  # noqa: PLC0415 (as below: the summary, which needs none, starts in half the time)
     path = folder / NATS_FOLDER / f"{name}.npy"
     try:
         nats = np.load(path, allow_pickle=False)
@@ -95,7 +97,8 @@ def _write_table(path: Path, rows: Iterable[Sequence[object]], columns: Sequence
     write_csv(path, columns, ([round(value, 8) if isinstance(value, float) else value for value in row] for row in rows))
 
 
-def _write_nats(path: Path, values: npt.NDArray[np.float32]) -> None:
+def _write_nats(path: Path, values: "npt.NDArray[np.float32]") -> None:
+    import numpy as np  # noqa: PLC0415
     content = io.BytesIO()
     np.save(content, values)
     write_bytes(path, content.getvalue())

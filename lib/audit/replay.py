@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from lib.artifacts.metrics import load_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER
@@ -42,7 +43,7 @@ from lib.model.gpt import GPT, build_model
 from lib.params import parse_params
 
 VAL, ARTIFACT = TOKENIZE_FOLDER / "val", Path("model.ptz")
-NEAR_FRACTION, NEAR_CHUNKS = 0.05, 3  # of the text, and chunks: how far the quick level's cuts reach, whichever is more
+NEAR_FRACTION, NEAR_CHUNKS = 0.02, 3  # of the text, and chunks: how far the quick level's cuts reach, whichever is more
 QUICK_WORK = 0.12  # of the work of strategies that isolate documents, done again at the quick level
 SHIFTS = 16  # tried, so that the text after a cut begins otherwise
 SHARD_TOKENS = 100_000_000
@@ -243,27 +244,37 @@ def _is_enough(sheet: ScoreSheet, process: Process, end: int, most: float, done:
     return done >= most or sheet.num_scored(end, process) == end
 
 
+def _write_some(write: Callable[[Tensor, Tensor, Tensor], None], left: list[int], targets: Tensor, nats: Tensor, context: Tensor) -> None:
+    """Write losses until there are as many as are `left` at the beginning: a batch of long documents may be most of the text."""
+    write(targets, nats, context)
+    left[0] -= targets.numel()
+    if left[0] <= 0:
+        raise _ReachedError
+
+
 def score_again(model: GPT, text: Text, params: EvaluateParams, names: Sequence[StrategyName], *, until: int,
                 work: float, process: Process) -> Scores:
-    """Run strategies until their first `until` targets are scored, or a fraction of their work is done; the model ends as it was."""
+    """Run strategies until their first `until` targets are scored, or about a fraction of their work is done; the model ends as it was."""
     clock, scores = _Clock(process), {}
     for name, job in make_jobs(model, text, params, names, process=process, limit=clock):
         most = work * STRATEGIES[name].work(text.documents, params) if work < 1 else float("inf")
         end = job.num_targets if STRATEGIES[name].isolates_documents else until  # the longest documents come first
         clock.start(partial(_is_enough, job.sheet, process, end, most))
+        if work < 1 and process.world_size == 1:  # several processes stop between batches, together
+            job.sheet.write = partial(_write_some, job.sheet.write, [int(work * job.num_targets)])  # type: ignore[method-assign]
         with restored(model), suppress(_ReachedError):
             STRATEGIES[name].run(job)
         scores[name] = job.sheet.collect_unfinished(process)
     return scores
 
 
-COMMAND = (sys.executable, "-c", "import sys\nif line := sys.stdin.readline():\n    from lib.audit.replay import serve\n    serve(line)")
+COMMAND = (sys.executable, "-c", "import sys\nfrom lib.audit.replay import serve\nif line := sys.stdin.readline():\n    serve(line)")
 
 
 class Replayer:
     """Fresh processes, one for each process of the run, that score what they are given; a `Runner` once it is `prepared`.
 
-    They are started before the run and before it is confined, so that they can join each other, and load nothing until they are asked.
+    They are started before the run and before it is confined, so that they can join each other; until they are asked they load code only.
     """
 
     def __init__(self, process: Process, command: Sequence[str] = COMMAND) -> None:
