@@ -168,7 +168,7 @@ def test_nodes_with_different_parameters_end_with_one_message(nodes: list[Path])
     with start_two_nodes(nodes) as commands:
         assert all(command.wait() != 0 for command in commands)
     printed = "".join(command.printed for command in commands)
-    assert printed.count("TrainingError: train: expected the same params.yaml, seed and training text in every process, found ") == 1
+    assert printed.count("train: expected the same params.yaml, seed and training text in every process, found ") == 1
     assert "need copies of params.yaml and artifacts/tokenize\n" in printed
     assert "is gone" not in printed
     assert not any(read_results(folder) for folder in nodes)
