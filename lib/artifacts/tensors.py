@@ -25,8 +25,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     """Write tensors as a safetensors file, deterministic in content and order.
 
     Args:
-        path: of the file.
-        tensors: of any dtype and shape, by name.
+        path: where the file is.
+        tensors: name -> tensor of any dtype and shape.
         metadata: what JSON can hold.
         sources: files that `save_tensors` wrote and that these tensors were made from.
     """
@@ -40,7 +40,7 @@ def load_tensors(path: Path, sources: Sequence[Path] = ()) -> tuple[dict[str, to
     """Tensors (on the CPU) and metadata of a file that `save_tensors` wrote; files of before there were hashes are taken as they are.
 
     Args:
-        path: of the file.
+        path: where the file is.
         sources: files that it must have been made from.
 
     Raises:

@@ -95,7 +95,7 @@ def load_shards(paths: Sequence[Path], vocab_size: int) -> tuple[Tokens, ...]:
     """Map shards into memory that no ``split.json`` describes, as the challenge publishes them.
 
     Args:
-        paths: of the shards, in order.
+        paths: the shards, in order.
         vocab_size: vocabulary of the model or tokenizer that the tokens are for.
 
     Returns:

@@ -49,7 +49,7 @@ def check_single_pass(events: Sequence[Event], num_targets: int, documents: Docu
     Args:
         events: ordered by step.
         num_targets: N.
-        documents: of the stream.
+        documents: where the stream's documents are.
     """
     scored = np.zeros(num_targets, np.bool_)
     ends: dict[int, int] = {}  # state -> one past the last target that it scored

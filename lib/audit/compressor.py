@@ -64,7 +64,7 @@ def read_header(content: bytes) -> tuple[int, int]:
     """Number of targets and BOS of a file that `encode` made.
 
     Raises:
-        ValueError: too short, or no whole number of words.
+        UserError: too short, or no whole number of words.
     """
     if len(content) < HEADER.size or len(content) % 4:
         raise UserError(f"expected a file that `python -m tools.decode` has written, found {len(content)} bytes")
@@ -76,7 +76,7 @@ def decode(content: bytes, distribution: Distribution) -> Tokens:
     """The text (N+1,) of a file that `encode` made with the same distributions.
 
     Raises:
-        ValueError: not such a file, as far as that can be seen.
+        UserError: not such a file, as far as that can be seen.
     """
     num_targets, bos_id = read_header(content)
     coder = stream.queue.RangeDecoder(np.frombuffer(content, "<u4", offset=HEADER.size).astype(np.uint32))

@@ -30,7 +30,7 @@ def deterministic(model: GPT, precision: Precision, process: Process, *, enabled
 
     Args:
         model: on the process's device; its gradients are not touched.
-        precision: of the matrix products.
+        precision: dtype of the matrix products.
         process: every process enters this and gets the same answer.
         enabled: whether anything is changed.
 

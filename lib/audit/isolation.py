@@ -68,7 +68,7 @@ def withhold_validation(stage: str, seed: int) -> None:
 
     Args:
         stage: that this process runs; it writes into its own folder only.
-        seed: of the stage.
+        seed: seed of the run, which names the folders.
 
     Raises:
         UserError: the text can be read all the same.

@@ -83,7 +83,7 @@ def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool
 
     Args:
         text: whose longest documents are used where documents are cut, each to another length than its neighbours.
-        size: of the piece; the text may be shorter.
+        size: length and make of the piece; the text may be shorter.
         window_tokens: inputs that the model sees at once.
         thorough: choose more places.
     """

@@ -13,7 +13,7 @@ def check_accounting(writers: Mapping[str, SplitWriter], tokenizer: Tokenizer) -
     """Compare the sums of every split: with more bytes than the text has, bits per byte would be too low.
 
     Raises:
-        ValueError: more accounted bytes than bytes of text; or other ones, by a lossless tokenizer.
+        UserError: more accounted bytes than bytes of text; or other ones, by a lossless tokenizer.
     """
     for split, writer in writers.items():
         if writer.accounted_bytes > writer.raw_bytes or (tokenizer.lossless and writer.accounted_bytes != writer.raw_bytes):
