@@ -10,12 +10,12 @@ THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # Tools are run as modules: their scripts in the environment have its path inside, which is another one after the folder was moved.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint lowest audit bench compare preset sweep gpu-bundle clean
+.PHONY: repro test lint lowest audit bench compare deps preset sweep gpu-bundle clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
-	@python -m lib.schema
+	@python -m tools.check_params
 	@python -m dvc repro $(ARGS)
-	@python -m lib.reporting.summary
+	@python -m tools.summary
 	@$(if $(ARGS),,echo && echo "report: artifacts/report/report.html")
 
 test: lint  ## lint, types and tests
@@ -33,16 +33,19 @@ bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; se
 	@for script in $(BENCH); do echo "bench.$$script" && python -m bench.$$script || exit 1; done
 
 audit: $(INSTALLED)  ## every check of a legal score, thoroughly, on the finished run
-	@python -m stages.audit
+	@python -m tools.audit
 
 preset: $(INSTALLED)  ## make a preset the parameters: make preset NAME=pr585
-	@python -m lib.presets $(NAME)
+	@python -m tools.preset $(NAME)
 
 compare: $(INSTALLED)  ## parameters that differ, and figures: make compare REVS="HEAD~1 my-branch"; alone: HEAD, workspace, experiments
-	@python -m lib.reporting.revisions $(REVS)
+	@python -m tools.compare $(REVS)
 
 sweep: $(INSTALLED)  ## rate-distortion curve: make sweep TARGETS="400000 600000"
-	@python -m lib.reporting.sweep $(TARGETS)
+	@python -m tools.sweep $(TARGETS)
+
+deps: $(INSTALLED)  ## write the code that every stage depends on into dvc.yaml
+	@python -m tools.deps
 
 gpu-bundle: $(INSTALLED)  ## pack .gpu for a GPU machine without a network: PYTHON_VERSION=3.12 TEXT=mine.jsonl.zst TOKENIZER=mine.model
 	@python -m bench.gpu_bundle $(if $(PYTHON_VERSION),--python-version $(PYTHON_VERSION)) $(if $(TEXT),--text $(TEXT)) \

@@ -72,7 +72,7 @@ def pack_nearest(weights: Mapping[str, Tensor], model: ModelParams, params: Quan
 def compare(weights: Mapping[str, Tensor], model: ModelParams, params: QuantizeParams, coding: CompressParams) -> Row:
     """Both forecasts, and what the weights take."""
     def forecast(samples: Samples) -> int:
-        return summarize(forecast_parts(samples, model, params, coding, 0))["artifact_bytes"]
+        return summarize(forecast_parts(samples, model, params, coding))["blob_bytes"]
 
     return Row(forecast(sample_gaussian(model)), forecast(sample_weights(weights)), pack_nearest(weights, model, params, coding))
 

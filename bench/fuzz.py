@@ -34,7 +34,7 @@ from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
 from lib.compression.container import CHECKSUM_BYTES, MAX_HEADER_BYTES, PREFIX, pack, seal, unpack
 from lib.data.jsonl import find_files, read_blocks
 from lib.errors import UserError
-from lib.imports.inspection import describe_published
+from lib.published.description import describe_published
 
 MAX_SECONDS, MAX_KIBIBYTES = 5.0, 2**19  # for one file; memory on top of what the interpreter and its libraries take
 NUMBERS = (0, 1, 2, 7, 64, 255, 1023, 2**16, 2**20, 2**27, 2**32, 2**63, -1)

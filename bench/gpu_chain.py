@@ -105,12 +105,12 @@ def main() -> None:
         return
     prepare(folder, params)
     os.environ["TQDM_DISABLE"] = "1"
-    run_module("lib.schema", folder)
+    run_module("tools.check_params", folder)
     for stage in STAGES:
         run_module(f"stages.{stage}", folder, *([] if stage in ("tokenize", "report") else ["--seed", str(SEED)]))
     if options.smoke:
-        run_module("stages.audit", folder)
-    run_module("lib.reporting.summary", folder)
+        run_module("tools.audit", folder)
+    run_module("tools.summary", folder)
 
 
 if __name__ == "__main__":

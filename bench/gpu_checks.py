@@ -22,13 +22,13 @@ import torch
 
 from bench.evaluate import Stopwatch, make_model
 from bench.train import LOSS_TOLERANCE, make_loops
+from lib.calibration.config import CalibrateParams
+from lib.calibration.moments import collect_moments
 from lib.distributed import Process, start_process
 from lib.model.config import KernelName, ModelSection
 from lib.model.kernels import KernelError, choose_kernel
 from lib.params import PARAMS_FILE, load_params
-from lib.quantization.config import CalibrateParams
 from lib.quantization.grid import fake_quantize
-from lib.quantization.hessian import collect_moments
 from lib.training.config import TrainParams
 from lib.training.optim import orthogonalize
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bench.forecast import pack_nearest
 from lib.artifacts.quantized import clip_range
-from lib.compression.bundle import code_bytes
 from lib.model.gpt import GPT
 from lib.model.roles import MATRIX_ROLES, role_of
 from lib.params import parse_params, read_params
@@ -66,13 +65,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("presets"))
     parser.add_argument("--std", type=float, default=STD)
     arguments = parser.parse_args()
-    code = code_bytes(Path())
-    print(f"Gaussian weights, standard deviation {arguments.std}; {code:,} bytes of code")
+    print(f"Gaussian weights, standard deviation {arguments.std}; with the reserve for code, compress.code_bytes")
     print(f"{'preset':12}{'parameters':>12}{'floor':>8}{'rows on it':>12}{'bytes':>13}{'of limit':>10}{'artifact per parameter':>24}"
           "  published")
     for name in arguments.presets:
         params = parse_params(read_params(arguments.folder / f"{name}.yaml"), PipelineParams, f"{name}.yaml: ")
         weights = gaussian_weights(params, arguments.std)
+        code = params.compress.code_bytes
         num_parameters, bits = sum(weight.numel() for weight in weights.values()), params.quantize.bits.mlp
         for clip in (params.quantize.clip, params.quantize.clip.model_copy(update={"floor": 0.0})):
             size = measure(weights, params, clip)

@@ -26,14 +26,14 @@ from lib.artifacts.tokens import load_split
 from lib.compression.container import pack, unpack
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU, Process
-from lib.evaluation.comparison import Comparison, compare_heldout
+from lib.evaluation.heldout import HeldoutComparison, compare_heldout
 from lib.model.gpt import build_model
 from lib.params import Params, parse_params, read_params
+from lib.quantization.assessment import list_tensors, summarize
 from lib.quantization.config import QuantizeParams
 from lib.quantization.grid import round_to_grid, row_scales
 from lib.quantization.policy import quantize_model
 from lib.quantization.quantizer import smallest
-from lib.quantization.table import list_tensors, summarize
 
 INT8_TABLES = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 8, "value_embedding": 8, "head": 8}  # #585
 INT5_TABLES = INT8_TABLES | {"bigram": 5, "value_embedding": 5}
@@ -114,13 +114,13 @@ class Bench:
         unpack(blob)
         return Result(quantized, len(blob), middle - start, time.perf_counter() - middle)
 
-    def report(self, name: str, result: Result) -> Comparison:
+    def report(self, name: str, result: Result) -> HeldoutComparison:
         """Print one line of the table."""
         rows = list_tensors(self.checkpoint.weights, self.hessians, result.quantized, self.params(), dampings={}, coded_bytes={},
                             device=self.process.device)
         figures = summarize(rows)
         model = build_model(self.checkpoint.model, result.quantized.weights()).to(self.process.device)
-        compared = compare_heldout(model, self.model, self.heldout, self.tokenizer, process=self.process, batch_windows=16,
+        compared = compare_heldout(model.logits, self.model.logits, self.heldout, self.tokenizer, process=self.process, batch_windows=16,
                                    window_tokens=self.checkpoint.training["sequence_tokens"], max_tokens=self.heldout_tokens)
         bits, error, predicted = 8 * result.num_bytes, figures["relative_error"], figures["predicted_loss"]
         print(f"{name:44}{result.num_bytes:>12,}{bits / self.num_weights:>9.2f}{bits / self.num_live:>9.2f}{error:>10.5f}"

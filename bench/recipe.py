@@ -20,19 +20,19 @@ from lib.artifacts.checkpoint import Checkpoint
 from lib.artifacts.hessians import Hessians
 from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.tokens import load_split
-from lib.compression.bundle import code_bytes
+from lib.calibration.config import CalibrateParams
+from lib.calibration.moments import collect_moments, draw_sequences, matrix_inputs
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.data.loader import Loader
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU, Process
-from lib.evaluation.comparison import compare_heldout
+from lib.evaluation.heldout import compare_heldout
 from lib.model.config import ModelSection
 from lib.model.gpt import GPT, build_model
 from lib.model.kernels import choose_kernel
 from lib.params import load_params, parse_params, read_params
-from lib.quantization.config import CalibrateParams, QuantizeParams
-from lib.quantization.hessian import collect_moments, draw_sequences, matrix_inputs
+from lib.quantization.config import QuantizeParams
 from lib.quantization.policy import quantize_model
 from lib.training.config import TrainParams
 from lib.training.loop import train
@@ -82,7 +82,7 @@ class Bench:
                                    description=name)
                    for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
         hessians = Hessians(matrix_inputs(reference), *moments)
-        code, coding = code_bytes(Path()), load_params("compress", CompressParams)
+        coding = load_params("compress", CompressParams)
         grid: dict[str, Any] = {"target_bytes": None, "bits": train_params.qat.bits.model_dump(),
                                 "clip": train_params.qat.clip.model_dump(mode="json"), "scale_factors": [1.0], "rate_weight": 0.0}
         changes = {"nearest": grid | {"method": "rtn"}, "GPTQ": grid, "free": {}}
@@ -90,9 +90,9 @@ class Bench:
         for export, changed in changes.items():
             params = parse_params(read_params()["quantize"] | changed, QuantizeParams, "quantize.")
             quantized, _ = quantize_model(checkpoint, hessians, params, self.process,
-                                          lambda model: code + len(pack(model, coding.codec, coding.level).blob))
+                                          lambda model: coding.code_bytes + len(pack(model, coding.codec, coding.level).blob))
             model = build_model(checkpoint.model, quantized.weights()).to(self.process.device)
-            compared = compare_heldout(model, reference, self.splits["heldout"], self.tokenizer, process=self.process,
+            compared = compare_heldout(model.logits, reference.logits, self.splits["heldout"], self.tokenizer, process=self.process,
                                        window_tokens=train_params.sequence_tokens, batch_windows=BATCH_WINDOWS,
                                        max_tokens=params.heldout_tokens)
             figures |= {"float": compared.bpb_float, export: compared.bpb}

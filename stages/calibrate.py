@@ -8,11 +8,11 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import load_split
 from lib.audit.isolation import withhold_validation
+from lib.calibration.config import CalibrateParams
+from lib.calibration.moments import check_reserve, collect_moments, draw_sequences, matrix_inputs
 from lib.distributed import start_process
 from lib.model.gpt import build_model
 from lib.params import load_params, parse_seed
-from lib.quantization.config import CalibrateParams
-from lib.quantization.hessian import check_reserve, collect_moments, draw_sequences, matrix_inputs
 
 
 def main(seed: int) -> None:

@@ -7,12 +7,12 @@ from lib.artifacts.files import write_bytes, write_csv
 from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import stage_folder
 from lib.artifacts.quantized import load_quantized
-from lib.compression.budget import Part, check_limit, list_parts, summarize
-from lib.compression.bundle import code_bytes
+from lib.compression.budget import Part, check_code, check_limit, list_parts, summarize
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.model.roles import role_of
 from lib.params import load_params, parse_seed
+from lib.submission.bundle import code_bytes
 
 
 def main(seed: int) -> None:
@@ -21,7 +21,8 @@ def main(seed: int) -> None:
     quantized = load_quantized(stage_folder("quantize", seed) / "quantized.safetensors")
     roles = {name: role_of(name, weight.ndim) for name, weight in quantized.weights().items()}
     packed = pack(quantized, params.codec, params.level)
-    parts = list_parts(quantized, packed, roles, code_bytes(Path()))
+    check_code(code := code_bytes(Path()), params.code_bytes)
+    parts = list_parts(quantized, packed, roles, code)
     check_limit(parts, params.limit_bytes)
     write_bytes(folder / "model.ptz", packed.blob)
     write_csv(folder / "sizes.csv", Part._fields, parts)

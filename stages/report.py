@@ -5,13 +5,13 @@ from pathlib import Path
 from lib.artifacts.files import write_bytes, write_json
 from lib.artifacts.metrics import METRICS_FILE
 from lib.artifacts.paths import REPORT_FOLDER
-from lib.compression.bundle import list_packages, make_bundle
 from lib.params import load_params, read_params
 from lib.reporting.config import ReportParams
 from lib.reporting.html import make_metrics, make_report
 from lib.reporting.runs import check_runs
-from lib.reporting.submission import Program, write_submission
 from lib.reporting.summary import read_metrics
+from lib.submission.bundle import list_packages, make_bundle
+from lib.submission.folder import Program, write_submission
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("bench", "lib", "stages", "tools", "tests", "presets", "params.yaml", "pyproject.toml")
 EXAMPLES = ("A clip rule", "A codec", "A strategy of test-time training", "An architecture option")
 CHANGED_TESTS = ("tests/quantization/test_clipping.py", "tests/compression/test_coding.py", "tests/evaluation/test_score_first.py",
-                 "tests/model/test_gpt.py", "tests/test_presets.py::test_is_valid_and_has_the_key_tree_of_params_yaml",
+                 "tests/model/test_gpt.py", "tests/tools/test_preset.py::test_is_valid_and_has_the_key_tree_of_params_yaml",
                  "tests/evaluation/test_strategies.py::test_work_is_counted_in_inputs_and_three_times_where_it_is_trained_on")
 
 

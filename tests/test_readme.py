@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lib.params import SECTIONS, read_params
-from lib.reporting.strategies import format_strategies
+from lib.reporting.strategy_table import format_strategies
 from lib.reporting.summary import STAGES_WITH_FIGURES, format_table, headline_rows
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,10 @@ from lib.compression.container import load_artifact
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU
 from lib.evaluation.bpb import make_score
-from lib.evaluation.score import score_plain
+from lib.evaluation.heldout import window_losses
 from lib.model.gpt import build_model
 from tests.clone import Clone
-from tests.imports.published_files import State, dequantize, make_state, quantize_state, to_artifact, to_bytes, to_project, write
+from tests.published.published_files import State, dequantize, make_state, quantize_state, to_artifact, to_bytes, to_project, write
 
 pytestmark = pytest.mark.xdist_group("repro")
 
@@ -46,7 +46,7 @@ def import_file(clone: Clone, name: str, content: bytes, seed: int) -> list[str]
     """Import a file for the only seed; returns the commands that are to follow."""
     clone.change({"seeds": [seed]})
     write(clone.folder / name, content)
-    text = clone.run(sys.executable, "-m", "stages.imports", name, "--seed", str(seed))
+    text = clone.run(sys.executable, "-m", "tools.import_published", name, "--seed", str(seed))
     return re.findall(r"(?m)^  (.+)$", text)
 
 
@@ -73,15 +73,15 @@ def test_an_artifact_is_scored_and_audited_as_published(clone: Clone) -> None:
     shown = clone.run(*shlex.split(summary))
     score = f"{read_metrics(clone, 'evaluate', ARTIFACT)['val_bpb']:.4f}"
     assert re.search(rf"validation bpb \(val_bpb\) +{score} ", shown) and "audit: legal" in shown and "final_model.int6.ptz" in shown
-    assert clone.run(sys.executable, "-m", "stages.audit").rstrip().endswith("\nlegal")
+    assert clone.run(sys.executable, "-m", "tools.audit").rstrip().endswith("\nlegal")
 
     blob = clone.folder / f"artifacts/compress/seed{ARTIFACT}/model.ptz"
     artifact, weights = load_artifact(blob), to_project(dequantize(tensors, kinds), clone.params["model"])
     assert all(torch.equal(weight, weights[name]) for name, weight in artifact.weights().items())
-    text = clone.run(sys.executable, "-m", "stages.inspect", str(blob))
+    text = clone.run(sys.executable, "-m", "tools.inspect", str(blob))
     assert 'imported "final_model.int6.ptz"' in text and "float32" in text
     tokens = load_split(clone.folder / "artifacts/tokenize/val", 512).tokens()
-    nats = score_plain(build_model(artifact.model, weights), tokens, window_tokens=32, batch_tokens=8192, precision="fp32",
+    nats = window_losses(build_model(artifact.model, weights), tokens, window_tokens=32, batch_windows=256, precision="fp32",
                        process=SINGLE_CPU)
     tokenizer = load_tokenizer(clone.folder / "artifacts/tokenize/tokenizer.model")
     expected = make_score(nats, tokenizer.target_bytes(tokens)).bpb

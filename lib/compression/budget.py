@@ -35,6 +35,17 @@ class BudgetError(UserError):
     """An artifact above its limit; the message has the overshoot and what would fit."""
 
 
+def check_code(code_bytes: int, reserve_bytes: int) -> None:
+    """Compare the code with what was reserved for it, ``compress.code_bytes``.
+
+    Raises:
+        BudgetError: the code is larger.
+    """
+    if code_bytes > reserve_bytes:
+        raise BudgetError(f"compress.code_bytes: expected at least the {code_bytes:,} bytes of the submitted code, found "
+                          f"{reserve_bytes:,}; raise it to {code_bytes}, and free steps are chosen for what is left")
+
+
 def parameter_of(matrix: str) -> str:
     """The parameter that a matrix of a quantized model belongs to: factors of corrections have suffixes."""
     return matrix.removesuffix(LEFT).removesuffix(RIGHT)

@@ -17,3 +17,6 @@ class CompressParams(Params):
     no levels."""
     limit_bytes: Positive
     """Largest size of code and blob together; the stage fails above it. The challenge allows 16,000,000."""
+    code_bytes: Positive
+    """Reserve for the code: quantize counts on so many bytes, so that it does not depend on the code itself; the stage fails if the real
+    code is larger."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lib.distributed import Process
 from lib.evaluation.bpb import Score, make_score, running_bpb
+from lib.evaluation.breakdown import context_table, document_table
 from lib.evaluation.config import EvaluateParams, StrategyName
 from lib.evaluation.job import Job
 from lib.evaluation.ledger import Event
@@ -26,7 +27,6 @@ from lib.evaluation.score import Forward, load_stream
 from lib.evaluation.sheet import Losses, ScoreSheet
 from lib.evaluation.state import describe_state, differing
 from lib.evaluation.strategies import STRATEGIES
-from lib.evaluation.tables import context_table, document_table
 from lib.evaluation.trainable import describe_groups, match_groups
 from lib.evaluation.windows import Documents, Windows, find_documents
 from lib.model.gpt import GPT

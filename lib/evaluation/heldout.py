@@ -1,18 +1,54 @@
-"""Bits per byte on the held-out training documents: what models are chosen by, and what quantization is judged by."""
+"""Held-out training documents, in windows side by side: what models are chosen by, and what quantization is judged by.
 
-from torch import nn
+Shapes: N windows, T tokens of a window, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lib.artifacts.tokens import Split
 from lib.data.tokenizer import Tokenizer
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.evaluation.bpb import Score, make_score
-from lib.evaluation.score import score_plain
 from lib.params import Precision
+from lib.progress import Progress
+
+Logits = Callable[[Tensor], Tensor]
+
+
+class HeldoutComparison(NamedTuple):
+    """Figures over the same held-out targets.
+
+    Attributes:
+        kl: mean Kullback-Leibler divergence of the quantized model's next-token distribution from the float model's, nats per token.
+        loss_increase: of the quantized model, nats per token.
+        bpb: of the quantized model, bits per byte.
+        bpb_float: of the float model.
+        num_tokens: targets.
+    """
+
+    kl: float
+    loss_increase: float
+    bpb: float
+    bpb_float: float
+    num_tokens: int
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for ``metrics.json``."""
+        return {"heldout_bpb": round(self.bpb, 8), "heldout_bpb_float": round(self.bpb_float, 8), "heldout_kl": round(self.kl, 8),
+                "heldout_loss_increase": round(self.loss_increase, 8), "heldout_tokens": self.num_tokens}
 
 
 def score_heldout(model: nn.Module, split: Split, tokenizer: Tokenizer, *, window_tokens: int, batch_windows: int, precision: Precision,
                   process: Process) -> Score:
-    """Score a split in windows side by side; every process gets the result.
+    """Score a split with one model; every process gets the result.
 
     Args:
         model: called as `GPT.forward`, on the process's device.
@@ -24,6 +60,88 @@ def score_heldout(model: nn.Module, split: Split, tokenizer: Tokenizer, *, windo
         process: which share of the windows is computed here.
     """
     tokens = split.tokens()
-    nats = score_plain(model, tokens, window_tokens=window_tokens, batch_tokens=batch_windows * window_tokens, precision=precision,
-                       process=process)
+    nats = window_losses(model, tokens, window_tokens=window_tokens, batch_windows=batch_windows, precision=precision, process=process)
     return make_score(nats, tokenizer.target_bytes(tokens))
+
+
+@torch.inference_mode()
+def window_losses(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_tokens: int, batch_windows: int, precision: Precision,
+                  process: Process) -> npt.NDArray[np.float32]:
+    """Loss of every target of a stream in windows side by side, the last of which may be shorter; the model is in evaluation mode.
+
+    Args:
+        model: called as `GPT.forward`, on the process's device.
+        tokens: (n+1,) uint16.
+        window_tokens: inputs that the model sees at once.
+        batch_windows: windows in one forward pass.
+        precision: of the matrix products.
+        process: which share of the windows is computed here; every process gets the whole result.
+
+    Returns:
+        (n,) fp32 nats.
+
+    Raises:
+        UserError: fewer than two tokens.
+    """
+    num_targets = len(tokens) - 1
+    if num_targets < 1:
+        raise UserError(f"expected at least one target to score, found {len(tokens)} tokens")
+    stream = torch.from_numpy(tokens.astype(np.int64))
+    num_full = num_targets // window_tokens
+    rows = stream[:num_full * window_tokens + 1].unfold(0, window_tokens + 1, window_tokens) if num_full else stream[:0, None]  # (N, T+1)
+    share = max(1, min(batch_windows, -(-num_full // process.world_size)))  # so that each process gets some
+    batches = [batch for batch in (*torch.split(rows, share), stream[num_full * window_tokens:][None]) if batch.numel() > len(batch)]
+    nats, done, was_training = torch.zeros(num_targets, device=process.device), 0, model.training
+    model.eval()
+    for number, batch in enumerate(batches):
+        targets = batch[:, 1:]
+        if number % process.world_size == process.rank:
+            on_device = batch.to(process.device)
+            with torch.autocast(process.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                nats[done:done + targets.numel()] = model(on_device[:, :-1], on_device[:, 1:]).flatten()
+        done += targets.numel()
+    model.train(was_training)
+    return process.sum(nats).cpu().numpy()
+
+
+@torch.inference_mode()
+def compare_heldout(model: Logits, reference: Logits, split: Split, tokenizer: Tokenizer, *, window_tokens: int, max_tokens: int,
+                    batch_windows: int, process: Process) -> HeldoutComparison:
+    """Compare two models in fp32, in windows side by side that are evenly spread over a split.
+
+    Args:
+        model: tokens (B, T) -> logits (B, T, V) of the quantized model, on the process's device.
+        reference: the same of the float model.
+        split: held-out documents.
+        tokenizer: that the split was made with.
+        window_tokens: T.
+        max_tokens: of all windows together, but at least one window.
+        batch_windows: windows in one forward pass.
+        process: which share of the windows is computed here; every process gets the result.
+
+    Raises:
+        UserError: the split has no window of T + 1 tokens.
+    """
+    tokens = split.tokens()
+    available = (len(tokens) - 1) // window_tokens
+    if available < 1:
+        raise UserError(f"{split.folder}: expected at least {window_tokens + 1} held-out tokens, found {len(tokens)}; "
+                        "raise tokenize.heldout_fraction or enlarge the corpus")
+    num_windows = min(available, max(1, max_tokens // window_tokens))
+    starts = np.arange(num_windows) * available // num_windows * window_tokens
+    rows = torch.from_numpy(np.stack([tokens[start:start + window_tokens + 1] for start in starts]).astype(np.int64))  # (N, T+1)
+    nats = torch.zeros(2, num_windows, window_tokens, device=process.device)  # of the quantized and of the float model
+    divergence = torch.zeros((), dtype=torch.float64, device=process.device)
+    mine = torch.arange(process.rank, num_windows, process.world_size)
+    with Progress("held-out", len(mine), " windows", enabled=process.is_main) as progress:
+        for indices in torch.split(mine, batch_windows):
+            batch = rows[indices].to(process.device)
+            ours, theirs = (each(batch[:, :-1]).log_softmax(-1) for each in (model, reference))  # (B, T, V)
+            divergence += F.kl_div(ours, theirs, reduction="sum", log_target=True)
+            for index, log_probabilities in enumerate((ours, theirs)):
+                nats[index, indices.to(process.device)] = -log_probabilities.gather(2, batch[:, 1:, None])[..., 0]
+            progress.update(len(indices))
+    target_bytes = np.concatenate([tokenizer.target_bytes(row) for row in rows.numpy().astype(tokens.dtype)])
+    quantized, original = (make_score(each.flatten().numpy(), target_bytes) for each in process.sum(nats).cpu())
+    kl = float(process.sum(divergence)) / quantized.num_tokens
+    return HeldoutComparison(kl, quantized.loss - original.loss, quantized.bpb, original.bpb, quantized.num_tokens)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lib.distributed import Process
-from lib.evaluation.sheet import Losses, ScoreSheet
-from lib.evaluation.windows import Windows, batch_size, plain_windows, split_batches
+from lib.evaluation.sheet import ScoreSheet
+from lib.evaluation.windows import Windows, batch_size, split_batches
 from lib.params import Precision
 
 
@@ -145,28 +145,3 @@ class Scorer:
 def _shape(batch: Windows) -> tuple[int, int, int]:
     """Windows of a batch, inputs of each, scored targets of each."""
     return len(batch.start), int(batch.length[0]), int(batch.num_scored[0])
-
-
-def score_plain(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_tokens: int, batch_tokens: int, precision: Precision,
-                process: Process) -> Losses:
-    """Loss of every target in windows side by side.
-
-    Args:
-        model: called as `GPT.forward`, on the process's device.
-        tokens: (N+1,) uint16.
-        window_tokens: inputs that the model sees at once.
-        batch_tokens: inputs in one forward pass.
-        precision: of the matrix products.
-        process: every process calls this and gets the whole result.
-
-    Returns:
-        (N,) fp32 nats.
-
-    Raises:
-        ValueError: fewer than two tokens.
-    """
-    stream = load_stream(tokens, process.device)
-    sheet = ScoreSheet(len(tokens) - 1, process.device)
-    Scorer(Forward(model, precision), stream, sheet, batch_tokens=batch_tokens, process=process).score(
-        plain_windows(len(tokens) - 1, window_tokens))
-    return sheet.collect(process)[0]

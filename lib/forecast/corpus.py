@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lib.calibration.config import CalibrateParams
 from lib.data.rows import count_rows
 from lib.errors import UserError
 from lib.params import load_params
-from lib.quantization.config import CalibrateParams
 from lib.training.config import TrainParams
 
 MIN_VAL_TOKENS = 2  # one that predicts, one that is scored

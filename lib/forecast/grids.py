@@ -15,7 +15,7 @@ COARSE = 1.05  # steps are made so much wider than needed, as coarse codes lose 
 VANISHING = 2.0**-10  # times the usual spread: grids that follow the weights take as much as ever, a scale floor leaves zeros
 
 
-def forecast_grids(model: ModelParams, quantize: QuantizeParams, compress: CompressParams, code_bytes: int) -> tuple[str, bool]:
+def forecast_grids(model: ModelParams, quantize: QuantizeParams, compress: CompressParams) -> tuple[str, bool]:
     """A line about the size of code and artifact, and whether they can meet the limit, or the target if other matrices have free steps.
 
     Where the limit is exceeded, it cannot be met if that would be so with weights of vanishing spread too: then no scale floor acts.
@@ -24,7 +24,6 @@ def forecast_grids(model: ModelParams, quantize: QuantizeParams, compress: Compr
         model: the architecture.
         quantize: section ``quantize``, with grids of fixed bits.
         compress: section ``compress``.
-        code_bytes: of the code.
 
     Raises:
         ValueError: exceptions in ``quantize.bits_of`` for matrices that do not exist.
@@ -32,11 +31,11 @@ def forecast_grids(model: ModelParams, quantize: QuantizeParams, compress: Compr
     target, limit = quantize.target_bytes, compress.limit_bytes
     key, room = ("compress.limit_bytes", limit) if target is None else ("quantize.target_bytes", target)
     samples = sample_gaussian(model)
-    parts = forecast_parts(samples, model, quantize, compress, code_bytes)
+    parts = forecast_parts(samples, model, quantize, compress)
     num_bytes = summarize(parts)["artifact_bytes"]
     if num_bytes <= room:
         return f"forecast: {num_bytes if target is None else target:,} bytes, at most {room:,} ({key})", True
-    least = summarize(forecast_parts(samples.scaled(VANISHING), model, quantize, compress, code_bytes))["artifact_bytes"]
+    least = summarize(forecast_parts(samples.scaled(VANISHING), model, quantize, compress))["artifact_bytes"]
     is_possible = CERTAIN * least <= room
     found = ", ".join(f"{part.part} {part.num_bytes:,}" for part in parts)
     remedies = "; ".join([*_list_remedies(parts, num_bytes, room), f"{key} {num_bytes}"])

@@ -78,7 +78,7 @@ def sample_gaussian(model: ModelParams) -> Samples:
 
 
 @torch.no_grad()
-def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams, coding: CompressParams, code_bytes: int) -> list[Part]:
+def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams, coding: CompressParams) -> list[Part]:
     """What takes how many bytes of code and artifact, as `lib.compression.budget.list_parts` gives it for an artifact that is there.
 
     Args:
@@ -86,7 +86,6 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
         model: the architecture.
         params: section ``quantize``.
         coding: section ``compress``.
-        code_bytes: of the code.
 
     Raises:
         ValueError: exceptions in ``quantize.bits_of`` for matrices that do not exist.
@@ -113,7 +112,8 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
     rows = sum(samples.num_rows[name] for name in coded) / max(1, sum(len(weights[name]) for name in coded))
     values = sum(vector.numel() * shares.get(name, 1) for name, vector in vectors.items()) / sum(map(Tensor.numel, vectors.values()))
     rest = len(packed.blob) - sum(packed.matrix_bytes.values()) - packed.exponents_bytes - packed.vectors_bytes
-    sizes = {SCALES: round(packed.exponents_bytes * rows), VECTORS: round(packed.vectors_bytes * values), CONTAINER: rest, CODE: code_bytes}
+    sizes = {SCALES: round(packed.exponents_bytes * rows), VECTORS: round(packed.vectors_bytes * values), CONTAINER: rest,
+             CODE: coding.code_bytes}
     if params.low_rank.max_bytes:
         sizes[LOW_RANK] = params.low_rank.max_bytes
     return [*parts, *(Part(name, None, None, None, None, size) for name, size in sizes.items())]

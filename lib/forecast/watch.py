@@ -6,10 +6,8 @@ and so is what only it imports.
 """
 
 import time
-from pathlib import Path
 
 from lib.compression.budget import summarize
-from lib.compression.bundle import code_bytes
 from lib.compression.config import CompressParams
 from lib.forecast.size import forecast_parts, sample_weights
 from lib.model.gpt import GPT
@@ -52,5 +50,5 @@ class SizeWatch:
         if params.target_bytes is not None:
             return {}
         weights = sample_weights(dict(self._model.named_parameters()))
-        parts = forecast_parts(weights, self._model.params, params, coding, code_bytes(Path()))
+        parts = forecast_parts(weights, self._model.params, params, coding)
         return {"artifact": f"{summarize(parts)['artifact_bytes'] / 1e6:.2f} of {coding.limit_bytes / 1e6:.2f} MB"}

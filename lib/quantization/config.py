@@ -1,36 +1,15 @@
-"""Parameters of the calibrate and quantize stages."""
+"""Parameters of the quantize stage."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat
-from lib.params import Precision as ProductPrecision
 from lib.quantization.grid_config import Bits, ByRole, ClipParams
 
 FREE: Literal["free"] = "free"
 Precision = Bits | Literal["free"]
 """2 to 8: bits of a grid that clips; 16: fp16; free: steps for rows, columns and matrices that `target_bytes` decides, without clipping."""
-
-
-class CalibrateParams(Params):
-    """Section ``calibrate``."""
-
-    num_sequences: Positive
-    """Training sequences that quantization minimises errors on, and as many others that errors are reported on."""
-    num_gradient_sequences: Positive
-    """So many of each set also get a backward pass, for what needs gradients."""
-    batch_sequences: Positive
-    """Sequences per forward pass; more is faster and takes more memory."""
-    precision: ProductPrecision
-    """bf16: matrix products of the model in bfloat16 (torch.autocast), those of its inputs in TF32 on GPUs, and all their sums in fp32."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_gradient_sequences > self.num_sequences:
-            raise ValueError(f"num_gradient_sequences: expected at most num_sequences {self.num_sequences}, "
-                             f"found {self.num_gradient_sequences}")
-        return self
 
 
 class LowRankParams(Params):

@@ -28,7 +28,7 @@ from lib.reporting.scoring import (
     running_curves,
 )
 from lib.reporting.statistics import compare_with_record
-from lib.reporting.strategies import REFERENCE, WITHOUT_ADAPTATION, Strategy, find_strategies
+from lib.reporting.strategy_table import REFERENCE, WITHOUT_ADAPTATION, Strategy, find_strategies
 from lib.reporting.summary import headline_rows, loss_row, seed_lines
 from lib.reporting.table import Row, column_names, statistics_names
 from lib.reporting.timing import list_environments, timing_rows

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lib.artifacts.files import ArtifactError, read_csv
 from lib.artifacts.scores import COLUMNS, CONTEXT_FOLDER, CURVES_FOLDER, DOCUMENTS_FOLDER, load_curve
 from lib.reporting.figures import Curve
-from lib.reporting.strategies import REFERENCE, Strategy
+from lib.reporting.strategy_table import REFERENCE, Strategy
 
 CURVE = ("tokens", "bpb")
 MIN_SHARE = 0.01

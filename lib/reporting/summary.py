@@ -1,22 +1,18 @@
-"""The figures of a run, their means and each seed's: ``python -m lib.reporting.summary`` prints the tables that end ``make repro``.
+"""The figures of a run, their means and each seed's, as tables of text.
 
 Numbers come from the stages' figures only. Nothing heavy is imported: the tables appear at once.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib.artifacts.files import ArtifactError
 from lib.artifacts.metrics import load_metrics, load_timing
 from lib.artifacts.paths import stage_folder
-from lib.errors import report_errors
-from lib.params import ParamsError, load_params, read_params
 from lib.reporting.audit import format_verdicts, load_audit
-from lib.reporting.config import RecordParams, ReportParams
-from lib.reporting.runs import UNRECORDED, check_runs
+from lib.reporting.config import RecordParams
+from lib.reporting.runs import UNRECORDED
 from lib.reporting.statistics import compare_with_record
-from lib.reporting.strategies import format_strategies
+from lib.reporting.strategy_table import format_strategies
 from lib.reporting.table import Row, align, column_names, difference, ratio, statistics_names
 from lib.reporting.timing import timing_rows
 
@@ -107,22 +103,3 @@ def format_table(rows: Sequence[Row], seeds: Sequence[int]) -> str:
     """The one seed's values, or mean and standard deviation, as aligned lines of text under the names of the columns."""
     lines = [["", *statistics_names(seeds), ""], *([row.label, *row.statistics_cells(), row.note] for row in rows)]
     return align(lines, "l" + "r" * (len(lines[0]) - 2) + "l")
-
-
-def main() -> None:
-    """Print the figures of all seeds of params.yaml."""
-    try:
-        params, recorded = read_params(), False
-        try:
-            recorded = check_runs(params)
-        except ArtifactError:
-            if len(params["seeds"]) > 1:  # no mean is of runs that differ; one seed's figures are shown as they are
-                raise
-        print(format_summary(params, load_params("report", ReportParams).record, recorded=recorded))
-    except (ArtifactError, ParamsError) as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    report_errors()
-    main()

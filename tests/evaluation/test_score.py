@@ -11,7 +11,7 @@ from torch import nn
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.bpb import make_score
 from lib.evaluation.ledger import SHARED, Event
-from lib.evaluation.score import Forward, Scorer, gather_rows, load_stream, mode, score_plain
+from lib.evaluation.score import Forward, Scorer, gather_rows, load_stream, mode
 from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.windows import Windows, batch_size, one_pass_windows, plain_windows, sliding_windows, split_batches
 from lib.model import compilation
@@ -91,17 +91,6 @@ def test_bits_per_byte_are_those_of_brute_force_to_seven_digits(windows: Windows
     assert abs(make_score(nats, num_bytes).bpb - expected.sum() / math.log(2) / num_bytes.sum()) < 1e-7
 
 
-def test_plain_scores_are_those_of_brute_force() -> None:
-    model, tokens = make_model(tied_head=False), make_tokens(45)
-    nats = score_plain(model, tokens, window_tokens=8, batch_tokens=24, precision="fp32", process=SINGLE_CPU)
-    assert nats == pytest.approx(score_by_hand(model, tokens, 8, 8)[0], abs=1e-5, rel=1e-6)
-
-
-def test_a_text_without_targets_is_an_error() -> None:
-    with pytest.raises(ValueError, match="expected at least one target"):
-        score_plain(make_model(), make_tokens(0), window_tokens=8, batch_tokens=24, precision="fp32", process=SINGLE_CPU)
-
-
 def test_a_text_is_scored_chunk_by_chunk_as_at_once() -> None:
     expected = scored(sliding_windows(61, 8, 2), 61).collect(SINGLE_CPU)
     scorer, sheet = make_scorer(61)
@@ -111,14 +100,6 @@ def test_a_text_is_scored_chunk_by_chunk_as_at_once() -> None:
     assert nats == pytest.approx(expected[0], abs=1e-6)
     assert context.tolist() == expected[1].tolist()
     assert sheet.ledger.events == [Event(n, "scored", SHARED, 16 * n, min(16 * n + 16, 61) - 1) for n in range(4)]
-
-
-def test_bf16_changes_the_scores_a_little() -> None:
-    model, tokens = make_model(), make_tokens(45)
-    exact, rounded = (score_plain(model, tokens, window_tokens=8, batch_tokens=24, precision=precision, process=SINGLE_CPU)
-                      for precision in ("fp32", "bf16"))
-    assert not np.array_equal(exact, rounded)
-    assert rounded.mean() == pytest.approx(exact.mean(), rel=0.05)
 
 
 def test_the_stream_takes_four_bytes_a_token_and_its_rows_are_the_tokens() -> None:
@@ -211,7 +192,7 @@ def test_the_mode_of_the_model_is_set_and_comes_back(training: bool) -> None:
     model = make_model().train(training)
     seen = []
     model.register_forward_pre_hook(lambda module, _: seen.append((module.training, torch.is_grad_enabled())))
-    score_plain(model, make_tokens(10), window_tokens=8, batch_tokens=8, precision="fp32", process=SINGLE_CPU)
+    make_scorer(10, model, batch_tokens=8)[0].score(plain_windows(10, 8))
     assert seen == [(False, False)] * 2
     assert model.training is training
     with pytest.raises(KeyError), mode(model, training=not training):
@@ -269,8 +250,7 @@ def score_in_process(process: Process, folder: Path) -> None:
     torch.save({
         "plain": known.collect(process), "sliding": sheet.collect(process), "last": sheet.collect_distribution(process), "rows": rows,
         "work": sum(reported), "unfinished": (unfinished, done), "short": short_sheet.collect(process)[0],
-        "short_last": short_sheet.collect_distribution(process), "score_plain": score_plain(
-            make_model(), make_tokens(5), window_tokens=8, batch_tokens=32, precision="fp32", process=process)},
+        "short_last": short_sheet.collect_distribution(process)},
         folder / f"{process.rank}.pt")
 
 
@@ -287,7 +267,7 @@ def test_several_processes_give_the_scores_of_one(num_processes: int, tmp_path: 
             assert other[name][1].tolist() == alone[name][1].tolist()
             bits = [make_score(each[name][0], np.ones(61, np.int64)).bpb for each in (other, alone)]
             assert abs(bits[0] - bits[1]) < 1e-6
-        for name in ("last", "short", "short_last", "score_plain"):
+        for name in ("last", "short", "short_last"):
             assert other[name] == pytest.approx(alone[name], abs=1e-6)
         np.testing.assert_array_equal(other["unfinished"][0], other["sliding"][0])
         assert other["unfinished"][1].all()

@@ -17,7 +17,7 @@ LIMIT = {"limit_bytes": 540_000}
 
 
 def check(params: PipelineParams) -> str:
-    return check_size(params.model.architecture, params.quantize, params.compress, ROOT)
+    return check_size(params.model.architecture, params.quantize, params.compress)
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
@@ -66,12 +66,12 @@ def test_fixed_grids_beside_free_steps_must_leave_room_in_the_target() -> None:
 
 
 def test_a_target_below_the_code_alone_is_refused() -> None:
-    with pytest.raises(ForecastError, match=r"quantize\.target_bytes: expected more than the [\d,]+ bytes of the code alone, found 20,000"):
+    with pytest.raises(ForecastError, match=r"target_bytes: expected more than compress\.code_bytes 53,000, the code alone, .* 20,000"):
         check(make_pipeline(quantize={"target_bytes": 20_000}))
 
 
 def test_free_steps_need_no_torch() -> None:
-    script = "import sys; from lib.schema import main; sys.argv = ['']; main(); sys.exit('torch' in sys.modules)"
+    script = "import sys; from tools.check_params import main; sys.argv = ['']; main(); sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script.replace("['']", "['', 'presets/default.yaml']")], cwd=ROOT, capture_output=True,
                             text=True, check=False)
     assert result.returncode == 0 and result.stdout.startswith("forecast: 550,000 bytes, which is what free steps are chosen for")
@@ -83,6 +83,6 @@ def test_free_steps_need_no_torch() -> None:
 def test_the_command_names_the_file_and_fails(old: str, new: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text().replace(old, new))
-    result = subprocess.run([sys.executable, "-m", "lib.schema", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-m", "tools.check_params", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith(f"{path}: {message}")

@@ -20,11 +20,11 @@ from lib.data.shards import Stream
 from lib.evaluation.config import StrategyName
 from lib.evaluation.evaluation import run_strategy
 from lib.evaluation.trainable import match_groups
-from lib.imports.conversion import convert_artifact
-from lib.imports.published import Published, read_published
 from lib.model.config import ModelParams
 from lib.model.gpt import build_model
 from lib.params import parse_params
+from lib.published.conversion import convert_artifact
+from lib.published.reader import Published, read_published
 from tests.evaluation.tiny import make_job, make_params
 
 FOLDER = Path(__file__).parent / "pr410_small"

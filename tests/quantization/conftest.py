@@ -7,9 +7,9 @@ import torch
 
 from lib.artifacts.checkpoint import Checkpoint
 from lib.artifacts.hessians import Hessians
+from lib.calibration.moments import collect_moments, matrix_inputs
 from lib.distributed import SINGLE_CPU
 from lib.model.gpt import build_model
-from lib.quantization.hessian import collect_moments, matrix_inputs
 from tests.evaluation.tiny import MODEL, make_model
 
 MODEL_CHANGES: dict[str, Any] = {"tied_head": False}

@@ -4,9 +4,10 @@ from typing import Any, get_args
 import pytest
 
 from lib.artifacts.quantized import MAX_BITS, MIN_BITS
+from lib.calibration.config import CalibrateParams
 from lib.params import ParamsError, parse_params
 from lib.quantization.clipping import CLIP_RULES
-from lib.quantization.config import CalibrateParams, QuantizeParams
+from lib.quantization.config import QuantizeParams
 from lib.quantization.grid_config import FLOAT_BITS, Bits, ByRole, ClipParams
 
 BITS: dict[str, Any] = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8}

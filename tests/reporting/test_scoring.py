@@ -14,7 +14,7 @@ from lib.reporting.scoring import (
     line_styles,
     running_curves,
 )
-from lib.reporting.strategies import Strategy, find_strategies
+from lib.reporting.strategy_table import Strategy, find_strategies
 from tests.reporting.results import BPB, DOCUMENTS, make_metrics, write_evaluation
 
 FOLDERS = [Path("artifacts/evaluate/seed1"), Path("artifacts/evaluate/seed2")]

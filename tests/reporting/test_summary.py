@@ -9,9 +9,10 @@ from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
 from lib.params import read_params
 from lib.reporting.runs import UNRECORDED
-from lib.reporting.summary import headline_rows, main, read_metrics
+from lib.reporting.summary import headline_rows, read_metrics
 from lib.reporting.timing import timing_rows
 from tests.reporting.results import make_lock, make_metrics, write_evaluation, write_lock, write_results
+from tools.summary import main
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,6 @@ def test_results_that_are_missing_end_with_their_path(capsys: pytest.CaptureFixt
 
 
 def test_the_table_needs_nothing_heavy() -> None:
-    code = "import sys, lib.reporting.summary; print(sorted({'torch', 'numpy', 'scipy', 'matplotlib', 'jinja2'} & set(sys.modules)))"
+    code = "import sys, tools.summary; print(sorted({'torch', 'numpy', 'scipy', 'matplotlib', 'jinja2'} & set(sys.modules)))"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -25,7 +25,7 @@ PARAMS: dict[str, Any] = dict.fromkeys(SECTIONS) | {
                  "clip": {"rule": "mse", "percentiles": [0.99, 1.0], "num_candidates": 20, "num_std": 4.0, "floor": 0.0}, "damping": 0.01,
                  "block_size": 8, "act_order": True, "scale_factors": [0.9, 1.0], "refits": 0, "rate_weight": 0.0,
                  "prune_fraction": 0.0, "low_rank": {"max_bytes": 0, "bits": 8}, "vector_mantissa_bits": 10, "heldout_tokens": 500},
-    "compress": {"codec": "zstd", "level": 22, "limit_bytes": 100_000},
+    "compress": {"codec": "zstd", "level": 22, "limit_bytes": 100_000, "code_bytes": 7000},
 }
 
 
@@ -62,5 +62,5 @@ def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
     training = {"sequence_tokens": 16, "qat": qat, "calibration_seconds": None}
     save_checkpoint(folder / stage_folder("train", SEED) / "checkpoint.safetensors",
                     Checkpoint(weights, MODEL | {"vocab_size": VOCAB_SIZE}, training))
-    (folder / "stages").mkdir()
-    (folder / "stages" / "score.py").write_text("import sys\n", encoding="utf-8")
+    (folder / "lib/submission").mkdir(parents=True)
+    (folder / "lib/submission/program.py").write_text("import sys\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU
 from lib.errors import UserError
 from lib.evaluation.bpb import make_score
-from lib.evaluation.score import score_plain
+from lib.evaluation.heldout import window_losses
 from lib.model.gpt import build_model
 from lib.params import SECTIONS
 from stages import evaluate
@@ -53,7 +53,7 @@ def test_the_stage_scores_the_artifact_in_all_ways() -> None:
     metrics = load_metrics(RESULT)
     artifact = load_artifact(COMPRESS / "model.ptz")
     tokens = load_split(TOKENIZE / "val", VOCAB_SIZE).tokens()
-    nats = score_plain(build_model(artifact.model, artifact.weights()), tokens, window_tokens=8, batch_tokens=32, precision="fp32",
+    nats = window_losses(build_model(artifact.model, artifact.weights()), tokens, window_tokens=8, batch_windows=4, precision="fp32",
                        process=SINGLE_CPU)
     score = make_score(nats, load_tokenizer(TOKENIZE / "tokenizer.model").target_bytes(tokens))
     assert metrics["plain_loss"] == round(score.loss, 8)

@@ -17,9 +17,9 @@ from lib.artifacts.paths import stage_folder
 from lib.artifacts.quantized import load_quantized
 from lib.audit import isolation
 from lib.compression.budget import BudgetError
-from lib.compression.bundle import code_bytes
 from lib.compression.container import load_artifact
 from lib.quantization.allocation import TargetError
+from lib.submission.bundle import code_bytes
 from stages import calibrate, compress, quantize
 from tests.artifacts.quantized_models import assert_same
 from tests.stages.project import PARAMS, SEED, write_inputs, write_params

@@ -6,7 +6,7 @@ import pytest
 from lib.artifacts.files import ArtifactError, write_json
 from lib.artifacts.metrics import load_metrics
 from lib.artifacts.paths import stage_folder
-from lib.compression.bundle import code_bytes
+from lib.submission.bundle import code_bytes
 from stages import report
 from tests.reporting.results import make_lock, write_lock, write_results
 
@@ -20,7 +20,7 @@ def test_the_stage_writes_the_same_files_each_time(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     write_results([1, 2])
     Path("stages").mkdir()
-    Path("stages/score.py").write_text("import sys\n", encoding="utf-8")
+    Path("lib/submission/program.py").write_text("import sys\n", encoding="utf-8")
     Path("artifacts/tokenize/tokenizer.model").touch()
     for folder in (stage_folder("compress", seed) for seed in (1, 2)):
         (folder / "model.ptz").touch()

@@ -1,0 +1,26 @@
+"""Inspect: print what is inside a ``model.ptz`` or a published file. Not part of the pipeline: ``python -m tools.inspect FILE``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lib.compression.contents import describe_artifact
+from lib.errors import UserError
+from lib.model.roles import role_of
+from lib.published.description import describe_published
+from lib.published.reader import is_published
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the description of one file, or say why there is none and exit with status 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="a file that the stage compress made, or one that tools.import_published takes")
+    path = parser.parse_args(arguments).path
+    try:
+        print(describe_published(path) if is_published(path) else describe_artifact(path, role_of))
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
