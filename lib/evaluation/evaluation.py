@@ -30,6 +30,7 @@ from lib.evaluation.strategies import STRATEGIES
 from lib.evaluation.trainable import describe_groups, match_groups
 from lib.evaluation.windows import Documents, Windows, find_documents
 from lib.model.gpt import GPT
+from lib.model.parts import parts_of
 from lib.progress import say
 
 CURVE_POINTS = 200
@@ -229,10 +230,10 @@ def restored(model: nn.Module) -> Iterator[list[str]]:
 
 def _describe(model: GPT, params: EvaluateParams, process: Process) -> None:
     """Say what will be trained, before anything takes time."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes, parts = {name: parameter.numel() for name, parameter in model.named_parameters()}, parts_of(model)
     for name in params.strategies:
         for settings in STRATEGIES[name].trains(params):
-            say(f"{name} trains {describe_groups(match_groups(settings.trainable, sizes), sizes)}", enabled=process.is_main)
+            say(f"{name} trains {describe_groups(match_groups(settings.trainable, parts), sizes)}", enabled=process.is_main)
         if name in ("lora", "phased"):
             num_parameters = LowRankAdapters(model, params.lora, process.device).num_parameters
             say(f"{name} trains an adapter of {num_parameters:,} parameters per document ({', '.join(params.lora.layers)})",

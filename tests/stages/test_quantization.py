@@ -131,8 +131,9 @@ def test_an_artifact_above_the_limit_fails_and_writes_nothing(project: Path) -> 
 def test_a_checkpoint_trained_for_another_grid_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                               capsys: pytest.CaptureFixture[str], qat: str | None) -> None:
     monkeypatch.chdir(tmp_path)
-    export: dict[str, Any] = {"below_lr": 0.1, "full_range": False, **{key: PARAMS["quantize"][key] for key in ("bits", "clip")}}
+    export: dict[str, Any] = {"below_lr": 0.1, "full_range": False, "bits": PARAMS["quantize"]["bits"], "clip_quantile": 1.0, "floor": 0.0}
     write_inputs(tmp_path, {None: None, "same": export, "other": export | {"bits": export["bits"] | {"mlp": 6}}}[qat])
+    write_params(tmp_path, "quantize", clip=PARAMS["quantize"]["clip"] | {"rule": "max"})
     calibrate.main(SEED)
     quantize.main(SEED)
     assert ("bits.mlp 6 in training, 5 here" in capsys.readouterr().err) == (qat == "other")
