@@ -28,7 +28,7 @@ from lib.evaluation.sheet import Losses, ScoreSheet
 from lib.evaluation.state import describe_state, differing
 from lib.evaluation.strategies import STRATEGIES
 from lib.evaluation.trainable import describe_groups, match_groups
-from lib.evaluation.windows import Documents, Windows, find_documents
+from lib.evaluation.windows import Documents, find_documents
 from lib.model.gpt import GPT
 from lib.model.parts import parts_of
 from lib.progress import say
@@ -174,19 +174,10 @@ def evaluate(model: GPT, text: Text, params: EvaluateParams, *, process: Process
 
 def make_jobs(model: GPT, text: Text, params: EvaluateParams, names: Collection[StrategyName], *, process: Process,
               limit: TimeLimit) -> Iterator[tuple[StrategyName, Job]]:
-    """The jobs of some strategies on one text, in the order of `STRATEGIES`; each must have run when the next one is asked for.
-
-    Later jobs know what earlier ones have scored with the artifact's own weights.
-    """
+    """The jobs of some strategies on one text, in the order of `STRATEGIES`; none knows anything of another."""
     stream, forward = load_stream(text.tokens, process.device), Forward(model, params.precision, compiled=params.compile)
-    known: list[tuple[Windows, ScoreSheet]] = []
-    documents: ScoreSheet | None = None  # of the strategy that scores every document as the first phase of `phased` does
-    for name in (name for name in STRATEGIES if name in names):  # plain before sliding, which takes over its windows
-        job = Job(forward, stream, text.documents, params, process, limit, ScoreSheet(len(stream) - 1, process.device), known, documents)
-        yield name, job
-        if windows := STRATEGIES[name].windows:
-            known.append((windows(job.num_targets, params), job.sheet))
-        documents = job.sheet if name == "lora" else documents
+    for name in (name for name in STRATEGIES if name in names):
+        yield name, Job(forward, stream, text.documents, params, process, limit, ScoreSheet(len(stream) - 1, process.device))
 
 
 def run_strategy(name: StrategyName, job: Job) -> Outcome:

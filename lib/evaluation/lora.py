@@ -18,7 +18,6 @@ from lib.evaluation.adapter import BACKWARD_WORK, frozen
 from lib.evaluation.config import LoraParams
 from lib.evaluation.job import Job
 from lib.evaluation.score import mode
-from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.windows import Documents, Integers
 from lib.model.gpt import GPT, TiedHead
 from lib.model.linear import Linear
@@ -122,14 +121,6 @@ class DocumentScorer:
                     self._score_batch(of_round[process.rank])
                 self._job.limit.advance(sum(document_work(documents.select(batch), self._settings) for batch in of_round))
         self._job.sheet.ledger.synchronize(process, first_event)
-
-    def take_over(self, which: Integers, known: ScoreSheet) -> None:
-        """As the first thing that happens, take over documents that another job has scored in the same way with the same weights."""
-        documents = self._job.documents.select(which)
-        for start, length in zip(*documents, strict=True):
-            self._job.sheet.copy(torch.arange(start, start + length, device=self._job.stream.device)[None], known)
-        self._job.sheet.ledger.take_over([event for event in known.ledger.events if event.state in set(which.tolist())])
-        self._job.limit.advance(document_work(documents, self._settings))
 
     def _score_batch(self, numbers: Integers) -> None:
         settings, ledger = self._settings, self._job.sheet.ledger
