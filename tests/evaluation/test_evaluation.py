@@ -59,6 +59,13 @@ def test_curves_and_tables_belong_to_all_targets_of_each_strategy() -> None:
         assert sum(size * bpb for _, _, size, bpb in documents) / TARGET_BYTES.sum() == pytest.approx(evaluation.score(name).bpb)
 
 
+def count_inputs(model: GPT) -> list[int]:
+    """Gets the number of inputs of every forward pass."""
+    inputs: list[int] = []
+    model.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].numel()))
+    return inputs
+
+
 def state_of(model: GPT) -> tuple[dict[str, torch.Tensor], list[tuple[bool, bool]]]:
     return copy.deepcopy(model.state_dict()), [(parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()]
 

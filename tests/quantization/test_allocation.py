@@ -1,6 +1,6 @@
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,16 +20,24 @@ from lib.quantization.allocation import (
     SAMPLE_ROWS,
     TOLERANCE,
     Curve,
+    SizeSearch,
     TargetError,
     allocate,
     bits_per_octave,
     column_exponents,
     measure_curve,
-    meet_target,
     row_exponents,
 )
 from lib.quantization.gptq import Problem, factorize, round_gptq
 from tests.quantization.power_law import DAMPING, entropy_bits, make_hessian, make_problem, make_weight
+
+
+def meet_target(measure: Callable[[int], int], target_bytes: int, bytes_per_unit: float) -> int:
+    search = SizeSearch(target_bytes, bytes_per_unit)
+    while search.next_units is not None:
+        search.tell(measure(search.next_units))
+    assert search.best_units is not None
+    return search.best_units
 
 
 def octaves(exponents: torch.Tensor) -> torch.Tensor:
@@ -243,10 +251,6 @@ class Sizes:
         return max(1e-6, self.size(0) - self.size(self.units_per_octave)) / self.units_per_octave
 
 
-def ignore(number: int, size: int) -> None:
-    pass
-
-
 @settings(max_examples=150)
 @given(st.builds(Sizes, st.integers(10**5, 10**8), st.integers(1, 60).map(OCTAVE.__mul__), st.floats(1.0, 8.0), st.integers(0, 10**5),
                  st.sampled_from([0.0, 2e-4])), st.floats(0.7, 1.4), st.floats(0.5, 2.0))
@@ -255,7 +259,7 @@ def test_the_target_is_met_from_below(sizes: Sizes, ratio: float, misjudged: flo
     target = round(sizes.size(0) * ratio)
     if target < sizes.fixed_bytes + sizes.num_weights // 16:
         return
-    units = meet_target(sizes.measure, target, sizes.slope() * misjudged, ignore)
+    units = meet_target(sizes.measure, target, sizes.slope() * misjudged)
     assert target * (1 - TOLERANCE) <= sizes.size(units) <= target
     assert units in sizes.calls and len(sizes.calls) <= MAX_PROBES
 
@@ -272,7 +276,7 @@ def test_steep_and_uneven_sizes_are_never_above_the_target(steps: list[int], tar
         return calls[units]
 
     try:
-        units = meet_target(measure, target, 2000, ignore)
+        units = meet_target(measure, target, 2000)
     except TargetError:
         assert all(size > target for size in calls.values()) and len(calls) == MAX_PROBES
     else:
@@ -280,12 +284,6 @@ def test_steep_and_uneven_sizes_are_never_above_the_target(steps: list[int], tar
     assert len(calls) <= MAX_PROBES
 
 
-def test_every_probe_is_reported() -> None:
-    sizes, reported = Sizes(10**6, OCTAVE, 3.0), list[tuple[int, int]]()
-    meet_target(sizes.measure, sizes.size(300), sizes.slope(), lambda number, size: reported.append((number, size)))
-    assert reported == [(number, sizes.size(units)) for number, units in enumerate(sizes.calls)]
-
-
 def test_a_target_below_every_size_is_an_error_that_names_the_smallest() -> None:
     with pytest.raises(TargetError, match=r"quantize\.target_bytes: expected to reach 999, the smallest size found is 1,000"):
-        meet_target(lambda units: 1000 + (units < 50), 999, 1.0, ignore)
+        meet_target(lambda units: 1000 + (units < 50), 999, 1.0)
