@@ -23,7 +23,7 @@ from bench.gpu import BUNDLE, TOKENIZER, TREE, WHEELS, find_text
 from lib.artifacts.files import write_bytes
 from lib.data.config import TokenizeParams
 from lib.data.corpus import Source, open_source
-from lib.data.encoding import provide_tokenizer
+from lib.data.tokenization import provide_tokenizer
 from lib.data.tokenizer import load_tokenizer
 from lib.errors import UserError
 from lib.params import load_params

@@ -35,7 +35,7 @@ from lib.progress import say
 
 CURVE_POINTS = 200
 
-Curve = Sequence[tuple[int, float]]
+BpbCurve = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Evaluation:
             figures[f"{name}_tokens_per_second"] = len(outcome.nats) / outcome.seconds["seconds"]
         return figures
 
-    def curves(self) -> dict[str, Curve]:
+    def curves(self) -> dict[str, BpbCurve]:
         """Bits per byte of the first n targets, as pairs (n, bits per byte), by strategy."""
         return {name: running_bpb(outcome.nats, self.text.target_bytes, CURVE_POINTS) for name, outcome in self.outcomes.items()}
 
@@ -143,7 +143,7 @@ class Evaluation:
 
 
 def evaluate(model: GPT, text: Text, params: EvaluateParams, *, process: Process, limit: TimeLimit,
-             keep: Callable[[Mapping[str, Curve]], None] = lambda _: None) -> Evaluation:
+             keep: Callable[[Mapping[str, BpbCurve]], None] = lambda _: None) -> Evaluation:
     """Score a text with every strategy of ``evaluate.strategies``.
 
     Args:

@@ -34,7 +34,7 @@ class TargetError(UserError):
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class StepCurve:
     """What a matrix costs and how much loss it causes at different steps.
 
     Attributes:
@@ -69,7 +69,7 @@ def _limited(scales: Tensor, limit: float) -> Tensor:
     return exponents_of(scales.clamp(1 / limit, limit), RESOLUTION)
 
 
-def measure_curve(problem: Problem, gradients: Tensor, rows: Tensor, columns: Tensor) -> Curve:
+def measure_curve(problem: Problem, gradients: Tensor, rows: Tensor, columns: Tensor) -> StepCurve:
     """Rounding to nearest at many steps of the matrix, on a sample of its rows.
 
     Args:
@@ -99,7 +99,7 @@ def measure_curve(problem: Problem, gradients: Tensor, rows: Tensor, columns: Te
     finest = int(exponents_of(scaled.abs().amax().clamp(min=2.0**-24) / LARGEST_CODE)) + 1
     finer = torch.arange(min(0, (finest - int(exponents[0])) // MATRIX_RESOLUTION + 1) * MATRIX_RESOLUTION, 0, MATRIX_RESOLUTION)
     num_live = num_rows * int(live.sum())  # half the step takes a bit more for each of them and leaves a quarter of the loss
-    return Curve(torch.cat((finer + exponents[0], exponents)), torch.cat((num_bits[0] - num_live * finer / OCTAVE, num_bits)),
+    return StepCurve(torch.cat((finer + exponents[0], exponents)), torch.cat((num_bits[0] - num_live * finer / OCTAVE, num_bits)),
                  torch.cat((all_losses[0] * torch.exp2(2 * finer / OCTAVE), all_losses)))
 
 
@@ -109,7 +109,7 @@ def _entropy(counts: Tensor) -> float:
     return float(-(probabilities * probabilities.log2()).sum())
 
 
-def allocate(curves: Sequence[Curve], num_bits: float) -> list[int]:
+def allocate(curves: Sequence[StepCurve], num_bits: float) -> list[int]:
     """The step of each matrix that together make the loss smallest within a number of bits, by bisection of the price of a bit.
 
     Args:
@@ -130,13 +130,13 @@ def allocate(curves: Sequence[Curve], num_bits: float) -> list[int]:
     return [_cheapest(curve, 2.0**high) for curve in curves]
 
 
-def bits_per_octave(curve: Curve, index: int) -> float:
+def bits_per_octave(curve: StepCurve, index: int) -> float:
     """How many bits fewer a matrix takes when its steps are doubled."""
     doubled = min(index + OCTAVE // MATRIX_RESOLUTION, len(curve.num_bits) - 1)
     return float(curve.num_bits[index] - curve.num_bits[doubled])
 
 
-def _cheapest(curve: Curve, price: float) -> int:
+def _cheapest(curve: StepCurve, price: float) -> int:
     return int((curve.losses + price * curve.num_bits).argmin())
 
 

@@ -20,8 +20,8 @@ from lib.distributed import Process
 from lib.progress import Progress, say
 from lib.quantization.allocation import (
     TOLERANCE,
-    Curve,
     SizeSearch,
+    StepCurve,
     TargetError,
     allocate,
     bits_per_octave,
@@ -176,11 +176,11 @@ class Quantizer:
                 "steps are left, or the smallest change of steps changes more bytes than that", enabled=self._process.is_main)
         return best
 
-    def _relative_steps(self) -> tuple[dict[str, Steps], dict[str, Curve]]:
+    def _relative_steps(self) -> tuple[dict[str, Steps], dict[str, StepCurve]]:
         """Of every matrix with free steps: steps up to a factor of its own, and what different factors cost."""
         params, gradients = self._params, self._hessians.calibration.gradients
         steps: dict[str, Steps] = {}
-        curves: dict[str, Curve] = {}
+        curves: dict[str, StepCurve] = {}
         for group in (group for group in self._groups if group.bits is None):
             problem = group.problem
             columns = column_exponents(problem) if params.free_columns else torch.zeros_like(problem.factor.dead, dtype=torch.int16)

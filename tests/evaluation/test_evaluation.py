@@ -11,7 +11,7 @@ import torch
 
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.config import EvaluateParams, StrategyName
-from lib.evaluation.evaluation import Curve, Evaluation, Outcome, Text, evaluate, run_strategy
+from lib.evaluation.evaluation import BpbCurve, Evaluation, Outcome, Text, evaluate, run_strategy
 from lib.evaluation.limit import TimeLimit, TimeLimitError
 from lib.evaluation.strategies import STRATEGIES
 from lib.model.gpt import GPT
@@ -190,7 +190,7 @@ def test_when_the_time_is_over_the_curves_are_kept_as_far_as_they_go(name: Strat
     expected, _ = timed
     before = list(STRATEGIES)[: list(STRATEGIES).index(name)]
     limit = sum(expected.outcomes[other].seconds["seconds"] for other in before) + fraction * expected.outcomes[name].seconds["seconds"]
-    kept: list[Mapping[str, Curve]] = []
+    kept: list[Mapping[str, BpbCurve]] = []
     model = make_model()
     weights, _ = state_of(model)
     Clock(monkeypatch, model)

@@ -19,8 +19,8 @@ from lib.quantization.allocation import (
     ROW_LIMIT,
     SAMPLE_ROWS,
     TOLERANCE,
-    Curve,
     SizeSearch,
+    StepCurve,
     TargetError,
     allocate,
     bits_per_octave,
@@ -82,7 +82,7 @@ def test_no_step_is_further_from_the_mean_than_the_limit() -> None:
     assert not row_exponents(torch.zeros(4)).any()  # no gradient at all: all rows alike
 
 
-def make_curves(num_rows: int = 40) -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor, Curve]:
+def make_curves(num_rows: int = 40) -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor, StepCurve]:
     problem = make_problem(num_rows, 48)
     problem = Problem(problem.weight.float(), problem.factor)
     gradients = torch.rand(num_rows, generator=torch.Generator().manual_seed(1)) + 0.1
@@ -167,26 +167,26 @@ def test_the_curve_predicts_the_loss_of_gptq() -> None:
     assert entropy_bits(codes[0]) == pytest.approx(3.5, abs=0.1)
 
 
-def make_curve(seed: int, num_points: int = 6) -> Curve:
+def make_curve(seed: int, num_points: int = 6) -> StepCurve:
     """Convex, and not: some points lie above the line between their neighbours."""
     generator = torch.Generator().manual_seed(seed)
     bits, losses = torch.rand(2, num_points, generator=generator, dtype=torch.float64).add(0.05)
     losses = losses**3 * 10
-    return Curve(torch.arange(num_points) * 64 - 100, bits.cumsum(0).flip(0) * 100, losses.cumsum(0))
+    return StepCurve(torch.arange(num_points) * 64 - 100, bits.cumsum(0).flip(0) * 100, losses.cumsum(0))
 
 
-def totals(curves: list[Curve], indices: Sequence[int]) -> tuple[float, float]:
+def totals(curves: list[StepCurve], indices: Sequence[int]) -> tuple[float, float]:
     """Bits and loss of all matrices together."""
     chosen = list(zip(curves, indices, strict=True))
     return sum(float(curve.num_bits[index]) for curve, index in chosen), sum(float(curve.losses[index]) for curve, index in chosen)
 
 
-def cheapest(curve: Curve, price: float) -> int:
+def cheapest(curve: StepCurve, price: float) -> int:
     costs = [float(loss + price * bits) for bits, loss in zip(curve.num_bits, curve.losses, strict=True)]
     return costs.index(min(costs))
 
 
-def hull(curves: list[Curve]) -> list[tuple[float, float]]:
+def hull(curves: list[StepCurve]) -> list[tuple[float, float]]:
     """Bits and loss of what is cheapest at some price of a bit, tried at a price between any two at which a choice can change."""
     slopes = sorted(float((curve.losses[m] - curve.losses[n]) / (curve.num_bits[n] - curve.num_bits[m]))
                     for curve in curves for m, n in itertools.combinations(range(len(curve.exponents)), 2))
