@@ -41,7 +41,7 @@ class Samples:
     Attributes:
         weights: parameter name -> (n, C) fp32 for a matrix, the whole tensor for a vector.
         num_rows: name of a matrix -> R.
-        parts: of the model, from `lib.model.parts.parts_of`.
+        parts: table of the model, from `lib.model.parts.parts_of`.
     """
 
     weights: dict[str, Tensor]
@@ -83,7 +83,7 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
     """What takes how many bytes of code and artifact, as `lib.compression.budget.list_parts` gives it for an artifact that is there.
 
     Args:
-        samples: of the weights, Gaussian ones or those of a model in training.
+        samples: samples of the weights, Gaussian ones or those of a model in training.
         model: the architecture.
         params: section ``quantize``.
         coding: section ``compress``.
