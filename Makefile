@@ -27,7 +27,7 @@ lint: $(INSTALLED)
 
 lowest: $(LOWEST)/installed  ## the tests that depend on versions, with the lowest ones that pyproject.toml claims; ARGS as for test
 	@$(THREADS) $(LOWEST)/bin/python $(PYTEST) \
-		$(addprefix tests/,artifacts audit compression data evaluation imports model quantization training) $(ARGS)
+		$(addprefix tests/,artifacts audit compression data evaluation model published quantization training) $(ARGS)
 
 bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; see bench/RESULTS.md
 	@for script in $(BENCH); do echo "bench.$$script" && python -m bench.$$script || exit 1; done
@@ -35,7 +35,7 @@ bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; se
 audit: $(INSTALLED)  ## every check of a legal score, thoroughly, on the finished run
 	@python -m tools.audit
 
-preset: $(INSTALLED)  ## make a preset the parameters: make preset NAME=pr585
+preset: $(INSTALLED)  ## make a preset the parameters: make preset NAME=pr585; alone: list them, and say which one is active
 	@python -m tools.preset $(NAME)
 
 compare: $(INSTALLED)  ## parameters that differ, and figures: make compare REVS="HEAD~1 my-branch"; alone: HEAD, workspace, experiments

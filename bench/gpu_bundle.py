@@ -21,12 +21,11 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from bench.gpu import BUNDLE, TOKENIZER, TREE, WHEELS, find_text
 from lib.artifacts.files import write_bytes
-from lib.data.config import TokenizeParams
 from lib.data.corpus import Source, open_source
 from lib.data.encoding import provide_tokenizer
 from lib.data.tokenizer import load_tokenizer
 from lib.errors import UserError
-from lib.params import load_params
+from lib.presets import DEFAULT, load_settings
 
 MAX_BYTES = 60 * 2**20
 GIVEN = ("torch", "numpy", "scipy", "dvc")
@@ -36,7 +35,6 @@ TOOLS = ("pytest", "hypothesis")
 """Of the optional dependencies ``dev``: what runs the tests of kernels."""
 GLIBC = (5, 12, 17, 24, 27, 28)
 """Minor versions of glibc 2 whose wheels are taken; the last is that of Debian 10, and every machine with CUDA 13 has a newer one."""
-PRESET = Path("presets/default.yaml")
 SUFFIXES = (".jsonl", ".gz", ".zst")
 
 
@@ -118,7 +116,7 @@ def pack_text(folder: Path, given: Path | None) -> Path:
         path = folder / f"text.jsonl{given.suffix.removeprefix('.jsonl')}"
         write_bytes(path, given.read_bytes())
         return path
-    source = open_source(load_params("tokenize", TokenizeParams, PRESET))
+    source = open_source(load_settings(DEFAULT).tokenize)
     assert isinstance(source, Source)
     lines = "".join(json.dumps({"text": text}) + "\n" for batch in source.read() for text in batch.texts())
     path = folder / "text.jsonl.zst"
@@ -128,7 +126,7 @@ def pack_text(folder: Path, given: Path | None) -> Path:
 
 def pack_tokenizer(folder: Path, text: Path, given: Path | None) -> None:
     """The tokenizer: a copy of `given`, or one trained on the training documents of `text` with the default settings."""
-    params = load_params("tokenize", TokenizeParams, PRESET).model_copy(update={"source": "jsonl", "path": str(text)})
+    params = load_settings(DEFAULT).tokenize.model_copy(update={"source": "jsonl", "path": str(text)})
     if given is not None:
         tokenizer = load_tokenizer(given)
         params = params.model_copy(update={"tokenizer": str(given), "vocab_size": tokenizer.vocab_size,

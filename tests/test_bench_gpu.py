@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
 import bench.gpu
 import bench.gpu_checks
@@ -22,6 +21,7 @@ from lib.artifacts.files import write_json
 from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.params import parse_params
+from lib.presets import list_presets, read_preset
 from lib.reporting.runs import UNRECORDED
 from lib.schema import PipelineParams
 from tests.stages.project import make_documents
@@ -167,7 +167,7 @@ def test_parameters_of_the_chain_are_a_whole_file_of_the_preset(bundle: Path, sm
     tokenizer = load_tokenizer(bundle / TOKENIZER)
     assert params.model.vocab_size == params.tokenize.vocab_size == tokenizer.vocab_size == 300
     assert (params.model.num_layers, params.train.budget_seconds) == ((2, None) if smoke else (11, 210.0))
-    preset = YAML(typ="safe", pure=True).load(ROOT / "presets/pr585.yaml")
+    preset = read_preset("pr585", ROOT / "presets")
     assert values["quantize"]["bits"] == preset["quantize"]["bits"]
 
 
@@ -212,8 +212,8 @@ def test_every_command_of_a_piece_is_one_that_its_module_takes(piece: str, smoke
             options = re.findall(r"--[\w-]+", command.arguments)
             assert options
             assert all(f'add_argument("{option}"' in source for option in options)
-        paths = re.findall(r"(?:presets|tests)/\S+", command.arguments)
-        assert all((ROOT / path).exists() for path in paths)
+        assert all((ROOT / path).exists() for path in re.findall(r"tests/\S+", command.arguments))
+        assert smoke or set(re.findall(r"--preset (\S+)", command.arguments)) <= set(list_presets(ROOT / "presets"))
 
 
 def test_a_command_that_fails_stops_no_other(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

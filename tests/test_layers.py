@@ -27,6 +27,7 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "submission": BASE | {"artifacts", "data", "compression", "evaluation", "reporting"},
 }
 ALLOWED["schema"] = set(ALLOWED)
+ALLOWED["presets"] = {"params", "problems", "schema"}
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path.relative_to(ROOT) for folder in ("lib", "stages", "tools") for path in (ROOT / folder).rglob("*.py"))
