@@ -18,7 +18,7 @@ from lib.compression.budget import summarize
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.forecast.size import SPREAD, Samples, forecast_parts, sample_gaussian, sample_weights
-from lib.model.config import ModelParams
+from lib.model.config import ModelParams, parse_model
 from lib.model.gpt import GPT
 from lib.params import parse_params
 from lib.presets import load_settings, read_preset
@@ -89,7 +89,7 @@ def compare_presets() -> Iterator[tuple[str, Row]]:
 def compare_checkpoint(path: Path) -> Iterator[tuple[str, Row]]:
     """A trained model in grids of 5, 6 and 8 bits, with the codecs zstd and range."""
     checkpoint, values = load_checkpoint(path), read_preset("pr585")
-    model = parse_params(checkpoint.model, ModelParams, f"{path}: ")
+    model = parse_model(checkpoint.model, f"{path}: ")
     for bits in (5, 6, 8):
         quantize = values["quantize"] | {"bits": dict.fromkeys(values["quantize"]["bits"], bits)}
         for codec in ("zstd", "range"):

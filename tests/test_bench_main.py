@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        (folder / "stages").mkdir()
+        (folder / "lib/submission").mkdir(parents=True)
         (folder / "lib/submission/program.py").write_text("import sys\n")
         words = (ROOT / "lib/training/loop.py").read_text().split()
         documents = [" ".join(words[n:n + 40] + words[:n % 7]) for n in range(0, len(words) - 40, 3)]

@@ -17,10 +17,10 @@ import bench.train
 from bench.evaluate import Stopwatch
 from bench.train import Loop, Measured, PlainLoop, check_losses, find_peak, flops_per_token, main, make_loops, measure, newton_schulz
 from lib.distributed import SINGLE_CPU, Process
-from lib.model.config import ModelParams
+from lib.model.config import parse_model
 from lib.model.gpt import GPT
 from lib.model.sdpa import SDPA
-from lib.params import SECTIONS, parse_params
+from lib.params import SECTIONS
 from lib.training.loop import Run
 from lib.training.optim import orthogonalize
 from tests.evaluation.tiny import MODEL
@@ -48,7 +48,7 @@ def test_both_loops_train_the_same(changes: dict[str, Any], tolerance: float, mo
             parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
     monkeypatch.setattr(GPT, "initialize", initialize_with_noise)
-    model_params = parse_params(MODEL, ModelParams, "model.")
+    model_params = parse_model(MODEL, "model.")
     run, plain = (make() for make in make_loops(model_params, make_params(**changes), SDPA, SINGLE_CPU).values())
     assert isinstance(run, Run)
     assert isinstance(plain, PlainLoop)

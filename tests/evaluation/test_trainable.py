@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from lib.evaluation.trainable import GROUPS, describe_groups, match_groups
-from lib.model.config import ModelParams
+from lib.model.config import parse_model
 from lib.model.gpt import GPT
-from lib.params import parse_params
 from tests.evaluation.tiny import MODEL
 
 PR585 = {"vocab_size": 1024, "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 8, "mlp_hidden_dim": 1792, "rope_dims": 16,
@@ -16,7 +15,7 @@ PR410 = PR585 | {"num_kv_heads": 4, "mlp_hidden_dim": 1536, "bigram_rows": 2048,
 
 def sizes_of(model: dict[str, Any]) -> dict[str, int]:
     with torch.device("meta"):
-        gpt = GPT(parse_params(MODEL | model, ModelParams, "model."))
+        gpt = GPT(parse_model(MODEL | model, "model."))
     return {name: parameter.numel() for name, parameter in gpt.named_parameters()}
 
 

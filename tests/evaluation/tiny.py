@@ -16,7 +16,7 @@ from lib.evaluation.limit import TimeLimit
 from lib.evaluation.score import Forward, load_stream
 from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.windows import find_documents
-from lib.model.config import ModelParams
+from lib.model.config import parse_model
 from lib.model.gpt import GPT
 from lib.params import parse_params
 
@@ -55,7 +55,7 @@ def make_params(**changes: Any) -> EvaluateParams:
 
 def make_model(**changes: Any) -> GPT:
     """Every parameter random and large enough to matter."""
-    model = GPT(parse_params(MODEL | changes, ModelParams, "model."))
+    model = GPT(parse_model(MODEL | changes, "model."))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

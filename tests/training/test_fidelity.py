@@ -11,7 +11,7 @@ import torch
 from lib.artifacts.tokens import SplitWriter, load_split
 from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU
-from lib.model.config import ModelParams
+from lib.model.config import ModelParams, parse_model
 from lib.model.gpt import GPT
 from lib.params import parse_params
 from lib.presets import read_preset
@@ -66,7 +66,7 @@ def make_loader(folder: Path) -> Loader:
 
 
 def make_model(model: Settings) -> GPT:
-    gpt = GPT(parse_params(model, ModelParams, "model."))
+    gpt = GPT(parse_model(model, "model."))
     gpt.initialize(1337)
     return gpt
 
