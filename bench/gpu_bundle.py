@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from collections.abc import Iterable, Iterator
 from email import message_from_bytes
@@ -32,7 +31,7 @@ GIVEN = ("torch", "numpy", "scipy", "dvc")
 """Packages that are left out with all that only they need: the machine has the first two, a report without a record computes no test
 (scipy, 35 MB), and the stages run without DVC."""
 TOOLS = ("pytest", "hypothesis")
-"""Of the optional dependencies ``dev``: what runs the tests of kernels."""
+"""Of requirements/test.txt: what runs the tests of kernels."""
 GLIBC = (5, 12, 17, 24, 27, 28)
 """Minor versions of glibc 2 whose wheels are taken; the last is that of Debian 10, and every machine with CUDA 13 has a newer one."""
 SUFFIXES = (".jsonl", ".gz", ".zst")
@@ -43,10 +42,15 @@ class BundleError(UserError):
 
 
 def list_roots(root: Path, given: Iterable[str]) -> list[Requirement]:
-    """The requirements of pyproject.toml that are packed, without those of `given`."""
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    tools = [line for line in project["optional-dependencies"]["dev"] if canonicalize_name(Requirement(line).name) in TOOLS]
-    return [each for each in map(Requirement, [*project["dependencies"], *tools]) if canonicalize_name(each.name) not in given]
+    """The requirements that are packed, those of running and some of testing, without those of `given`."""
+    run, test = (read_ranges(root / f"requirements/{name}.txt") for name in ("run", "test"))
+    tools = [each for each in test if canonicalize_name(each.name) in TOOLS]
+    return [each for each in run + tools if canonicalize_name(each.name) not in given]
+
+
+def read_ranges(path: Path) -> list[Requirement]:
+    """The packages of a file of requirements, with the versions that it takes."""
+    return [Requirement(line) for line in path.read_text().splitlines() if line and not line.startswith("#")]
 
 
 def read_pins(root: Path) -> dict[str, str]:

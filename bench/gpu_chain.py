@@ -73,7 +73,7 @@ def prepare(folder: Path, params: dict[str, Any]) -> None:
     """A new folder in which stages can run: code, the description of the pipeline, parameters."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in ("lib", "stages"):
+    for name in ("lib", "stages", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "dvc.yaml", folder)
     write_json(folder / PARAMS_FILE, params)  # JSON is YAML

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 import bench.gpu
 import bench.gpu_checks
@@ -27,10 +28,7 @@ from lib.schema import PipelineParams
 from tests.stages.project import make_documents
 
 ROOT = Path(__file__).parents[1]
-PYPROJECT = """[project]
-dependencies = ["torch>=2", "one>=1", "dvc"]
-optional-dependencies.dev = ["pytest>=8", "ruff"]
-"""
+RANGES = {"run": "# what is imported\ntorch>=2\none>=1\ndvc\n", "test": "pytest>=8\nruff\n"}
 PINS = "torch==2.0\none==1.5\ntwo==2.0\nthree==3.0\npytest==8.1\nruff==1\n"
 OTHER_PYTHON = "three; python_version < '3.12'"
 
@@ -54,7 +52,9 @@ def make_wheel(folder: Path, name: str, version: str, requires: tuple[str, ...] 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with requirements, and wheels that fulfil them in the folder ``index``."""
-    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    (tmp_path / "requirements").mkdir()
+    for name, content in RANGES.items():
+        (tmp_path / f"requirements/{name}.txt").write_text(content)
     (tmp_path / "requirements.txt").write_text(PINS)
     index = tmp_path / "index"
     index.mkdir()
@@ -92,7 +92,10 @@ def test_the_requirements_of_this_project_are_pinned() -> None:
     roots = {each.name for each in list_roots(ROOT, gpu_bundle.GIVEN)}
     assert {"pydantic", "ruamel.yaml", "sentencepiece", "constriction", "pytest"} <= roots
     assert not roots & {*gpu_bundle.GIVEN, "mypy", "ruff"}
-    assert {name.lower().replace(".", "-") for name in roots} <= read_pins(ROOT).keys()
+    pins = read_pins(ROOT)
+    for path in (ROOT / "requirements").glob("*.txt"):
+        for each in gpu_bundle.read_ranges(path):
+            assert path.stem == "cuda" or pins[canonicalize_name(each.name)] in each.specifier, each
 
 
 def test_wheels_are_installed_once_and_anew_when_others_are_packed(tmp_path: Path) -> None:

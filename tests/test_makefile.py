@@ -35,9 +35,9 @@ def test_the_lowest_versions_are_tested_where_the_tests_are() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder in which the environment is taken to be there."""
-    for name in ("Makefile", "pyproject.toml", "requirements.txt"):
+    for name in ("Makefile", "requirements.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("bench", "lib", "presets", "tools", "params.yaml"):
+    for name in ("bench", "lib", "presets", "requirements", "tools", "params.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/installed").touch()
