@@ -18,16 +18,16 @@ from lib.compression.budget import summarize
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.forecast.size import SPREAD, Samples, forecast_parts, sample_gaussian, sample_weights
-from lib.model.config import ModelParams
+from lib.model.config import ModelParams, parse_model
 from lib.model.gpt import outline
 from lib.model.parts import parts_of
-from lib.params import parse_params, read_params
+from lib.params import parse_params
+from lib.presets import load_settings, read_preset
 from lib.quantization.clipping import row_scales
 from lib.quantization.config import QuantizeParams
 from lib.quantization.grid import round_to_grid
 from lib.quantization.grid_config import FLOAT_BITS
 from lib.quantization.policy import choose_bits
-from lib.schema import PipelineParams
 
 PRESETS = ("pr585", "pr410", "pr410-qat")
 KINDS = ("normal", "rows", "student 5")
@@ -82,7 +82,7 @@ def compare(weights: Mapping[str, Tensor], model: ModelParams, params: QuantizeP
 def compare_presets() -> Iterator[tuple[str, Row]]:
     """The published presets with weights of each kind."""
     for name in PRESETS:
-        params = parse_params(read_params(Path(f"presets/{name}.yaml")), PipelineParams, f"{name}: ")
+        params = load_settings(name)
         for kind in KINDS:
             model = params.model.architecture
             yield f"{name}, {kind}", compare(make_weights(model, kind), model, params.quantize, params.compress)
@@ -90,8 +90,8 @@ def compare_presets() -> Iterator[tuple[str, Row]]:
 
 def compare_checkpoint(path: Path) -> Iterator[tuple[str, Row]]:
     """A trained model in grids of 5, 6 and 8 bits, with the codecs zstd and range."""
-    checkpoint, values = load_checkpoint(path), read_params(Path("presets/pr585.yaml"))
-    model = parse_params(checkpoint.model, ModelParams, f"{path}: ")
+    checkpoint, values = load_checkpoint(path), read_preset("pr585")
+    model = parse_model(checkpoint.model, f"{path}: ")
     for bits in (5, 6, 8):
         quantize = values["quantize"] | {"bits": dict.fromkeys(values["quantize"]["bits"], bits)}
         for codec in ("zstd", "range"):

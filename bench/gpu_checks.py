@@ -1,4 +1,4 @@
-"""What else only a GPU can show, on random weights and tokens: ``python -m bench.gpu_checks [--preset FILE]``.
+"""What else only a GPU can show, on random weights and tokens: ``python -m bench.gpu_checks [--preset NAME]``.
 
 Prints the machine and the attention kernels that it can use, then compares: training compiled and not; Muon's iteration as it runs on
 the device, in bf16 on GPUs, with fp64; fake quantization on the device and on the CPU; and it times calibration. A check that fails
@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -22,13 +21,13 @@ import torch
 
 from bench.evaluate import Stopwatch, make_model
 from bench.train import LOSS_TOLERANCE, make_loops
-from lib.calibration.config import CalibrateParams
 from lib.calibration.moments import collect_moments
 from lib.distributed import Process, start_process
-from lib.model.config import KernelName, ModelSection
+from lib.model.config import KernelName
 from lib.model.kernels import KernelError, choose_kernel
-from lib.params import PARAMS_FILE, load_params
-from lib.training.config import TrainParams
+from lib.params import PARAMS_FILE
+from lib.presets import load_settings
+from lib.schema import PipelineParams
 from lib.training.orthogonal import ORTHOGONALIZATIONS
 from lib.training.qat import fake_quantize
 
@@ -42,9 +41,9 @@ PACKAGES = ("triton", "numpy", "constriction", "brotli", "zstandard", "pydantic"
 class Checks:
     """All checks, of one preset on one device."""
 
-    def __init__(self, preset: Path, process: Process) -> None:
-        self.section, self.params = load_params("model", ModelSection, preset), load_params("train", TrainParams, preset)
-        self.calibration, self.process, self.device = load_params("calibrate", CalibrateParams, preset), process, process.device
+    def __init__(self, settings: PipelineParams, process: Process) -> None:
+        self.section, self.params, self.calibration = settings.model, settings.train, settings.calibrate
+        self.process, self.device = process, process.device
 
     def kernels(self) -> None:
         """Attention kernels by name."""
@@ -126,11 +125,11 @@ def print_machine(process: Process) -> None:
 def main() -> None:
     """Run all checks; exit with status 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", type=Path, default=PARAMS_FILE, help="parameter file whose sections model, train, calibrate are used")
-    preset, failed = parser.parse_args().preset, []
+    parser.add_argument("--preset", default=str(PARAMS_FILE), help="name of a preset, or a complete parameter file (default: %(default)s)")
+    settings, failed = load_settings(parser.parse_args().preset), []
     with start_process() as process:
         print_machine(process)
-        checks = Checks(preset, process)
+        checks = Checks(settings, process)
         each: Callable[[], None]
         for each in (checks.kernels, checks.compilation, checks.muon, checks.fake_quantization, checks.calibrate):
             try:

@@ -16,7 +16,7 @@ from bench.forecast import pack_nearest
 from lib.artifacts.quantized import clip_range
 from lib.model.gpt import outline
 from lib.model.parts import parts_of
-from lib.params import parse_params, read_params
+from lib.presets import PRESETS_FOLDER, load_settings
 from lib.quantization.clipping import row_scales
 from lib.quantization.config import FREE, ClipParams
 from lib.quantization.grid_config import FLOAT_BITS
@@ -60,14 +60,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", default=PRESETS)
-    parser.add_argument("--folder", type=Path, default=Path("presets"))
+    parser.add_argument("--folder", type=Path, default=PRESETS_FOLDER)
     parser.add_argument("--std", type=float, default=STD)
     arguments = parser.parse_args()
     print(f"Gaussian weights, standard deviation {arguments.std}; with the reserve for code, compress.code_bytes")
     print(f"{'preset':12}{'parameters':>12}{'floor':>8}{'rows on it':>12}{'bytes':>13}{'of limit':>10}{'artifact per parameter':>24}"
           "  published")
     for name in arguments.presets:
-        params = parse_params(read_params(arguments.folder / f"{name}.yaml"), PipelineParams, f"{name}.yaml: ")
+        params = load_settings(name, arguments.folder)
         weights = gaussian_weights(params, arguments.std)
         code = params.compress.code_bytes
         num_parameters, bits = sum(weight.numel() for weight in weights.values()), params.quantize.bits["mlp"]

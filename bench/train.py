@@ -1,10 +1,10 @@
 """Training by the project's loop against a plain eager loop, in turn in one run, on random tokens and one device.
 
-``python -m bench.train [--preset FILE]`` prints tokens per second, milliseconds per step, model FLOPs utilisation and peak memory.
+``python -m bench.train [--preset NAME]`` prints tokens per second, milliseconds per step, model FLOPs utilisation and peak memory.
 The plain loop is what training scripts do without much thought: the forward pass uncompiled, fp32 logits stored, the optimizers one
 tensor at a time, EMA over `state_dict`, the loss read from the device in every step. Both have the same attention kernel, start
 from the same weights, see the same batches and make the same steps, those at the beginning of a long run: full learning rate, no
-fake quantization, no snapshots. Their losses must agree. ``--preset presets/pr585.yaml --sequences 48`` is one GPU's share of #585.
+fake quantization, no snapshots. Their losses must agree. ``--preset pr585 --sequences 48`` is one GPU's share of #585.
 ``--profile STEPS`` adds where the time of the project's loop goes: kernels of a GPU, operators of a CPU.
 
 Model FLOPs per token, forward and backward: 6 for each weight of a matrix that is multiplied with (a table that is only looked up does
@@ -31,12 +31,13 @@ from lib.artifacts.tokens import Split
 from lib.data.loader import Loader
 from lib.distributed import Process, start_process
 from lib.evaluation.evaluation import peak_memory_mib
-from lib.model.config import ModelParams, ModelSection
+from lib.model.config import ModelParams
 from lib.model.gpt import GPT
 from lib.model.kernels import choose_kernel
 from lib.model.parts import parts_of
 from lib.model.sdpa import Kernel
-from lib.params import PARAMS_FILE, Precision, load_params
+from lib.params import PARAMS_FILE, Precision
+from lib.presets import load_settings
 from lib.training.config import TrainParams
 from lib.training.flat import group_of
 from lib.training.loop import Run
@@ -266,14 +267,15 @@ def check_losses(measured: Mapping[str, Measured], precision: Precision) -> None
 def main() -> None:
     """Measure both loops and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", type=Path, default=PARAMS_FILE, help="parameter file whose sections model and train are used")
+    parser.add_argument("--preset", default=str(PARAMS_FILE), help="name of a preset, or a complete parameter file (default: %(default)s)")
     parser.add_argument("--sequences", type=int, help="sequences per step on this device; train.batch_sequences where not given")
     parser.add_argument("--compile", action="store_true", help="as if train.compile were true")
     parser.add_argument("--steps", type=int, default=100, help="measured steps of each loop, in blocks")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="steps of the project's loop whose kernels are listed")
     parser.add_argument("--device-peak-tflops", type=float, help="that utilisation is a share of")
     options = parser.parse_args()
-    section, params = load_params("model", ModelSection, options.preset), load_params("train", TrainParams, options.preset)
+    settings = load_settings(options.preset)
+    section, params = settings.model, settings.train
     params = params.model_copy(update={"batch_sequences": options.sequences or params.batch_sequences,
                                        "compile": options.compile or params.compile})
     with start_process() as process:

@@ -16,6 +16,7 @@ import bench.quantize
 from lib.artifacts.files import read_csv, write_json
 from lib.model import compilation
 from lib.params import read_params
+from lib.presets import read_preset
 from stages import calibrate, compress, evaluate, quantize, tokenize, train
 from tests.clone import SEED, TINY
 from tests.evaluation.tiny import merge
@@ -40,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
         short = {"evaluate": {"strategies": ["plain", "score_first"], "strategy": "score_first", "audit": False},
                  "quantize": {"target_bytes": 16_000}}
-        write_json(folder / "params.yaml", merge(merge(read_params(ROOT / "presets/default.yaml"), TINY), short))  # JSON is YAML
+        write_json(folder / "params.yaml", merge(merge(read_preset("default", ROOT / "presets"), TINY), short))  # JSON is YAML
         tokenize.main()
         for stage in (train, calibrate, quantize, compress, evaluate):
             stage.main(SEED)
@@ -153,11 +154,11 @@ def test_quantize_as_a_curve(run: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    values = merge(read_params(ROOT / "presets/pr410.yaml"), {
+    values = merge(read_preset("pr410", ROOT / "presets"), {
         "model": {"num_layers": 2, "model_dim": 128, "num_heads": 2, "num_kv_heads": 1, "mlp_hidden_dim": 128, "num_xsa_layers": 1,
                   "value_embedding_layers": [1]}, "compress": {"level": 3, "limit_bytes": 600_000}})
-    write_json(tmp_path / "tiny.yaml", values)
-    lines = output_of("published", f"--presets tiny --folder {tmp_path}", ROOT, monkeypatch, capsys).splitlines()
+    write_json(tmp_path / "default.yaml", values)
+    lines = output_of("published", f"--presets default --folder {tmp_path}", ROOT, monkeypatch, capsys).splitlines()
     floored, free = (line.split() for line in lines[2:])
     assert floored[2:4] == ["1/31", "100.0%"] and free[2:4] == ["none", "0.0%"]
     assert float(floored[6]) < 0.9 * float(free[6])

@@ -82,7 +82,7 @@ def save_sweep(folder: Path, points: dict[int, Figures]) -> None:
 
 def main() -> None:
     """Run the experiments and write table and figure."""
-    parser = argparse.ArgumentParser(usage='make sweep TARGETS="400000 600000"', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="make sweep", usage='make sweep TARGETS="400000 600000"', description=__doc__.splitlines()[0])
     parser.add_argument("targets", type=int, nargs="+", metavar="TARGETS", help="sizes of code and artifact together, in bytes")
     targets = sorted(set(parser.parse_args().targets))
     if targets[0] < 1:

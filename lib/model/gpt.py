@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from lib.errors import UserError
 from lib.model.attention import ALL_POSITIONS, Attention, Rotation, Scope, make_rotation, make_scope, rms_norm
 from lib.model.compilation import call
-from lib.model.config import ModelParams
+from lib.model.config import ModelParams, parse_model
 from lib.model.embedding import BigramHash, SmearGate, ValueEmbedding
 from lib.model.linear import Linear, LowRank, add_low_rank
 from lib.model.loss import softcapped_cross_entropy
 from lib.model.parts import Declared
 from lib.model.sdpa import SDPA, Kernel
-from lib.params import parse_params
 
 VALUE_TABLE_STD = 0.01  # pr585, pr410
 
@@ -336,7 +335,7 @@ def outline(model: dict[str, Any]) -> GPT:
         ParamsError: the configuration is not valid.
         UserError: sizes beyond those of any tensor.
     """
-    params = parse_params(model, ModelParams, "model configuration: ")
+    params = parse_model(model, "model configuration: ")
     try:
         with torch.device("meta"):
             return GPT(params)
@@ -356,7 +355,7 @@ def build_model(model: dict[str, Any], weights: dict[str, Tensor], kernel: Kerne
         ParamsError: the configuration is not valid.
         UserError: weights are missing, unexpected or of another shape.
     """
-    params = parse_params(model, ModelParams, "model configuration: ")
+    params = parse_model(model, "model configuration: ")
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if len(layers) != params.num_layers:  # before so many are built
         raise UserError(f"weights do not fit the model configuration: expected num_layers {params.num_layers}, found weights of "

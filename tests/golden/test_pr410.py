@@ -20,10 +20,9 @@ from lib.data.shards import Stream
 from lib.evaluation.config import StrategyName
 from lib.evaluation.evaluation import run_strategy
 from lib.evaluation.trainable import match_groups
-from lib.model.config import ModelParams
+from lib.model.config import parse_model
 from lib.model.gpt import build_model, outline
 from lib.model.parts import parts_of
-from lib.params import parse_params
 from lib.published.conversion import convert_artifact
 from lib.published.reader import Published, read_published
 from tests.evaluation.tiny import make_job, make_params
@@ -53,7 +52,7 @@ def published() -> Published:
 
 @pytest.fixture(scope="module")
 def quantized(published: Published) -> QuantizedModel:
-    return convert_artifact(published, parse_params(MODEL, ModelParams, "model."), 1024)
+    return convert_artifact(published, parse_model(MODEL, "model."), 1024)
 
 
 def score(quantized: QuantizedModel, strategy: StrategyName, num_targets: int) -> tuple[float, npt.NDArray[np.float32]]:

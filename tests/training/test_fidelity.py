@@ -11,9 +11,10 @@ import torch
 from lib.artifacts.tokens import SplitWriter, load_split
 from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU
-from lib.model.config import ModelParams
+from lib.model.config import ModelParams, parse_model
 from lib.model.gpt import GPT
-from lib.params import parse_params, read_params
+from lib.params import parse_params
+from lib.presets import read_preset
 from lib.training.config import TrainParams
 from lib.training.loop import train
 from lib.training.schedule import lr_multiplier, muon_momentum
@@ -33,7 +34,7 @@ WIDTH_RATIO, HEADS_RATIO, CADENCE_RATIO = 8, 2, 25
 
 def shrink(preset: str, changes: dict[str, Any]) -> tuple[Settings, Settings]:
     """Sections model and train of a preset: sizes smaller in its proportions, a budget of `NUM_STEPS`; all else is the preset's."""
-    params = read_params(ROOT / f"presets/{preset}.yaml")
+    params = read_preset(preset, ROOT / "presets")
     model = {key: value for key, value in params["model"].items() if key in ModelParams.model_fields} | changes.get("model", {})
     settings = params["train"]
     num_layers = 4 + model["num_layers"] % 2
@@ -65,7 +66,7 @@ def make_loader(folder: Path) -> Loader:
 
 
 def make_model(model: Settings) -> GPT:
-    gpt = GPT(parse_params(model, ModelParams, "model."))
+    gpt = GPT(parse_model(model, "model."))
     gpt.initialize(1337)
     return gpt
 
@@ -134,7 +135,7 @@ def test_the_start_is_the_published_one(variant: str) -> None:
                          [("pr585", 3500, 0.5, (5, 5), 0.2), ("pr410", 3000, 0.1, (6, 6), 0.2), ("pr410-qat", 3000, 2.0, (6, 5), 0.4)])
 def test_presets_have_the_published_settings(preset: str, warmdown_steps: int, qat_below_lr: float, qat_bits: tuple[int, int],
                                              swa_below_lr: float) -> None:
-    params = read_params(ROOT / f"presets/{preset}.yaml")
+    params = read_preset(preset, ROOT / "presets")
     model, optimizer, averaging, qat = params["model"], *(params["train"][key] for key in ("optimizer", "averaging", "qat"))
     matrix_lr, embedding_lr = (0.02, 0.03) if preset == "pr410-qat" else (0.025, 0.035)
     published = {"matrix_lr": matrix_lr, "embedding_lr": embedding_lr, "vector_lr": matrix_lr, "head_lr": 0.008, "momentum": 0.99,

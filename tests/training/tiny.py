@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lib.artifacts.tokens import Split, SplitWriter, load_split
-from lib.model.config import ModelParams
+from lib.model.config import parse_model
 from lib.model.gpt import GPT
 from lib.params import parse_params
 from lib.training.config import TrainParams
@@ -36,7 +36,7 @@ def make_params(**changes: Any) -> TrainParams:
 
 def make_model(seed: int = 0, **changes: Any) -> GPT:
     """An initialised model."""
-    model = GPT(parse_params({**MODEL, **changes}, ModelParams, "model."))
+    model = GPT(parse_model({**MODEL, **changes}, "model."))
     model.initialize(seed)
     return model
 
