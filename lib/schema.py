@@ -42,7 +42,7 @@ class PipelineParams(Params):
             if unknown := sorted(bits.keys() - set(MATRIX_ROLES)):
                 raise ValueError(f"{key}.{unknown[0]}: expected a role of matrices, one of {', '.join(MATRIX_ROLES)}")
             if missing := sorted(set(self.model.roles) - bits.keys()):
-                raise ValueError(f"{key}.{missing[0]}: missing; the model has such matrices")
+                raise ValueError(f"{key}.{missing[0]}: expected bits, as the model has matrices of this role, found nothing")
         target, limit = self.quantize.target_bytes, self.compress.limit_bytes
         if target is not None and target > limit:
             raise ValueError(f"quantize.target_bytes: expected at most compress.limit_bytes {limit}, found {target}")
