@@ -36,6 +36,7 @@ from lib.evaluation.trainable import match_groups
 from lib.evaluation.windows import Documents, Windows, batch_size, one_pass_windows, sliding_windows, split_batches
 from lib.model.config import ModelParams
 from lib.model.gpt import GPT
+from lib.model.parts import parts_of
 from lib.params import PARAMS_FILE
 from lib.presets import load_settings
 
@@ -259,7 +260,7 @@ def project(outcome: Outcome, model: GPT, measured: EvaluateParams, entry: Evalu
     training = outcome.seconds["adaptation_seconds"] / num_training_steps(num_targets, measured)
     num_steps = num_training_steps(ENTRY_TOKENS, entry)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    members = match_groups(entry.score_first.trainable, sizes)
+    members = match_groups(entry.score_first.trainable, parts_of(model))
     gradient_bytes = 4 * sum(sizes[name] for name in {name for names in members.values() for name in names})
     ring = 2 * (ENTRY_PROCESSES - 1) / ENTRY_PROCESSES * gradient_bytes / ALL_REDUCE_BYTES_PER_SECOND
     return Projection(scoring * scoring_work(ENTRY_TOKENS, entry, ENTRY_PROCESSES), training * num_steps, ring * num_steps)

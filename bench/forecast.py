@@ -19,11 +19,13 @@ from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.forecast.size import SPREAD, Samples, forecast_parts, sample_gaussian, sample_weights
 from lib.model.config import ModelParams, parse_model
-from lib.model.gpt import GPT
+from lib.model.gpt import outline
+from lib.model.parts import parts_of
 from lib.params import parse_params
 from lib.presets import load_settings, read_preset
+from lib.quantization.clipping import row_scales
 from lib.quantization.config import QuantizeParams
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import round_to_grid
 from lib.quantization.grid_config import FLOAT_BITS
 from lib.quantization.policy import choose_bits
 
@@ -42,8 +44,7 @@ class Row(NamedTuple):
 def make_weights(model: ModelParams, kind: str) -> dict[str, Tensor]:
     """Weights of a whole model: normal; rows and columns of different spread (logarithms with a deviation of 0.5 and 0.3); or
     Student's t with 5 degrees of freedom."""
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in GPT(model).named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in outline(model.model_dump(mode="json")).named_parameters()}
     generator = torch.Generator().manual_seed(7)
     weights = {}
     for name, shape in shapes.items():
@@ -60,7 +61,7 @@ def make_weights(model: ModelParams, kind: str) -> dict[str, Tensor]:
 def pack_nearest(weights: Mapping[str, Tensor], model: ModelParams, params: QuantizeParams, coding: CompressParams) -> int:
     """Bytes of the artifact whose weights are the nearest on the grid of their row."""
     matrices = {}
-    for name, bits in choose_bits(weights, params).items():
+    for name, bits in choose_bits(parts_of(outline(model.model_dump(mode="json"))), params).items():
         if bits != FLOAT_BITS:
             scales = row_scales(weights[name], int(bits), params.clip)
             codes = round_to_grid(weights[name], scales[:, None], int(bits)).to(torch.int16)
@@ -74,7 +75,8 @@ def compare(weights: Mapping[str, Tensor], model: ModelParams, params: QuantizeP
     def forecast(samples: Samples) -> int:
         return summarize(forecast_parts(samples, model, params, coding))["blob_bytes"]
 
-    return Row(forecast(sample_gaussian(model)), forecast(sample_weights(weights)), pack_nearest(weights, model, params, coding))
+    samples = sample_weights(outline(model.model_dump(mode="json")), weights)
+    return Row(forecast(sample_gaussian(model)), forecast(samples), pack_nearest(weights, model, params, coding))
 
 
 def compare_presets() -> Iterator[tuple[str, Row]]:

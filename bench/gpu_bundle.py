@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from bench.gpu import BUNDLE, TOKENIZER, TREE, WHEELS, find_text
 from lib.artifacts.files import write_bytes
 from lib.data.corpus import Source, open_source
-from lib.data.encoding import provide_tokenizer
+from lib.data.tokenization import provide_tokenizer
 from lib.data.tokenizer import load_tokenizer
 from lib.errors import UserError
 from lib.presets import DEFAULT, load_settings

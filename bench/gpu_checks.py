@@ -27,9 +27,9 @@ from lib.model.config import KernelName
 from lib.model.kernels import KernelError, choose_kernel
 from lib.params import PARAMS_FILE
 from lib.presets import load_settings
-from lib.quantization.grid import fake_quantize
 from lib.schema import PipelineParams
-from lib.training.optim import orthogonalize
+from lib.training.orthogonal import ORTHOGONALIZATIONS
+from lib.training.qat import fake_quantize
 
 NUM_STEPS = 3
 MAX_SEQUENCES = 8  # of a step that is compared
@@ -79,8 +79,10 @@ class Checks:
         model = self.section.architecture
         shape = (model.num_layers, model.mlp_hidden_dim, model.model_dim)
         matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        found = orthogonalize(matrices.to(self.device), self.params.optimizer.newton_schulz_steps).cpu().double()
-        expected = orthogonalize(matrices.double(), self.params.optimizer.newton_schulz_steps)
+        settings = self.params.optimizer
+        orthogonalize = ORTHOGONALIZATIONS[settings.orthogonalization]
+        found = orthogonalize(matrices.to(self.device), settings.orthogonalization_steps).cpu().double()
+        expected = orthogonalize(matrices.double(), settings.orthogonalization_steps)
         error = float((found - expected).norm() / expected.norm())
         print(f"Muon of {tuple(shape)} against fp64: relative error {error:.2e}")
         assert error <= MUON_TOLERANCE[self.device.type]
@@ -89,10 +91,10 @@ class Checks:
         """Codes of a matrix for each width of the grids of QAT."""
         settings, model = self.params.qat, self.section.architecture
         weight = torch.randn(model.num_layers * model.mlp_hidden_dim, model.model_dim, generator=torch.Generator().manual_seed(0)) * 0.02
-        for bits in sorted({bits for bits in settings.bits.model_dump().values() if bits != 16}):
+        for bits in sorted({bits for bits in settings.bits.values() if bits != 16}):
             seconds, found = Stopwatch(self.process, processor=False).time(
-                partial(fake_quantize, weight.to(self.device), bits, settings.clip))
-            differing = float((found.cpu() != fake_quantize(weight, bits, settings.clip)).double().mean())
+                partial(fake_quantize, weight.to(self.device), bits, settings))
+            differing = float((found.cpu() != fake_quantize(weight, bits, settings)).double().mean())
             print(f"fake quantization of {weight.numel():,} weights to {bits} bits: {differing:.2e} of them differ from the CPU's, "
                   f"{1000 * seconds:.1f} ms")
             assert differing <= MAX_DIFFERING
@@ -101,9 +103,9 @@ class Checks:
         """Both sets of sequences, as the stage does."""
         settings, model = self.calibration, make_model(self.section.architecture, self.device)
         tokens = np.random.default_rng(0).integers(0, model.params.vocab_size, (settings.num_sequences, self.params.sequence_tokens))
-        collect = partial(collect_moments, model, torch.from_numpy(tokens), num_gradient_sequences=settings.num_gradient_sequences,
-                          batch_sequences=settings.batch_sequences, precision=settings.precision, seed=0, process=self.process,
-                          description="calibrate")
+        collect = partial(collect_moments, model, model.logits, torch.from_numpy(tokens), seed=0, process=self.process,
+                          num_gradient_sequences=settings.num_gradient_sequences, batch_sequences=settings.batch_sequences,
+                          precision=settings.precision, description="calibrate")
         seconds = [Stopwatch(self.process, processor=False).time(collect)[0] for _ in range(2)]
         print(f"calibration: {seconds[0]:.2f} s and {seconds[1]:.2f} s of two sets of {tokens.size:,} tokens; the preset reserves "
               f"{self.params.reserve_seconds} s")

@@ -28,10 +28,12 @@ from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.heldout import HeldoutComparison, compare_heldout
 from lib.model.gpt import build_model
+from lib.model.parts import parts_of
 from lib.params import Params, parse_params, read_params
 from lib.quantization.assessment import list_tensors, summarize
+from lib.quantization.clipping import row_scales
 from lib.quantization.config import QuantizeParams
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import round_to_grid
 from lib.quantization.policy import quantize_model
 from lib.quantization.quantizer import smallest
 
@@ -78,13 +80,15 @@ class Bench:
     def clipped(self, method: str, bits: dict[str, int]) -> Result:
         """Grids that clip with the percentile rule."""
         params = self.params(target_bytes=None, method=method, bits=bits, scale_factors=[1.0], rate_weight=0.0, damping=DAMPING)
-        return self._run(lambda: quantize_model(self.checkpoint, self.hessians, params, self.process, lambda _: 0)[0], "zstd")
+        return self._run(lambda: self._quantize(params, lambda _: 0), "zstd")
 
     def free(self, num_bytes: int) -> Result:
         """Free steps that meet a size."""
         params = self.params(target_bytes=num_bytes, bits=FREE)
-        return self._run(lambda: quantize_model(self.checkpoint, self.hessians, params, self.process,
-                                                lambda model: len(pack(model, "range", LEVEL).blob))[0], "range")
+        return self._run(lambda: self._quantize(params, lambda model: len(pack(model, "range", LEVEL).blob)), "range")
+
+    def _quantize(self, params: QuantizeParams, measure: Callable[[QuantizedModel], int]) -> QuantizedModel:
+        return quantize_model(self.checkpoint, parts_of(self.model), self.hessians, params, process=self.process, measure=measure)[0]
 
     def published(self) -> Result:
         """The procedure of #585."""
@@ -116,8 +120,8 @@ class Bench:
 
     def report(self, name: str, result: Result) -> HeldoutComparison:
         """Print one line of the table."""
-        rows = list_tensors(self.checkpoint.weights, self.hessians, result.quantized, self.params(), dampings={}, coded_bytes={},
-                            device=self.process.device)
+        rows = list_tensors(self.checkpoint.weights, parts_of(self.model), self.hessians, result.quantized, self.params(), dampings={},
+                            coded_bytes={}, device=self.process.device)
         figures = summarize(rows)
         model = build_model(self.checkpoint.model, result.quantized.weights()).to(self.process.device)
         compared = compare_heldout(model.logits, self.model.logits, self.heldout, self.tokenizer, process=self.process, batch_windows=16,

@@ -34,6 +34,7 @@ from lib.evaluation.evaluation import peak_memory_mib
 from lib.model.config import ModelParams
 from lib.model.gpt import GPT
 from lib.model.kernels import choose_kernel
+from lib.model.parts import parts_of
 from lib.model.sdpa import Kernel
 from lib.params import PARAMS_FILE, Precision
 from lib.presets import load_settings
@@ -82,12 +83,13 @@ class PlainLoop:
     def __init__(self, model: GPT, params: TrainParams, loader: Loader, process: Process) -> None:
         self.model, self.params, self.loader, self.process = model, params, loader, process
         groups: dict[str, list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in model.named_parameters():
-            groups[group_of(name, parameter.ndim)].append(parameter)
+        for name, part in parts_of(model).items():
+            groups[group_of(part)].append(model.get_parameter(name))
         settings = params.optimizer
         lrs = {"embedding": settings.embedding_lr, "vector": settings.vector_lr, "head": settings.head_lr}
-        self.adam = torch.optim.AdamW([{"params": groups[group], "lr": lr} for group, lr in lrs.items() if groups[group]],
-                                      betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay, foreach=False)
+        self.adam = torch.optim.AdamW([{"params": groups[group], "lr": lr, "weight_decay": getattr(settings.weight_decay, group)}
+                                       for group, lr in lrs.items() if groups[group]],
+                                      betas=settings.adam_betas, eps=settings.adam_eps, foreach=False)
         self.matrices = [(weight, torch.zeros_like(weight)) for weight in groups["matrix"]]  # with their momentum
         self.ema = {name: weight.clone() for name, weight in model.state_dict().items()}
         self.losses: list[float] = []
@@ -119,8 +121,8 @@ class PlainLoop:
         for weight, buffer in self.matrices:
             assert weight.grad is not None
             buffer.mul_(momentum).add_(weight.grad)
-            update = newton_schulz(weight.grad.add(buffer, alpha=momentum), settings.newton_schulz_steps)
-            weight.mul_(1 - settings.matrix_lr * settings.weight_decay)
+            update = newton_schulz(weight.grad.add(buffer, alpha=momentum), settings.orthogonalization_steps)
+            weight.mul_(1 - settings.matrix_lr * settings.weight_decay.matrix)
             weight.add_(update, alpha=-settings.matrix_lr * max(1, len(weight) / weight.shape[1]) ** 0.5)
 
     def sync(self) -> None:
@@ -198,9 +200,8 @@ def measure(loops: Mapping[str, Callable[[], Loop]], process: Process, num_steps
 
 def flops_per_token(model: GPT, sequence_tokens: int) -> float:
     """Of forward and backward pass; see the head of this file."""
-    weights = sum(parameter.numel() for name, parameter in model.named_parameters() if group_of(name, parameter.ndim) in ("matrix", "head"))
-    if model.params.tied_head:
-        weights += model.token_embedding.weight.numel()
+    weights = sum(model.get_parameter(name).numel() for name, part in parts_of(model).items() for module in part.modules
+                  if part.is_matrix and not isinstance(model.get_submodule(module), nn.Embedding))
     return 6 * weights + 12 * model.params.num_layers * model.params.model_dim * sequence_tokens / 2
 
 

@@ -1,8 +1,9 @@
 """Presets: ``presets/default.yaml`` is a complete parameter file, the others hold only what differs from it.
 
 Keys are merged one by one. A list or a single value takes the place of the default's, and so does a mapping whose keys are free, which
-a parameter class declares as a ``dict`` (``quantize.bits_of``). The complete file has the comments of default.yaml; a comment in a
-preset, the source of a value in parentheses, takes the place of the one in parentheses that ends the default's.
+a parameter class declares as a ``dict`` (``quantize.bits``, ``quantize.bits_of``, ``train.qat.bits``). The complete file has the comments
+of default.yaml; a comment in a preset, the source of a value in parentheses, takes the place of the one in parentheses that ends the
+default's.
 """
 
 import io

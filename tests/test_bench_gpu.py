@@ -25,6 +25,7 @@ from lib.params import parse_params
 from lib.presets import list_presets, read_preset
 from lib.reporting.runs import UNRECORDED
 from lib.schema import PipelineParams
+from lib.training.orthogonal import ORTHOGONALIZATIONS
 from tests.stages.project import make_documents
 
 ROOT = Path(__file__).parents[1]
@@ -258,8 +259,8 @@ def test_pieces_that_fail_or_are_unknown_are_an_exit_status(bundle: Path, monkey
 
 def test_a_check_that_fails_stops_no_other(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_json(bundle / "smoke.yaml", make_params(bundle, 1.0, True))
-    monkeypatch.setattr(bench.gpu_checks, "orthogonalize", lambda matrices, num_steps: matrices.bfloat16() if matrices.dtype.itemsize == 4
-                        else 1.1 * matrices)
+    monkeypatch.setitem(ORTHOGONALIZATIONS, "newton_schulz",
+                        lambda matrices, num_steps: matrices.bfloat16() if matrices.dtype.itemsize == 4 else 1.1 * matrices)
     monkeypatch.setattr(sys, "argv", ["gpu_checks", "--preset", str(bundle / "smoke.yaml")])
     with pytest.raises(SystemExit, match=r"^FAILED: muon$"):
         bench.gpu_checks.main()

@@ -21,8 +21,8 @@ from lib.model.config import parse_model
 from lib.model.gpt import GPT
 from lib.model.sdpa import SDPA
 from lib.presets import read_preset
+from lib.training import orthogonal
 from lib.training.loop import Run
-from lib.training.optim import orthogonalize
 from tests.evaluation.tiny import MODEL
 from tests.training.tiny import TRAIN, make_model, make_params
 
@@ -69,7 +69,7 @@ def test_both_loops_train_the_same(changes: dict[str, Any], tolerance: float, mo
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
 def test_one_matrix_at_a_time_is_orthogonalized_as_many_are(shape: tuple[int, int]) -> None:
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(torch.stack([newton_schulz(matrix, 5) for matrix in matrices]), orthogonalize(matrices, 5))
+    torch.testing.assert_close(torch.stack([newton_schulz(matrix, 5) for matrix in matrices]), orthogonal.newton_schulz(matrices, 5))
 
 
 @pytest.mark.parametrize("changes", [

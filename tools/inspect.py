@@ -3,12 +3,19 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from lib.compression.contents import describe_artifact
 from lib.errors import UserError
-from lib.model.roles import role_of
+from lib.model.gpt import outline
+from lib.model.parts import parts_of
 from lib.published.description import describe_published
 from lib.published.reader import is_published
+
+
+def list_roles(model: dict[str, Any]) -> dict[str, str]:
+    """Name of every parameter of a configuration -> its role."""
+    return {name: part.role for name, part in parts_of(outline(model)).items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -17,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a model.ptz, which the stage compress makes, or a published file")
     path = parser.parse_args(arguments).file
     try:
-        print(describe_published(path) if is_published(path) else describe_artifact(path, role_of))
+        print(describe_published(path) if is_published(path) else describe_artifact(path, list_roles))
     except UserError as error:
         sys.exit(str(error))
 

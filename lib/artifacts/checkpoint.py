@@ -10,7 +10,7 @@ from lib.artifacts.files import ArtifactError
 from lib.artifacts.tensors import load_tensors, save_tensors
 
 TRAINING = ("sequence_tokens", "num_steps", "selected", "qat", "calibration_seconds", "imported", "imported_bytes", "imported_sha256")
-NEUTRAL: dict[str, Any] = {"calibration_seconds": None, "qat.full_range": False, "qat.clip.floor": 0.0}
+NEUTRAL: dict[str, Any] = {"calibration_seconds": None, "qat.full_range": False, "qat.clip_quantile": 1.0, "qat.floor": 0.0}
 """Dotted keys of `Checkpoint.training` that came later -> what files from before, which do not have them, are taken to hold."""
 
 

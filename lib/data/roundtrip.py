@@ -18,7 +18,7 @@ MAX_CHANGED_FRACTION = 0.01
 """Of documents that the normalizer would change again: one of NFKC is the same the second time, but for rare sequences of marks."""
 
 
-class Outcome(IntEnum):
+class Reencoding(IntEnum):
     """What came of encoding the decoded tokens of a document.
 
     same: the tokens. other: different ones for the same text, so that another tokenizer made them. changed: tokens of a different text,
@@ -32,7 +32,7 @@ class Outcome(IntEnum):
 
 
 def reencode(tokenizer: Tokenizer, documents: Sequence[Tokens], texts: Sequence[str], *, num_threads: int = 1,
-             may_be_cut: bool = False) -> list[Outcome]:
+             may_be_cut: bool = False) -> list[Reencoding]:
     """Encode decoded documents and compare.
 
     Args:
@@ -46,9 +46,9 @@ def reencode(tokenizer: Tokenizer, documents: Sequence[Tokens], texts: Sequence[
     for number, (tokens, text, again) in enumerate(zip(documents, texts, encode_documents(tokenizer, texts, num_threads), strict=True), 1):
         kept = len(tokens) - CUT_TOKENS if may_be_cut and number == len(documents) else None
         if tokens.tolist() == again.tolist() or (kept is not None and tokens[:max(kept, 0)].tolist() == again[:max(kept, 0)].tolist()):
-            outcomes.append(Outcome.same)
+            outcomes.append(Reencoding.same)
         else:
-            outcomes.append(Outcome.other if decode_documents(tokenizer, [again.tolist()]) == [text] else Outcome.changed)
+            outcomes.append(Reencoding.other if decode_documents(tokenizer, [again.tolist()]) == [text] else Reencoding.changed)
     return outcomes
 
 

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from lib.params import NonNegative, Params, Positive, PositiveFloat, parse_params
 
+MATRIX_ROLES = ("attention", "mlp", "embedding", "bigram", "value_embedding", "head")
+"""What matrices of the model are for, as `lib.model.parts` has it; a tied head is the embedding."""
 KernelName = Literal["auto", "sdpa", "flash2", "flash3", "flash4"]
 
 
@@ -59,6 +61,12 @@ class ModelParams(Params):
     logit_softcap: PositiveFloat
     """Logits are softcap * tanh(z / softcap) (Gemma 2, arXiv:2408.00118)."""
     embedding_init_std: PositiveFloat
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the matrices that the model has, some of `MATRIX_ROLES`."""
+        missing = {"bigram": not self.bigram_rows, "value_embedding": not self.value_embedding_dim, "head": self.tied_head}
+        return tuple(role for role in MATRIX_ROLES if not missing.get(role))
 
     @property
     def head_dim(self) -> int:

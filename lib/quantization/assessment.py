@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lib.artifacts.hessians import Hessians
 from lib.artifacts.quantized import LEFT, OCTAVE, QuantizedModel, QuantizedTensor, scales_of
-from lib.model.roles import role_of
+from lib.model.parts import Part
+from lib.quantization.clipping import row_scales
 from lib.quantization.config import FREE, QuantizeParams
 from lib.quantization.gptq import row_errors
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import round_to_grid
 from lib.quantization.grid_config import FLOAT_BITS
 
 
@@ -26,7 +27,7 @@ class TensorRow:
 
     Attributes:
         name: of the parameter.
-        role: of the parameter, as in `lib.model.roles`.
+        role: of the parameter, as in `lib.model.parts`.
         method: gptq, rtn (round to nearest) or fp16.
         rows: R.
         columns: C.
@@ -63,12 +64,14 @@ class TensorRow:
     dead_columns: int
 
 
-def list_tensors(weights: Mapping[str, Tensor], hessians: Hessians, quantized: QuantizedModel, params: QuantizeParams, *,
-                 dampings: Mapping[str, float], coded_bytes: Mapping[str, int], device: torch.device) -> list[TensorRow]:
+def list_tensors(weights: Mapping[str, Tensor], parts: Mapping[str, Part], hessians: Hessians, quantized: QuantizedModel,
+                 params: QuantizeParams, *, dampings: Mapping[str, float], coded_bytes: Mapping[str, int],
+                 device: torch.device) -> list[TensorRow]:
     """One row for each matrix, sorted by name.
 
     Args:
-        weights: of the checkpoint.
+        weights: of the checkpoint, matrices (R, C).
+        parts: of the same model, from `lib.model.parts.parts_of`.
         hessians: of the same model.
         quantized: the result.
         params: section ``quantize``.
@@ -91,7 +94,7 @@ def list_tensors(weights: Mapping[str, Tensor], hessians: Hessians, quantized: Q
                 nearest = float(row_errors(weight - _round_to_nearest(weight, matrix, params), hessian).sum()) / reference
             correction = quantized.matrices.get(name + LEFT)
             rows.append(TensorRow(
-                name=name, role=role_of(name, weight.ndim), method="fp16" if matrix is None else params.method,
+                name=name, role=parts[name].role, method="fp16" if matrix is None else params.method,
                 rows=weight.shape[0], columns=weight.shape[1], bits=FLOAT_BITS if matrix is None else matrix.bits or FREE,
                 step=None if matrix is None else _mean_step(matrix), entropy_bits=None if matrix is None else matrix.entropy_bits(),
                 coded_bytes=None if matrix is None else sum(size for key, size in coded_bytes.items() if key.split(":")[0] == name),

@@ -9,8 +9,8 @@ import torch
 from lib.artifacts.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lib.artifacts.files import ArtifactError
 
-GRID = {"below_lr": 0.5, "bits": {"mlp": 5}, "full_range": True, "clip": {"rule": "max", "floor": 1.0}}
-OLD_GRID = {"below_lr": 0.5, "bits": {"mlp": 5}, "clip": {"rule": "max"}}
+GRID = {"below_lr": 0.5, "bits": {"mlp": 5}, "full_range": True, "clip_quantile": 0.9995, "floor": 1.0}
+OLD_GRID = {"below_lr": 0.5, "bits": {"mlp": 5}}
 
 
 def reload(path: Path, training: dict[str, Any]) -> Checkpoint:
@@ -22,7 +22,7 @@ def reload(path: Path, training: dict[str, Any]) -> Checkpoint:
     ({"sequence_tokens": 8, "qat": GRID, "calibration_seconds": 2.5}, {"sequence_tokens": 8, "qat": GRID, "calibration_seconds": 2.5}),
     ({"sequence_tokens": 8, "qat": None}, {"sequence_tokens": 8, "qat": None, "calibration_seconds": None}),
     ({"qat": OLD_GRID, "num_steps": 5, "selected": "ema"},
-     {"qat": OLD_GRID | {"full_range": False, "clip": {"rule": "max", "floor": 0.0}}, "num_steps": 5, "selected": "ema",
+     {"qat": OLD_GRID | {"full_range": False, "clip_quantile": 1.0, "floor": 0.0}, "num_steps": 5, "selected": "ema",
       "calibration_seconds": None})])
 def test_what_came_later_has_its_neutral_value(tmp_path: Path, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
     checkpoint = reload(tmp_path / "checkpoint.safetensors", saved)

@@ -296,21 +296,6 @@ def test_initialisation_depends_on_the_seed_only() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_linear_inputs_name_every_linear_layer_once_and_are_what_it_reads() -> None:
-    model = make_model({**FULL, "tied_head": False})
-    inputs = model.linear_inputs()
-    named = [weight for weights in inputs.values() for weight in weights]
-    linears = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert sorted(named) == sorted(linears)
-    seen: dict[str, torch.Tensor] = {}
-    for name in named:
-        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-            lambda module, arguments, name=name: seen.__setitem__(name, arguments[0]))
-    model.logits(torch.arange(6)[None])
-    for weights in inputs.values():
-        assert all(torch.equal(seen[weight], seen[weights[0]]) for weight in weights)
-
-
 def test_a_tied_head_is_the_embedding_and_has_no_weight_of_its_own() -> None:
     """As a module it has an input and an output to look at, and changes neither logits nor the parameters' names."""
     tied, tokens = make_model(FULL), torch.arange(12).view(2, 6)
