@@ -22,6 +22,11 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "axes.edgecolor": "#888888",
     "axes.labelcolor": "#333333", "xtick.color": "#555555", "ytick.color": "#555555", "axes.axisbelow": True, "legend.frameon": False,
 }
+DARK = {
+    "#ffffff": "#0d1117", "#e4e4e4": "#30363d", "#888888": "#8b949e", "#555555": "#b1bac4", "#333333": "#e6edf3",
+    **dict(zip(COLORS, ("#6cb0ff", "#ff9a57", "#7fd08f", "#c99bdc", "#ff7b9c", "#5fd0d4", "#b0b0b0"), strict=True)),
+}
+"""Colours of a figure -> those for readers who prefer dark pages."""
 
 
 def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, *, unsettled: float = 0,
@@ -125,6 +130,17 @@ def plot_steps(groups: Mapping[str, Mapping[str, float]], x_label: str) -> str:
         axes.margins(x=0.5)  # room for the numbers
         axes.grid(visible=False, axis="y")
         return _render(figure)
+
+
+def follow_color_scheme(figure: str) -> str:
+    """The same figure, which a browser shows in the colours of `DARK` where its reader prefers dark pages.
+
+    Args:
+        figure: an SVG file from this module.
+    """
+    rules = [f'[style*="{name}: {light}"] {{ {name}: {dark} !important }}' for light, dark in DARK.items() for name in ("fill", "stroke")]
+    style = "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } " + " ".join(rules) + " }"
+    return figure.replace("</style>", f"\n{style}</style>", 1)
 
 
 def _make_axes() -> tuple[Figure, Axes]:
