@@ -38,11 +38,11 @@ class Step(NamedTuple):
     """One compiled step, forward and backward.
 
     Attributes:
-        num_graphs: that were compiled; forward and backward are one.
+        num_graphs: number of compiled graphs; forward and backward are one.
         num_passes: over memory, of a graph as often as it serves in a step.
         num_bytes: read and written by them.
-        first_seconds: of the first step, which compiles.
-        seconds: of the second.
+        first_seconds: duration of the first step, which compiles.
+        seconds: duration of the second.
     """
 
     num_graphs: int

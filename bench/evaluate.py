@@ -67,7 +67,7 @@ class Stopwatch:
     """Seconds on a device.
 
     Attributes:
-        process: whose device is waited for.
+        process: the process whose device is waited for.
         processor: whether to count the processor time of all threads, which other work on the machine hardly changes, and not wall time.
     """
 
@@ -99,7 +99,7 @@ class Projection(NamedTuple):
     Attributes:
         scoring: windows of every chunk split over the processes, all of which wait for the one that has most to do.
         training: rows of every step likewise.
-        all_reduce: of the gradients of every step, at an assumed speed, not overlapped with anything.
+        all_reduce: seconds of adding up the gradients of every step, at an assumed speed, not overlapped with anything.
     """
 
     scoring: float
@@ -250,7 +250,7 @@ def project(outcome: Outcome, model: GPT, measured: EvaluateParams, entry: Evalu
     """The time of the entry's text on its processes, from an outcome of one process.
 
     Args:
-        outcome: of score_first with the settings `measured`, whose steps have the rows that one process has of the entry's steps.
+        outcome: what score_first gave with the settings `measured`, whose steps have the rows that one process has of the entry's steps.
         model: what was trained.
         measured: see above.
         entry: the settings of the entry.

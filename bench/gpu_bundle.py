@@ -33,7 +33,7 @@ GIVEN = ("torch", "numpy", "scipy", "dvc")
 """Packages that are left out with all that only they need: the machine has the first two, a report without a record computes no test
 (scipy, 35 MB), and the stages run without DVC."""
 TOOLS = ("pytest", "hypothesis")
-"""Of the optional dependencies ``dev``: what runs the tests of kernels."""
+"""The part of the optional dependencies ``dev`` that runs the tests of kernels."""
 GLIBC = (5, 12, 17, 24, 27, 28)
 """Minor versions of glibc 2 whose wheels are taken; the last is that of Debian 10, and every machine with CUDA 13 has a newer one."""
 PRESET = Path("presets/default.yaml")
@@ -61,9 +61,9 @@ def download_wheels(root: Path, folder: Path, python_version: str, given: Iterab
     """Fill `folder` with one wheel each of the packages that `list_roots` names and of what these need, in the pinned versions.
 
     Args:
-        root: of the project.
+        root: folder of the project.
         folder: where they go; other wheels in it are removed.
-        python_version: of the other machine, ``3.12``; it is x86-64 Linux.
+        python_version: version of Python on the other machine, ``3.12``; it is x86-64 Linux.
         given: canonical names of packages that the other machine has.
         source: options of pip, such as ``--no-index --find-links FOLDER``.
 

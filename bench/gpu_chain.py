@@ -50,7 +50,7 @@ def make_params(bundle: Path, seconds: float, smoke: bool) -> dict[str, Any]:
 
     Args:
         bundle: its text is split as the default run splits it, so that its tokenizer has been trained on training documents.
-        seconds: of training.
+        seconds: seconds of training.
         smoke: whether `SMOKE` changes the sizes.
     """
     tokenizer = load_tokenizer(bundle / TOKENIZER)

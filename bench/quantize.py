@@ -1,13 +1,11 @@
 """Quantization methods at equal bytes, on the checkpoint of a run: ``python -m bench.quantize [--root FOLDER] [--targets BYTES ...]``.
 
-With ``--curve`` the published quantizer and correct GPTQ at 3 to 6 bits, and free steps at sizes from their smallest to their largest file:
-``quantize.csv`` and ``quantize.svg``, the figure of the README.
-
 FOLDER is a clone in which the pipeline has run up to calibrate; by default this one. The methods: round-to-nearest, GPTQ as entry #585
 published it (2 % pruning, its floor under all scales, the inverse Hessian itself instead of its Cholesky factor, columns in ascending
 order), correct GPTQ with the percentile clip rule, all int5 with int8 tables as in #585, and once with the token embedding as the only
 int8 table, with zstandard; and free steps with the range coder, at the same bytes and at fractions of them. With targets, free steps at
-those sizes instead. Bytes are those of the packed model, without code.
+those sizes instead. With ``--curve`` the published procedure and correct GPTQ with 3 to 6 bits, and free steps at sizes from the smallest of
+these files to the largest: ``quantize.csv`` and ``quantize.svg`` beside this file. Bytes are those of the packed model, without code.
 """
 
 import argparse
@@ -147,7 +145,7 @@ def measure_curve(bench: Bench) -> list[tuple[str, int, float]]:
     points: list[tuple[str, int, float]] = []
 
     def measure(method: str, note: str, result: Result) -> None:
-        points.append((method, result.num_bytes, bench.report(f"{method}, {note}", result).kl))
+        points.append((method, result.num_bytes, round(bench.report(f"{method}, {note}", result).kl, 8)))
 
     for bits in CURVE_BITS:
         measure("GPTQ as published (#585), zstd", f"int{bits}", bench.published(bits))

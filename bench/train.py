@@ -56,7 +56,7 @@ class Loop(Protocol):
     """A way to train.
 
     Attributes:
-        losses: of the steps until the last call of `sync`.
+        losses: losses of the steps until the last call of `sync`.
     """
 
     losses: list[float]
@@ -198,7 +198,7 @@ def measure(loops: Mapping[str, Callable[[], Loop]], process: Process, num_steps
 
 
 def flops_per_token(model: GPT, sequence_tokens: int) -> float:
-    """Of forward and backward pass; see the head of this file."""
+    """Operations of forward and backward pass; see the head of this file."""
     weights = sum(model.get_parameter(name).numel() for name, part in parts_of(model).items() for module in part.modules
                   if part.is_matrix and not isinstance(model.get_submodule(module), nn.Embedding))
     return 6 * weights + 12 * model.params.num_layers * model.params.model_dim * sequence_tokens / 2
@@ -235,7 +235,7 @@ def print_profile(make: Callable[[], Loop], process: Process, num_steps: int) ->
     Args:
         make: makes the loop.
         process: on a CPU the times are those of operators, without the operators that they call.
-        num_steps: that are recorded.
+        num_steps: number of steps that are recorded.
     """
     cuda, loop = process.device.type == "cuda", make()
     loop.step()

@@ -32,7 +32,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16"]
-"""Of matrix products; weights and losses are fp32."""
+"""Precision of matrix products; weights and losses are fp32."""
 
 
 class Params(BaseModel):

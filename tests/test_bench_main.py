@@ -12,7 +12,8 @@ import pytest
 
 import bench.curve
 import bench.evaluate
-from lib.artifacts.files import write_json
+import bench.quantize
+from lib.artifacts.files import read_csv, write_json
 from lib.model import compilation
 from lib.params import read_params
 from stages import calibrate, compress, evaluate, quantize, tokenize, train
@@ -32,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        (folder / "stages").mkdir()
+        (folder / "lib/submission").mkdir(parents=True)
         (folder / "lib/submission/program.py").write_text("import sys\n")
         words = (ROOT / "lib/training/loop.py").read_text().split()
         documents = [" ".join(words[n:n + 40] + words[:n % 7]) for n in range(0, len(words) - 40, 3)]
@@ -137,6 +138,18 @@ def test_quantize(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_quantize_at_given_sizes(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output_of("quantize", f"--seed {SEED} --heldout-tokens 500 --targets 16000 12000", run, monkeypatch, capsys).splitlines()
     assert [line.split(" from ")[1].split()[0] for line in lines[2:]] == ["16,000", "12,000"]
+
+
+def test_quantize_as_a_curve(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in {"CURVE_BITS": (4, 6), "CURVE_SIZES": 2, "TABLE": run / "quantize.csv", "FIGURE": run / "quantize.svg"}.items():
+        monkeypatch.setattr(f"bench.quantize.{name}", value)
+    output_of("quantize", f"--seed {SEED} --heldout-tokens 500 --curve", run, monkeypatch, capsys)
+    rows = read_csv(run / "quantize.csv", ["method", "num_bytes", "heldout_kl"])
+    sizes = [float(row["num_bytes"]) for row in rows]
+    assert [row["method"] for row in rows] == [method for method in dict.fromkeys(row["method"] for row in rows) for _ in range(2)]
+    assert sizes[4:] == pytest.approx([min(sizes[:4]), max(sizes[:4])], rel=0.02)
+    assert all(float(rows[first]["heldout_kl"]) > float(rows[first + 1]["heldout_kl"]) for first in (0, 2, 4)), "more bits, less loss"
+    assert (run / "quantize.svg").read_text() == bench.quantize.draw_curve(run / "quantize.csv")
 
 
 def test_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.quantize import FIGURE, TABLE, draw_curve
 from lib.params import SECTIONS, read_params
 from lib.reporting.strategy_table import format_strategies
 from lib.reporting.summary import STAGES_WITH_FIGURES, format_table, headline_rows
@@ -42,6 +43,10 @@ def test_the_results_are_those_of_the_committed_run() -> None:
     for line in [*format_table(headline_rows([metrics]), [1337]).splitlines(), *format_strategies([metrics["evaluate"]]).splitlines()]:
         assert line in committed("README.md")
     assert f"{metrics['train']['num_parameters']:,} parameters" in committed("README.md")
+
+
+def test_the_picture_is_drawn_from_its_table() -> None:
+    assert draw_curve(TABLE) == FIGURE.read_text()
 
 
 def anchors(page: Path) -> set[str]:

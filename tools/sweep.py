@@ -40,7 +40,7 @@ Figures = dict[str, float | None]
 
 
 def experiment_name(target_bytes: int) -> str:
-    """Of the experiment with that target."""
+    """Name of the experiment with that target."""
     return f"target-{target_bytes}"
 
 
@@ -48,7 +48,7 @@ def run_experiment(target_bytes: int, params: dict[str, Any]) -> None:
     """One experiment from the workspace as it is; raises `subprocess.CalledProcessError` where a stage fails.
 
     Args:
-        target_bytes: of code and artifact together.
+        target_bytes: size of code and artifact together.
         params: all of params.yaml.
     """
     name = experiment_name(target_bytes)

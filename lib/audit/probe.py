@@ -82,7 +82,7 @@ def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool
     """Take a piece of the text and choose where to change it: in mid-window, just after a chunk, and all over it if `thorough`.
 
     Args:
-        text: whose longest documents are used where documents are cut, each to another length than its neighbours.
+        text: the validation text, whose longest documents are used where documents are cut, each to another length than its neighbours.
         size: length and make of the piece; the text may be shorter.
         window_tokens: inputs that the model sees at once.
         thorough: choose more places.
@@ -118,7 +118,7 @@ class Trial:
 
     Args:
         name: the strategy.
-        forward: of the artifact's model.
+        forward: forward pass of the artifact's model.
         text: the text that the piece is taken from.
         params: the section ``evaluate``.
         process: every process takes part in every run.

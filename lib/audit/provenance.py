@@ -26,7 +26,7 @@ def confine_to_inputs(seeds: Sequence[int], stage: str, process: Process) -> Che
 
     Args:
         seeds: what is evaluated.
-        stage: that writes; an earlier one's results of the evaluation can be read.
+        stage: the stage that writes; an earlier one's results of the evaluation can be read.
         process: the group it belongs to has been joined.
 
     Returns:
@@ -46,7 +46,7 @@ def check_data(metrics: Mapping[str, Any], split: Split, tokenizer: Tokenizer) -
     Args:
         metrics: figures of the evaluation: ``num_tokens`` and ``num_bytes``, scored.
         split: the validation text.
-        tokenizer: that counted its bytes.
+        tokenizer: the one that counted its bytes.
     """
     manifest = read_json(MANIFEST)
     of_val = manifest["splits"]["val"]

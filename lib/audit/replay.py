@@ -157,8 +157,8 @@ def check_replays(outcomes: Mapping[StrategyName, Outcome], text: Text, params: 
     short, and where differences may be the device's own noise.
 
     Args:
-        outcomes: of the real run.
-        text: that it scored.
+        outcomes: what the real run gave.
+        text: what the real run scored.
         params: the section ``evaluate``.
         run: scores in a fresh process.
         thorough: cuts all over the text, everything scored again.

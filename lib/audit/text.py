@@ -25,7 +25,7 @@ def check_text(num_bytes: int, split: Split, tokenizer: Tokenizer, of_val: Mappi
     Args:
         num_bytes: bytes that the scores were divided by.
         split: the validation tokens.
-        tokenizer: that is said to have made them.
+        tokenizer: the one that is said to have made them.
         of_val: what the manifest says of the split.
     """
     tokens = split.tokens()

@@ -40,7 +40,7 @@ def audit_scores(model: GPT, text: Text, params: EvaluateParams, outcomes: Mappi
         model: the artifact's model, on the process's device; it ends as it was.
         text: what was scored.
         params: the section ``evaluate``.
-        outcomes: of the real run, by strategy.
+        outcomes: what the real run gave, by strategy.
         replay: scores other texts in a fresh process: a `lib.audit.replay.Replayer`.
         data: from `lib.audit.provenance.check_data`.
         confinement: what `lib.audit.isolation.confine` found in this process.

@@ -17,7 +17,7 @@ class SizeRow(NamedTuple):
         part: a role with integer codes; ``scales``, the exponents of all matrices; ``vectors``, the tensors of floats; ``container``,
             header, configuration and checksum; or ``code``.
         num_tensors: parameters of the role.
-        num_weights: of these parameters.
+        num_weights: number of weights of these parameters.
         bits: the most of their grids; None where some have free steps.
         coded_bits: per weight in the artifact; codes of low-rank corrections count as bytes, not as weights.
         num_bytes: in the artifact.
@@ -58,7 +58,7 @@ def list_parts(quantized: QuantizedModel, packed: Packed, roles: Mapping[str, st
         quantized: the model.
         packed: the same, packed.
         roles: parameter name -> role.
-        code_bytes: of the code.
+        code_bytes: size of the code.
     """
     parts = []
     for role in sorted({roles[parameter_of(name)] for name in quantized.matrices}):
@@ -84,8 +84,8 @@ def check_limit(parts: Sequence[SizeRow], limit_bytes: int) -> None:
     """Compare the artifact with its limit.
 
     Args:
-        parts: of the artifact.
-        limit_bytes: of all parts together.
+        parts: all parts of the artifact.
+        limit_bytes: limit of all parts together.
 
     Raises:
         BudgetError: above the limit.

@@ -97,7 +97,7 @@ def pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
     Args:
         quantized: tensors on the CPU; `model` and `training` hold what JSON can hold.
         codec: a name in `CODECS`.
-        level: of the codec and of zstandard.
+        level: level of the codec and of zstandard.
 
     Raises:
         ContainerError: a model that `unpack` would refuse, such as one of more than `MAX_VALUES_PER_BYTE` values in a byte of the file.

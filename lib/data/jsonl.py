@@ -24,7 +24,7 @@ class LineBlock:
 
     Attributes:
         path: the file.
-        number: of the first line, from 1.
+        number: number of the first line, from 1.
         lines: what is between two line ends, decompressed.
         size_bytes: how far the block took the reader in the file.
     """

@@ -37,7 +37,7 @@ OUTCOMES = (*SPLITS, ALSO_IN_VAL, DIFFER, CUT_OFF)
 
 REMEDY = "give the tokenizer that made the shards"
 MAX_DIFFER_FRACTION = 0.01
-"""Of documents whose text has other bytes than their tokens: shards of another tokenizer have them everywhere, published ones nowhere."""
+"""Share of documents whose text has other bytes than their tokens: all in shards of another tokenizer, none in published ones."""
 
 Keys = npt.NDArray[np.void]
 Int64s = npt.NDArray[np.int64]
@@ -70,7 +70,7 @@ class Reader:
     Args:
         paths: the shards of the stream.
         tokenizer: what the shards were made with.
-        heldout_fraction: of training documents.
+        heldout_fraction: fraction of training documents that is held out.
         val_keys: keys of the validation documents, which are left out; None: the stream is that of the validation documents.
 
     Raises:
@@ -149,7 +149,7 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
         shards: the files.
         tokenizer: what they were made with.
         folder: gets a folder for each split.
-        num_processes: that decode.
+        num_processes: processes that decode.
 
     Returns:
         As `lib.data.tokenization.write_splits`.

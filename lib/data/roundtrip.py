@@ -15,7 +15,7 @@ CUT_TOKENS = 16
 """At the end of a document that may have been cut off: what is left of a word is encoded in another way than the word was."""
 
 MAX_CHANGED_FRACTION = 0.01
-"""Of documents that the normalizer would change again: one of NFKC is the same the second time, but for rare sequences of marks."""
+"""Share of documents that the normalizer would change again: one of NFKC is the same the second time, but for rare sequences of marks."""
 
 
 class Reencoding(IntEnum):
@@ -36,10 +36,10 @@ def reencode(tokenizer: Tokenizer, documents: Sequence[Tokens], texts: Sequence[
     """Encode decoded documents and compare.
 
     Args:
-        tokenizer: that is said to have made the tokens.
+        tokenizer: the one that is said to have made the tokens.
         documents: (n,) uint16 each, BOS first.
-        texts: of the documents, from `decode_documents`.
-        num_threads: that encode; -1 = one for each core.
+        texts: text of the documents, from `decode_documents`.
+        num_threads: threads that encode; -1 = one for each core.
         may_be_cut: the last document may end inside a word, and its last `CUT_TOKENS` tokens may be others.
     """
     outcomes = []

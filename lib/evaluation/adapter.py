@@ -45,7 +45,7 @@ class Adapter:
     """Trains named groups of the model's parameters; each process trains on its share of every step's rows, all end with the same weights.
 
     Args:
-        job: whose model is changed.
+        job: the job whose model is changed.
         settings: what is trained, and how.
 
     Raises:

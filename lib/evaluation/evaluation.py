@@ -45,7 +45,7 @@ class Text:
     Attributes:
         tokens: (N+1,) uint16; the first is BOS and only predicts.
         target_bytes: (N,) int64, bytes of text of each target.
-        documents: of the tokens.
+        documents: the documents of the tokens.
     """
 
     tokens: npt.NDArray[np.uint16]

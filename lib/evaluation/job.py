@@ -17,9 +17,9 @@ class Job:
     """A text to be scored by one strategy, in all processes together.
 
     Attributes:
-        forward: of the artifact's model, whose weights a strategy may change: `evaluate` puts them back.
+        forward: forward pass of the artifact's model, whose weights a strategy may change: `evaluate` puts them back.
         stream: (N+1,) int32 tokens on the model's device.
-        documents: of the stream.
+        documents: the documents of the stream.
         params: the section ``evaluate``.
         process: this process and its share of the work.
         limit: the running clock; every piece of work is reported to it.

@@ -53,7 +53,7 @@ class LowRankAdapters:
     A starts with the same values for every document and run, so that scores do not depend on how documents are batched.
 
     Args:
-        model: whose layers have the adapters while they are `attached`.
+        model: the model whose layers have the adapters while they are `attached`.
         settings: the section ``evaluate.lora``.
         device: where they are.
     """
@@ -72,7 +72,7 @@ class LowRankAdapters:
 
     @property
     def num_parameters(self) -> int:
-        """Of one document's adapter."""
+        """Number of parameters of one document's adapter."""
         return sum(parameter[0].numel() for parameter in self.parameters)
 
     @torch.no_grad()

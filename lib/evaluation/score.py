@@ -53,7 +53,7 @@ class Forward:
 
     Args:
         model: see above.
-        precision: of the matrix products.
+        precision: precision of the matrix products.
         compiled: see above.
     """
 
@@ -78,11 +78,11 @@ class Scorer:
     """Scores windows of one stream with a model as it is at that time; each process computes its share of the batches.
 
     Args:
-        forward: of the model.
+        forward: forward pass of the model.
         stream: (N+1,) int32 on the device of the model, from `load_stream`.
         sheet: where the losses go.
         batch_tokens: inputs in one forward pass.
-        process: which share of the batches is computed here.
+        process: says which share of the batches is computed here.
         advance: called after each batch (of any process) with its number of inputs.
     """
 

@@ -83,7 +83,7 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
     """What takes how many bytes of code and artifact, as `lib.compression.budget.list_parts` gives it for an artifact that is there.
 
     Args:
-        samples: of the weights, Gaussian ones or those of a model in training.
+        samples: samples of the weights, Gaussian ones or those of a model in training.
         model: the architecture.
         params: section ``quantize``.
         coding: section ``compress``.

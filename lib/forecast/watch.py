@@ -23,7 +23,7 @@ class SizeWatch:
     """Forecasts every now and then from the present weights of a model.
 
     Args:
-        model: that is trained; read, never changed.
+        model: the model in training; read, never changed.
         enabled: pass ``process.is_main``.
     """
 

@@ -46,10 +46,10 @@ class Entry(NamedTuple):
     """What happens to the residual stream between two blocks.
 
     Attributes:
-        skip_scale: (D,), of the output of an earlier block that is added; None for none.
-        earlier: that output, (B, T, D); None for the stream itself.
+        skip_scale: scale (D,) of the output of an earlier block that is added; None for none.
+        earlier: the earlier output, (B, T, D); None for the stream itself.
         mix: factors (2, D) of the stream and of the embedding; None for 1 and 0.
-        input_scale: () fp32, of the normalised inputs; None for 1.
+        input_scale: scale () fp32 of the normalised inputs; None for 1.
     """
 
     skip_scale: Tensor | None = None
@@ -91,7 +91,7 @@ class Block(nn.Module):
         Args:
             x: residual stream (B, T, D).
             y: its normalised inputs (B, T, D).
-            scope: of the T positions.
+            scope: what the T positions attend to, and how.
             added_value: value embedding (B, T, K*E).
             input_scale: () fp32, of the MLP's normalised inputs; None for 1.
 
@@ -108,7 +108,7 @@ class Block(nn.Module):
             x: residual stream (B, P, D).
             y: its normalised inputs (B, P, D).
             x0: embedding (B, T, D).
-            entry: to the next block or the head.
+            entry: how the next block, or the head, takes its input.
             keep: whether the output of the block is wanted, for a later one.
 
         Returns:
@@ -138,7 +138,7 @@ class Start(NamedTuple):
         x: (B, T, D), residual stream in the first block.
         y: (B, T, D), its normalised inputs.
         added_values: layer -> value embedding (B, T, K*E).
-        rotation: of the T positions.
+        rotation: rotation of the T positions.
         input_scales: (L,) fp32 of the normalised inputs of the L layers; None for 1.
     """
 
@@ -350,7 +350,7 @@ def build_model(model: dict[str, Any], weights: dict[str, Tensor], kernel: Kerne
     Args:
         model: the fields of `ModelParams`.
         weights: parameter name -> tensor; names and shapes must be exactly the model's.
-        kernel: that computes attention.
+        kernel: the kernel that computes attention.
 
     Raises:
         ParamsError: the configuration is not valid.

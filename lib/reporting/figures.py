@@ -37,8 +37,8 @@ def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, *, unse
 
     Args:
         curves: name -> points (x, y).
-        x_label: of the horizontal axis.
-        y_label: of the vertical axis.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
         unsettled: first fraction of the points, which may leave the figure at the top or bottom, so that the rest can be told apart.
         dashes: name -> line style of matplotlib, where it is not a solid line.
         octaves: whether the horizontal axis is logarithmic, with a tick at each power of two; each point gets a mark.
@@ -69,7 +69,7 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], x_label: str, *, log:
 
     Args:
         panels: label of the vertical axis -> name -> points (x, y).
-        x_label: of the horizontal axis.
+        x_label: label of the horizontal axis.
         log: labels of the vertical axes that are logarithmic.
     """
     with matplotlib.rc_context(STYLE):
@@ -109,7 +109,7 @@ def plot_steps(groups: Mapping[str, Mapping[str, float]], x_label: str) -> str:
 
     Args:
         groups: name of the group -> name of the value -> value; changes are drawn within a group.
-        x_label: of the axis of the values.
+        x_label: label of the axis of the values.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _make_axes()

@@ -100,7 +100,7 @@ class TrainParams(Params):
     micro_batch_sequences: Positive
     """Sequences per forward pass of one process, at most; less memory, more passes."""
     precision: Precision
-    """Of matrix products; weights, optimizer state and averages are fp32."""
+    """Precision of matrix products; weights, optimizer state and averages are fp32."""
     compile: bool
     """Compile the model's parts (needs a C++ compiler on CPUs, Triton on GPUs)."""
     optimizer: OptimizerParams
