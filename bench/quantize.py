@@ -5,7 +5,8 @@ published it (2 % pruning, its floor under all scales, the inverse Hessian itsel
 order), correct GPTQ with the percentile clip rule, all int5 with int8 tables as in #585, and once with the token embedding as the only
 int8 table, with zstandard; and free steps with the range coder, at the same bytes and at fractions of them. With targets, free steps at
 those sizes instead. With ``--curve`` the published procedure and correct GPTQ with 3 to 6 bits, and free steps at sizes from the
-smallest of these files to the largest: ``quantize.csv`` and ``quantize.svg`` beside this file. Bytes are those of the packed model, without code.
+smallest of these files to the largest: ``quantize.csv`` and ``quantize.svg`` beside this file. Bytes are those of the packed model,
+without code.
 """
 
 import argparse
