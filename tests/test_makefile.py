@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     """A folder in which the environment is taken to be there."""
     for name in ("Makefile", "pyproject.toml", "requirements.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("bench", "lib", "presets", "params.yaml"):
+    for name in ("bench", "lib", "presets", "tools", "params.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/installed").touch()

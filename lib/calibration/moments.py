@@ -52,7 +52,7 @@ def draw_sequences(split: Split, num_sequences: int, sequence_tokens: int, seed:
 
     Args:
         split: the training tokens.
-        num_sequences: of each set.
+        num_sequences: number of sequences of each set.
         sequence_tokens: T.
         seed: decides which sequences.
 
@@ -87,9 +87,9 @@ def collect_moments(model: nn.Module, logits: Callable[[Tensor], Tensor], sequen
         sequences: (N, T) int64 tokens.
         num_gradient_sequences: at most N; this many of the sequences, evenly spread, for everything that needs gradients.
         batch_sequences: sequences per forward pass.
-        precision: of matrix products.
+        precision: precision of matrix products.
         seed: decides the labels that are drawn from the model.
-        process: which share of the sequences is computed here; every process gets the result.
+        process: says which share of the sequences is computed here; every process gets the result.
         description: what the progress display says.
 
     Returns:

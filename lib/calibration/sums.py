@@ -49,7 +49,7 @@ class _Sums(ExitStack):
     as well, because an error of the matrix is in both.
 
     Args:
-        modules: that are watched, by name.
+        modules: the modules that are watched, by name.
         shapes: name -> shapes of its sums.
         calls: name -> how often a pass calls it.
         device: where the sums are.

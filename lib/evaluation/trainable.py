@@ -37,7 +37,7 @@ def match_groups(groups: Iterable[str], parts: "Mapping[str, Part]") -> dict[str
 
     Args:
         groups: names of groups; their members may overlap.
-        parts: of the whole model, from `lib.model.parts.parts_of`.
+        parts: table of the whole model, from `lib.model.parts.parts_of`.
 
     Returns:
         Group -> names of its parameters, in the model's order.

@@ -41,7 +41,7 @@ class Samples:
     Attributes:
         weights: parameter name -> (n, C) fp32 for a matrix, the whole tensor for a vector.
         num_rows: name of a matrix -> R.
-        parts: of the model, from `lib.model.parts.parts_of`.
+        parts: table of the model, from `lib.model.parts.parts_of`.
     """
 
     weights: dict[str, Tensor]

@@ -113,8 +113,8 @@ def allocate(curves: Sequence[StepCurve], num_bits: float) -> list[int]:
     """The step of each matrix that together make the loss smallest within a number of bits, by bisection of the price of a bit.
 
     Args:
-        curves: of the matrices.
-        num_bits: of all codes together.
+        curves: one curve for each matrix.
+        num_bits: bits of all codes together.
 
     Returns:
         Index into each curve. Where even the coarsest steps take more bits, those; where the finest take fewer, those.
@@ -150,9 +150,9 @@ class SizeSearch:
         bytes_per_unit: estimate of how much a unit saves, within a factor of `LARGEST_MISJUDGEMENT`.
 
     Attributes:
-        next_units: whose size, with the real coder, `tell` wants to know; it falls with the units, though not strictly. None when it knows
-            enough.
-        best_units: of the largest size so far that fits, None if none does.
+        next_units: units whose size, with the real coder, `tell` wants to know; it falls with the units, though not strictly. None when
+            it knows enough.
+        best_units: units of the largest size so far that fits, None if none does.
     """
 
     def __init__(self, target_bytes: int, bytes_per_unit: float) -> None:

@@ -26,22 +26,22 @@ class TensorRow:
     Errors are measured with the verification moments, which nothing was minimised with.
 
     Attributes:
-        name: of the parameter.
-        role: of the parameter, as in `lib.model.parts`.
+        name: name of the parameter.
+        role: role of the parameter, as in `lib.model.parts`.
         method: gptq, rtn (round to nearest) or fp16.
         rows: R.
         columns: C.
-        bits: of the grid, ``free``, or 16.
+        bits: bits of the grid, ``free``, or 16.
         step: geometric mean of the steps; None for fp16.
         entropy_bits: order-0 entropy of the codes, bits per weight; None for fp16.
-        coded_bytes: of codes and, if there is one, of the low-rank correction; None for fp16.
+        coded_bytes: bytes of codes and, if there is one, of the low-rank correction; None for fp16.
         relative_error: squared error over squared weight in the Hessian's metric, tr(E H E^T) / tr(W H W^T); 0 where both are 0.
         relative_error_rtn: the same after rounding to nearest: at the same steps, or with the scales of the clip rule.
         sensitivity: nats per token for an error tr(E H E^T) of 1 that all rows share: half the mean of the rows' squared gradients.
         predicted_loss: 1/2 sum_i g_i e_i H e_i^T, nats per token.
         zeros: fraction of the codes that are 0; None for fp16.
-        rank: of the correction, 0 without.
-        damping: of the Hessian; None for fp16.
+        rank: rank of the correction, 0 without.
+        damping: damping of the Hessian; None for fp16.
         dead_columns: inputs that were always 0 in calibration.
     """
 
@@ -70,9 +70,9 @@ def list_tensors(weights: Mapping[str, Tensor], parts: Mapping[str, Part], hessi
     """One row for each matrix, sorted by name.
 
     Args:
-        weights: of the checkpoint, matrices (R, C).
-        parts: of the same model, from `lib.model.parts.parts_of`.
-        hessians: of the same model.
+        weights: weights of the checkpoint, matrices (R, C).
+        parts: table of the same model, from `lib.model.parts.parts_of`.
+        hessians: second moments of the same model.
         quantized: the result.
         params: section ``quantize``.
         dampings: name of the matrix -> damping.

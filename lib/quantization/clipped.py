@@ -22,7 +22,7 @@ def round_clipped(problems: Sequence[Problem], hessians: Sequence[Tensor], bits:
 
     Args:
         problems: B of the same shape.
-        hessians: of their inputs, (C, C) fp32 each.
+        hessians: second moments of their inputs, (C, C) fp32 each.
         bits: 2 to 8.
         params: clip rule, multiples of its scale to try, and how often scales are refitted to the codes.
 

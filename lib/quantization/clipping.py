@@ -39,7 +39,7 @@ def clip_mse(weight: Tensor, clip_range: int, params: ClipParams) -> Tensor:
 
 
 def _best(weight: Tensor, clip_range: int, candidates: Iterable[Tensor], floor: float) -> Tensor:
-    """Of K candidates (R,), for each row the first with the least squared rounding error on the grid that it gives."""
+    """The best of K candidates (R,): for each row the first with the least squared rounding error on the grid that it gives."""
     magnitudes = weight.abs()
     rounded = torch.empty_like(magnitudes)
     best_clips = torch.zeros_like(magnitudes[:, 0])

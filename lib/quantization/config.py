@@ -33,10 +33,10 @@ class LowRankParams(Params):
     """Low-rank correction of the quantization error (LQER, arXiv:2402.02446)."""
 
     max_bytes: NonNegative
-    """Of all factors together, before entropy coding; 0 = none. Spent one direction at a time, where that lowers the predicted loss
+    """Bytes of all factors together, before entropy coding; 0 = none. Spent one direction at a time, where that lowers the predicted loss
     most per byte."""
     bits: Annotated[int, Field(ge=2, le=8)]
-    """Of the factors."""
+    """Bits of the factors."""
 
 
 class QuantizeParams(Params):
@@ -70,10 +70,10 @@ class QuantizeParams(Params):
     """Rounding minimises squared error + rate_weight x code length in bits, the error in squared steps, weighed as GPTQ weighs the
     column; 0 = nearest. At 0.1155 a bit costs what it would cost to buy it with finer steps (uniform quantizer at high rate)."""
     prune_fraction: Annotated[float, Field(ge=0, lt=1)]
-    """Of each matrix, the smallest magnitudes are fixed at zero, and the others compensate."""
+    """Fraction of each matrix: so many of its smallest magnitudes are fixed at zero, and the others compensate."""
     low_rank: LowRankParams
     vector_mantissa_bits: Annotated[int, Field(ge=0, le=10)]
-    """Of gains, scales and mixes, which are stored as fp16; fewer than fp16's 10 are smaller after compression."""
+    """Mantissa bits of gains, scales and mixes, which are stored as fp16; fewer than fp16's 10 are smaller after compression."""
     heldout_tokens: Positive
     """At most so many held-out tokens, in evenly spread windows, to measure the quantized model against the float one."""
 

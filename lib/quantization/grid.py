@@ -12,7 +12,7 @@ from torch import Tensor
 from lib.artifacts.quantized import OCTAVE, clip_range, exponents_of, scales_of
 
 CLIPPED_RESOLUTION = OCTAVE // 64
-"""Of row exponents of grids that clip: a scale is at most 0.54 % from the one that was asked for."""
+"""Resolution of row exponents of grids that clip: a scale is at most 0.54 % from the one that was asked for."""
 SMALLEST_SCALE = 2.0**-24  # only a row of zeros, or nearly so, is below it
 
 

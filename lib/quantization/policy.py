@@ -43,7 +43,7 @@ def quantize_model(checkpoint: Checkpoint, parts: Mapping[str, Part], hessians: 
     Args:
         checkpoint: not changed; its matrices are (R, C).
         parts: from `lib.model.parts.parts_of` of the same model.
-        hessians: of the same model.
+        hessians: second moments of the same model.
         params: section ``quantize``.
         process: every process calls this and gets the whole result.
         measure: size of code and artifact in bytes with a model; called by the main process alone, and only if there are free steps.

@@ -43,8 +43,8 @@ class Group:
 
     Attributes:
         source: name of the input.
-        names: of the matrices.
-        num_rows: of each.
+        names: names of the matrices.
+        num_rows: number of rows of each.
         bits: 2 to 8, or None for free steps.
         problem: their weights, one below the other, on the process's device.
     """
@@ -72,10 +72,10 @@ class Quantizer:
 
     Args:
         weights: name -> (R, C) fp32.
-        hessians: of the same model.
+        hessians: second moments of the same model.
         bits: name -> 2 to 8, or `FREE`.
         params: section ``quantize``.
-        process: which share is computed here, and on which device.
+        process: says which share is computed here, and on which device.
 
     Raises:
         ValueError: a Hessian that has no Cholesky decomposition.
@@ -177,7 +177,7 @@ class Quantizer:
         return best
 
     def _relative_steps(self) -> tuple[dict[str, Steps], dict[str, StepCurve]]:
-        """Of every matrix with free steps: steps up to a factor of its own, and what different factors cost."""
+        """For every matrix with free steps: steps up to a factor of its own, and what different factors cost."""
         params, gradients = self._params, self._hessians.calibration.gradients
         steps: dict[str, Steps] = {}
         curves: dict[str, StepCurve] = {}

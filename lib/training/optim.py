@@ -26,7 +26,7 @@ class Muon:
         weights: (N, R, C), updated in place.
         gradients: (N, R, C), the same in every process; overwritten by `step`.
         params: settings of the optimizer.
-        process: which share of the matrices is computed here.
+        process: says which share of the matrices is computed here.
     """
 
     def __init__(self, weights: Tensor, gradients: Tensor, params: OptimizerParams, process: Process) -> None:
@@ -76,7 +76,7 @@ class Optimizers:
     """Muon and AdamW over one model, driven by one learning-rate multiplier.
 
     Args:
-        parameters: of the model.
+        parameters: parameters of the model.
         params: learning rates by group, and what the groups share.
         process: every process makes the same update.
     """
