@@ -1,5 +1,7 @@
 """Quantization of other models, of the library transformers: calibrate, quantize to a size, pack, unpack, compare."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tests.quantization.test_config import make_quantize
 
 transformers = pytest.importorskip("transformers")
 
+ROOT = Path(__file__).parents[2]
 VOCAB_SIZE, TARGET_BYTES = 97, 9000
 
 
@@ -95,6 +98,14 @@ def test_a_causal_language_model_meets_its_byte_budget_and_is_better_than_rounde
                             for source, keys in hessians.inputs.items() for key in keys)
             assert 0.75 < predicted / found[method] < 1.25
     assert 0 < found["gptq"] < 0.9 * found["rtn"]
+
+
+def test_the_example_of_the_page_meets_its_budget() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/quantization.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"model": make("gpt2"), "sequences": make_sequences(96, 1), "budget": TARGET_BYTES}
+    exec(example, names)
+    assert 0.95 * TARGET_BYTES < len(names["blob"]) <= TARGET_BYTES
+    assert 0 < divergence(names["model"], make("gpt2")) < 0.6
 
 
 @pytest.mark.parametrize("name", MODELS)
