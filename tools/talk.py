@@ -6,6 +6,7 @@ Without a prompt a new document begins. With --hard FILE the text of a file is s
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -172,4 +173,5 @@ def _read_text(name: str) -> str:
 
 if __name__ == "__main__":
     report_errors()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends in silence where nobody reads on, as in `... | head`
     main()

@@ -52,7 +52,7 @@ def make_page(title: str, summary: str, parts: Sequence[Part]) -> str:
         summary: bits per byte of the whole text, in words.
         parts: of the text.
     """
-    return templates().get_template("passage.html.j2").render(title=title, summary=summary, parts=parts, highest=HIGHEST)
+    return templates().get_template("text.html.j2").render(title=title, summary=summary, parts=parts, highest=HIGHEST)
 
 
 def color_text(parts: Sequence[Part], *, colored: bool) -> str:
