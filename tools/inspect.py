@@ -1,10 +1,10 @@
-"""Inspect: print what is inside a ``model.ptz`` or a published file. Not part of the pipeline: ``python -m tools.inspect FILE``."""
+"""Inspect: print what is inside a ``model.ptz`` or a published file: ``python -m tools.inspect FILE [--matrix blocks.3]``."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from lib.compression.contents import describe_artifact
+from lib.compression.contents import describe_artifact, describe_matrices
 from lib.errors import UserError
 from lib.model.roles import role_of
 from lib.published.description import describe_published
@@ -15,9 +15,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the description of one file, or say why there is none and exit with status 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="a file that the stage compress made, or one that tools.import_published takes")
-    path = parser.parse_args(arguments).path
+    parser.add_argument("--matrix", metavar="NAME", help="of a model.ptz: what happened to a layer (blocks.3), a kind (mlp.up) or a matrix")
+    options = parser.parse_args(arguments)
+    path, matrix = options.path, options.matrix
     try:
-        print(describe_published(path) if is_published(path) else describe_artifact(path, role_of))
+        if matrix is not None:
+            folder = path.absolute().parent  # compress/seed<seed>
+            print(describe_matrices(path, matrix, folder.parent.parent / "quantize" / folder.name / "tensors.csv"))
+        else:
+            print(describe_published(path) if is_published(path) else describe_artifact(path, role_of))
     except UserError as error:
         sys.exit(str(error))
 
