@@ -17,7 +17,7 @@ def load_validation(folder: Path, tokenizer: Tokenizer) -> Split:
     Args:
         folder: with a ``split.json``, or else with files `SHARDS`, which are read in the order of their names. What no ``split.json``
             states - documents and bytes - is then counted from the tokens.
-        tokenizer: that the shards were made with.
+        tokenizer: the one that the shards were made with.
 
     Raises:
         ArtifactError: no shards, or some that are damaged or of another vocabulary.

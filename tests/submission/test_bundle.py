@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lib.params import read_params
+from lib.presets import list_presets, read_preset
 from lib.submission.bundle import SETTINGS_BYTES, bundle_sources, code_bytes, list_packages, make_bundle, strip_source
 from lib.submission.closure import import_closure
 
@@ -105,9 +105,9 @@ def test_the_same_sources_give_the_same_bytes_whenever_and_wherever(project: Pat
     assert make_bundle(SETTINGS, copy) != bundle
 
 
-@pytest.mark.parametrize("path", ["params.yaml", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "presets").glob("*.yaml")))])
-def test_the_size_is_the_same_for_all_settings(project: Path, path: str) -> None:
-    bundle = make_bundle(read_params(ROOT / path)["evaluate"], project)
+@pytest.mark.parametrize("preset", list_presets(ROOT / "presets"))
+def test_the_size_is_the_same_for_all_settings(project: Path, preset: str) -> None:
+    bundle = make_bundle(read_preset(preset, ROOT / "presets")["evaluate"], project)
     assert len(bundle) == len(make_bundle(SETTINGS, project)) == code_bytes(project)
     compile(bundle, "train_gpt.py", "exec")
 
