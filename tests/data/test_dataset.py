@@ -5,10 +5,10 @@ import pytest
 
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tokens import HEADER_BYTES, SPLIT_FILE, Split, SplitWriter, load_shards
+from lib.data.dataset import load_validation
 from lib.data.encoder import encode_documents
 from lib.data.tokenizer import Tokenizer
 from lib.data.tokenizer_training import train_tokenizer
-from lib.data.validation import load_validation
 
 DOCUMENTS = ["a cat and a dog", "one more cat", "dogs and cats and dogs"] * 3
 VOCAB_SIZE = 280
