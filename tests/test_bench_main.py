@@ -12,7 +12,7 @@ import pytest
 
 import bench.curve
 import bench.evaluate
-from lib.artifacts.files import write_json
+from lib.artifacts.files import write_bytes, write_json
 from lib.model import compilation
 from lib.params import read_params
 from stages import calibrate, compress, evaluate, quantize, tokenize, train
@@ -32,8 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        (folder / "stages").mkdir()
-        (folder / "lib/submission/program.py").write_text("import sys\n")
+        write_bytes(folder / "lib/submission/program.py", b"import sys\n")
         words = (ROOT / "lib/training/loop.py").read_text().split()
         documents = [" ".join(words[n:n + 40] + words[:n % 7]) for n in range(0, len(words) - 40, 3)]
         (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))

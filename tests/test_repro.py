@@ -67,8 +67,8 @@ def test_the_submission_repeats_the_score_in_another_place(clone: Clone, tmp_pat
     submission = shutil.copytree(clone.folder / "artifacts/report/submission", tmp_path / "submission")
     assert (submission / "train_gpt.py").stat().st_size == metrics["compress"]["code_bytes"]
     assert json.loads((submission / "submission.json").read_text())["val_bpb"] == metrics["evaluate"]["val_bpb"]
-    command = [sys.executable, "-I", "train_gpt.py", "--data", str(clone.folder / "artifacts/tokenize/val")]
-    output = subprocess.run(command, cwd=submission, env=clone.environment, capture_output=True, text=True, check=True).stdout
+    command, environment = [sys.executable, "-I", "train_gpt.py", "--score"], {"DATA_PATH": str(clone.folder / "artifacts/tokenize")}
+    output = subprocess.run(command, cwd=submission, env=clone.environment | environment, capture_output=True, text=True, check=True).stdout
     assert output.endswith(f"\nval_bpb: {metrics['evaluate']['val_bpb']:.8f}\n")
     assert output.splitlines()[-1] in (submission / "README.md").read_text().splitlines()
 

@@ -75,10 +75,11 @@ def write_program(folder: Path, pipeline: Path, changes: Any = None) -> Path:
     return folder
 
 
-def run(folder: Path, data: Path | None, command: list[str], *, status: int = 0, prefix: tuple[str, ...] = (), **variables: str) -> str:
+def run(folder: Path, data: Path | None, command: list[str], *, status: int = 0, prefix: tuple[str, ...] = (),
+        given: dict[str, str] | None = None) -> str:
     """What a command prints: of a successful one stdout, with notes and progress alone on stderr, of another stderr. Nothing of the
     environment leads to the repository."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | variables
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | (given or {})
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | ({"DATA_PATH": str(data)} if data else {})
     result = subprocess.run([*prefix, sys.executable, "-I", *command], cwd=folder, env=environment, capture_output=True, text=True,
                             check=False)
@@ -107,7 +108,7 @@ def figures(text: str) -> dict[str, str]:
 
 
 def test_it_makes_the_artifact_and_the_digits_of_the_pipeline(pipeline: Path, folder: Path) -> None:
-    output = run(folder, pipeline / "published", ONE_PROCESS, prefix=without_network(), **variables(pipeline))
+    output = run(folder, pipeline / "published", ONE_PROCESS, prefix=without_network(), given=variables(pipeline))
     assert {path.name for path in folder.iterdir()} == {"train_gpt.py", "model.ptz", f"train_seed{SEED}.log"}
     assert (folder / "model.ptz").read_bytes() == (pipeline / stage_folder("compress", SEED) / "model.ptz").read_bytes()
     assert (folder / f"train_seed{SEED}.log").read_text() == output
@@ -141,7 +142,7 @@ def test_two_processes_make_one_result_and_one_scores_it(pipeline: Path, tmp_pat
     """Sums of two processes are rounded in another way; what they make is scored alone, from the splits of the pipeline."""
     folder = write_program(tmp_path / "submission", pipeline, {"evaluate": {"strategies": ["plain"], "strategy": "plain"}})
     metrics = load_metrics(pipeline / stage_folder("evaluate", SEED))
-    output = run(folder, pipeline / "published", TWO_PROCESSES, **variables(pipeline))
+    output = run(folder, pipeline / "published", TWO_PROCESSES, given=variables(pipeline))
     assert output.count("\n== evaluate\n") == 1 and "2 processes" in output.splitlines()[0]
     found = figures(output)
     assert float(found["val_bpb"]) == pytest.approx(metrics["plain_bpb"], abs=0.02)
@@ -156,15 +157,15 @@ def test_what_fails_goes_on_from_the_trained_weights_and_has_not_read_the_valida
     for path in (pipeline / "published").iterdir():
         write_bytes(data / path.name, b"damaged" if "_val_" in path.name else path.read_bytes())
     folder = write_program(tmp_path / "submission", pipeline, {"quantize": {"target_bytes": 1000}})
-    error = run(folder, data, ONE_PROCESS, status=1, **variables(pipeline))
+    error = run(folder, data, ONE_PROCESS, status=1, given=variables(pipeline))
     assert error.startswith("quantize.target_bytes: expected at least ")
     state, = folder.glob("resume-*.pt")
     write_program(folder, pipeline)
-    error = run(folder, data, ONE_PROCESS, status=1, **variables(pipeline))
+    error = run(folder, data, ONE_PROCESS, status=1, given=variables(pipeline))
     assert re.search(r"fineweb_val_000000\.bin: expected .* bytes .*, found 7; copy or download it anew", error)
     assert (folder / "model.ptz").read_bytes() == (pipeline / stage_folder("compress", SEED) / "model.ptz").read_bytes()
     assert not state.exists()
-    output = run(folder, pipeline / TOKENIZE_FOLDER, [*ONE_PROCESS, "--score"], **variables(pipeline))
+    output = run(folder, pipeline / TOKENIZE_FOLDER, [*ONE_PROCESS, "--score"], given=variables(pipeline))
     assert figures(output)["val_bpb"] == f"{load_metrics(pipeline / stage_folder('evaluate', SEED))['val_bpb']:.8f}"
     assert "== train" not in output
 
@@ -172,7 +173,7 @@ def test_what_fails_goes_on_from_the_trained_weights_and_has_not_read_the_valida
 def test_it_keeps_to_its_time_limit_and_says_so_in_a_line(pipeline: Path, tmp_path: Path) -> None:
     folder = write_program(tmp_path / "submission", pipeline, {"evaluate": {"limit_seconds": 1e-3}})
     artifact = pipeline / stage_folder("compress", SEED) / "model.ptz"
-    error = run(folder, pipeline / "published", [*ONE_PROCESS, "--score", str(artifact)], status=1, **variables(pipeline))
+    error = run(folder, pipeline / "published", [*ONE_PROCESS, "--score", str(artifact)], status=1, given=variables(pipeline))
     assert error.startswith("evaluate.limit_seconds: expected at most 0.001 s")
 
 
@@ -183,13 +184,13 @@ def test_it_keeps_to_its_time_limit_and_says_so_in_a_line(pipeline: Path, tmp_pa
     ({"TOKENIZER_PATH": "none"}, "none: no such file; expected a SentencePiece model"),
 ])
 def test_what_the_environment_lacks_is_said_in_a_line(pipeline: Path, folder: Path, given: dict[str, str], error: str) -> None:
-    found = run(folder, None, ONE_PROCESS, status=1, **{"DATA_PATH": str(pipeline / "published")} | variables(pipeline) | given)
+    found = run(folder, None, ONE_PROCESS, status=1, given={"DATA_PATH": str(pipeline / "published")} | variables(pipeline) | given)
     assert re.match(error, found)
     assert not list(folder.glob("resume*"))
 
 
 def test_code_above_its_reserve_is_refused_before_anything_is_trained(pipeline: Path, tmp_path: Path) -> None:
     folder = write_program(tmp_path / "submission", pipeline, {"compress": {"code_bytes": 1000}})
-    error = run(folder, pipeline / "published", ONE_PROCESS, status=1, **variables(pipeline))
+    error = run(folder, pipeline / "published", ONE_PROCESS, status=1, given=variables(pipeline))
     assert error.startswith("compress.code_bytes: expected at least")
     assert [path.name for path in folder.iterdir()] == ["train_gpt.py"]
