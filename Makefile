@@ -25,9 +25,9 @@ lint: $(INSTALLED)
 	@python -m ruff check .
 	@python -m mypy
 
-lowest: $(LOWEST)/installed  ## the tests that depend on versions, with the lowest ones that pyproject.toml claims; ARGS as for test
+lowest: $(LOWEST)/installed  ## the tests that depend on versions, with the lowest ones that requirements/ claims; ARGS as for test
 	@$(THREADS) $(LOWEST)/bin/python $(PYTEST) \
-		$(addprefix tests/,artifacts audit compression data evaluation imports model quantization training) $(ARGS)
+		$(addprefix tests/,artifacts audit calibration compression data evaluation model published quantization training) $(ARGS)
 
 bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; see bench/RESULTS.md
 	@for script in $(BENCH); do echo "bench.$$script" && python -m bench.$$script || exit 1; done
@@ -35,7 +35,7 @@ bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; se
 audit: $(INSTALLED)  ## every check of a legal score, thoroughly, on the finished run
 	@python -m tools.audit
 
-preset: $(INSTALLED)  ## make a preset the parameters: make preset NAME=pr585
+preset: $(INSTALLED)  ## make a preset the parameters: make preset NAME=pr585; alone: list them, and say which one is active
 	@python -m tools.preset $(NAME)
 
 compare: $(INSTALLED)  ## parameters that differ, and figures: make compare REVS="HEAD~1 my-branch"; alone: HEAD, workspace, experiments
@@ -52,7 +52,7 @@ gpu-bundle: $(INSTALLED)  ## pack .gpu for a GPU machine without a network: PYTH
 		$(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(GIVEN),--given $(GIVEN))
 
 clean:  ## remove the environment and what the tools left; artifacts and the DVC cache stay
-	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=python3.11 to make, found " + sys.version.split()[0])'
@@ -61,10 +61,10 @@ $(INSTALLED): requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(LOWEST)/installed: pyproject.toml
+$(LOWEST)/installed: $(addprefix requirements/,run.txt test.txt hub.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lowest Python is 3.11; pass PYTHON=python3.11 to make, found " + sys.version.split()[0])'
 	@echo "installing the lowest versions into $(LOWEST), this once: 5 GB on Linux; some minutes"
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -r pyproject.toml --extra dev --extra hub
+	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct $(addprefix -r ,$^)
 	@touch $@

@@ -1,6 +1,6 @@
 """What ``torch.compile`` makes of a training step: graphs, passes over memory, bytes per token, and seconds of the first call.
 
-``python -m bench.compile [--preset FILE] [--tokens T]`` compiles forward and backward pass in bf16 both ways: the parts of the model, as
+``python -m bench.compile [--preset NAME] [--tokens T]`` compiles forward and backward pass in bf16 both ways: the parts of the model, as
 train and evaluate do, and the whole model unrolled. A pass is a kernel or a product that inductor calls; bytes are what it counts that
 they read and write. Bytes per token are a difference of batches of two and of one sequence, so that weights do not count.
 """
@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -27,9 +26,9 @@ from torch._inductor.virtualized import V
 from torch.fx import GraphModule
 
 from lib.model import compilation
-from lib.model.config import ModelSection
 from lib.model.gpt import GPT
-from lib.params import PARAMS_FILE, load_params
+from lib.params import PARAMS_FILE
+from lib.presets import load_settings
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,11 +37,11 @@ class Step(NamedTuple):
     """One compiled step, forward and backward.
 
     Attributes:
-        num_graphs: that were compiled; forward and backward are one.
+        num_graphs: number of compiled graphs; forward and backward are one.
         num_passes: over memory, of a graph as often as it serves in a step.
         num_bytes: read and written by them.
-        first_seconds: of the first step, which compiles.
-        seconds: of the second.
+        first_seconds: duration of the first step, which compiles.
+        seconds: duration of the second.
     """
 
     num_graphs: int
@@ -125,11 +124,11 @@ def measure(model: GPT, rows: Tensor, *, whole: bool) -> Step:
 def main(arguments: list[str] | None = None) -> None:
     """Measure both ways and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", type=Path, default=PARAMS_FILE, help="parameter file (default: %(default)s)")
+    parser.add_argument("--preset", default=str(PARAMS_FILE), help="name of a preset, or a complete parameter file (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="of a sequence (default: %(default)s)")
     parser.add_argument("--parts-only", action="store_true", help="leave out the whole model, which torch 2.11 cannot trace")
     options = parser.parse_args(arguments)
-    params = load_params("model", ModelSection, options.preset).architecture
+    params = load_settings(options.preset).model.architecture
     model = GPT(params)
     model.initialize(0)
     rows = torch.randint(0, params.vocab_size, (2, options.tokens + 1), generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,10 @@
 """The scorer against the straightforward one of the reference scripts, and what the protocol of entry #585 would take on eight GPUs.
 
-``python -m bench.evaluate [--preset FILE]`` scores the same sliding windows in three strides with both. The straightforward scorer
+``python -m bench.evaluate [--preset NAME]`` scores the same sliding windows in three strides with both. The straightforward scorer
 computes the last block, logits and losses of all positions of a window and fetches them from the device window by window; it takes
 one window at a time, or as many as ours in one forward pass. All must agree in bits per byte.
 
-``python -m bench.evaluate --preset presets/pr585.yaml --protocol`` runs score-first test-time training on some chunks of random
+``python -m bench.evaluate --preset pr585 --protocol`` runs score-first test-time training on some chunks of random
 tokens with `run_strategy`, as the stage does, and projects to the tokens and processes of the entry. Weights are random in both.
 """
 
@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -35,9 +34,11 @@ from lib.evaluation.sheet import Losses, ScoreSheet
 from lib.evaluation.strategies import STRATEGIES
 from lib.evaluation.trainable import match_groups
 from lib.evaluation.windows import Documents, Windows, batch_size, one_pass_windows, sliding_windows, split_batches
-from lib.model.config import ModelParams, ModelSection
+from lib.model.config import ModelParams
 from lib.model.gpt import GPT
-from lib.params import PARAMS_FILE, load_params
+from lib.model.parts import parts_of
+from lib.params import PARAMS_FILE
+from lib.presets import load_settings
 
 STRIDES = (2, 8, 64)  # to the window: the default run, between, the published system
 NUM_BATCHES = {"cpu": 4, "cuda": 16}  # full ones, besides the first window
@@ -66,7 +67,7 @@ class Stopwatch:
     """Seconds on a device.
 
     Attributes:
-        process: whose device is waited for.
+        process: the process whose device is waited for.
         processor: whether to count the processor time of all threads, which other work on the machine hardly changes, and not wall time.
     """
 
@@ -98,7 +99,7 @@ class Projection(NamedTuple):
     Attributes:
         scoring: windows of every chunk split over the processes, all of which wait for the one that has most to do.
         training: rows of every step likewise.
-        all_reduce: of the gradients of every step, at an assumed speed, not overlapped with anything.
+        all_reduce: seconds of adding up the gradients of every step, at an assumed speed, not overlapped with anything.
     """
 
     scoring: float
@@ -249,7 +250,7 @@ def project(outcome: Outcome, model: GPT, measured: EvaluateParams, entry: Evalu
     """The time of the entry's text on its processes, from an outcome of one process.
 
     Args:
-        outcome: of score_first with the settings `measured`, whose steps have the rows that one process has of the entry's steps.
+        outcome: what score_first gave with the settings `measured`, whose steps have the rows that one process has of the entry's steps.
         model: what was trained.
         measured: see above.
         entry: the settings of the entry.
@@ -259,7 +260,7 @@ def project(outcome: Outcome, model: GPT, measured: EvaluateParams, entry: Evalu
     training = outcome.seconds["adaptation_seconds"] / num_training_steps(num_targets, measured)
     num_steps = num_training_steps(ENTRY_TOKENS, entry)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    members = match_groups(entry.score_first.trainable, sizes)
+    members = match_groups(entry.score_first.trainable, parts_of(model))
     gradient_bytes = 4 * sum(sizes[name] for name in {name for names in members.values() for name in names})
     ring = 2 * (ENTRY_PROCESSES - 1) / ENTRY_PROCESSES * gradient_bytes / ALL_REDUCE_BYTES_PER_SECOND
     return Projection(scoring * scoring_work(ENTRY_TOKENS, entry, ENTRY_PROCESSES), training * num_steps, ring * num_steps)
@@ -300,7 +301,7 @@ def run_protocol(model: GPT, params: EvaluateParams, process: Process, num_chunk
 def main() -> None:
     """Compare scorers, or run the protocol."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", type=Path, default=PARAMS_FILE, help="parameter file whose model and section evaluate are used")
+    parser.add_argument("--preset", default=str(PARAMS_FILE), help="name of a preset, or a complete parameter file (default: %(default)s)")
     parser.add_argument("--batches", type=int, help="full batches of windows to score; more give steadier figures")
     parser.add_argument("--batch-tokens", type=int, help="inputs in a forward pass; evaluate.batch_tokens where not given")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled scorer")
@@ -309,12 +310,12 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=3, help="chunks of the protocol's slice")
     parser.add_argument("--chunk-tokens", type=int, help="tokens of a chunk of the slice; score_first.chunk_tokens where not given")
     options = parser.parse_args()
-    model_params = load_params("model", ModelSection, options.preset).architecture
-    params = load_params("evaluate", EvaluateParams, options.preset)
+    settings = load_settings(options.preset)
+    params = settings.evaluate
     if options.batch_tokens:
         params = params.model_copy(update={"batch_tokens": options.batch_tokens})
     with start_process() as process:
-        model, stopwatch = make_model(model_params, process.device), Stopwatch(process, options.processor_time)
+        model, stopwatch = make_model(settings.model.architecture, process.device), Stopwatch(process, options.processor_time)
         print(f"{stopwatch.describe()}; {options.preset}: {model.num_parameters:,} parameters, {params.precision}, "
               f"{params.batch_tokens:,} inputs in a forward pass")
         if options.protocol:

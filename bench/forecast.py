@@ -18,14 +18,16 @@ from lib.compression.budget import summarize
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.forecast.size import SPREAD, Samples, forecast_parts, sample_gaussian, sample_weights
-from lib.model.config import ModelParams
-from lib.model.gpt import GPT
-from lib.params import parse_params, read_params
+from lib.model.config import ModelParams, parse_model
+from lib.model.gpt import outline
+from lib.model.parts import parts_of
+from lib.params import parse_params
+from lib.presets import load_settings, read_preset
+from lib.quantization.clipping import row_scales
 from lib.quantization.config import QuantizeParams
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import round_to_grid
 from lib.quantization.grid_config import FLOAT_BITS
 from lib.quantization.policy import choose_bits
-from lib.schema import PipelineParams
 
 PRESETS = ("pr585", "pr410", "pr410-qat")
 KINDS = ("normal", "rows", "student 5")
@@ -42,8 +44,7 @@ class Row(NamedTuple):
 def make_weights(model: ModelParams, kind: str) -> dict[str, Tensor]:
     """Weights of a whole model: normal; rows and columns of different spread (logarithms with a deviation of 0.5 and 0.3); or
     Student's t with 5 degrees of freedom."""
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in GPT(model).named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in outline(model.model_dump(mode="json")).named_parameters()}
     generator = torch.Generator().manual_seed(7)
     weights = {}
     for name, shape in shapes.items():
@@ -60,7 +61,7 @@ def make_weights(model: ModelParams, kind: str) -> dict[str, Tensor]:
 def pack_nearest(weights: Mapping[str, Tensor], model: ModelParams, params: QuantizeParams, coding: CompressParams) -> int:
     """Bytes of the artifact whose weights are the nearest on the grid of their row."""
     matrices = {}
-    for name, bits in choose_bits(weights, params).items():
+    for name, bits in choose_bits(parts_of(outline(model.model_dump(mode="json"))), params).items():
         if bits != FLOAT_BITS:
             scales = row_scales(weights[name], int(bits), params.clip)
             codes = round_to_grid(weights[name], scales[:, None], int(bits)).to(torch.int16)
@@ -74,13 +75,14 @@ def compare(weights: Mapping[str, Tensor], model: ModelParams, params: QuantizeP
     def forecast(samples: Samples) -> int:
         return summarize(forecast_parts(samples, model, params, coding))["blob_bytes"]
 
-    return Row(forecast(sample_gaussian(model)), forecast(sample_weights(weights)), pack_nearest(weights, model, params, coding))
+    samples = sample_weights(outline(model.model_dump(mode="json")), weights)
+    return Row(forecast(sample_gaussian(model)), forecast(samples), pack_nearest(weights, model, params, coding))
 
 
 def compare_presets() -> Iterator[tuple[str, Row]]:
     """The published presets with weights of each kind."""
     for name in PRESETS:
-        params = parse_params(read_params(Path(f"presets/{name}.yaml")), PipelineParams, f"{name}: ")
+        params = load_settings(name)
         for kind in KINDS:
             model = params.model.architecture
             yield f"{name}, {kind}", compare(make_weights(model, kind), model, params.quantize, params.compress)
@@ -88,8 +90,8 @@ def compare_presets() -> Iterator[tuple[str, Row]]:
 
 def compare_checkpoint(path: Path) -> Iterator[tuple[str, Row]]:
     """A trained model in grids of 5, 6 and 8 bits, with the codecs zstd and range."""
-    checkpoint, values = load_checkpoint(path), read_params(Path("presets/pr585.yaml"))
-    model = parse_params(checkpoint.model, ModelParams, f"{path}: ")
+    checkpoint, values = load_checkpoint(path), read_preset("pr585")
+    model = parse_model(checkpoint.model, f"{path}: ")
     for bits in (5, 6, 8):
         quantize = values["quantize"] | {"bits": dict.fromkeys(values["quantize"]["bits"], bits)}
         for codec in ("zstd", "range"):

@@ -24,7 +24,7 @@ BUNDLE = Path(".gpu")
 WHEELS, SITE, TOKENIZER, TREE = "wheels", "site", "tokenizer.model", "tree.tar.gz"
 PARAMS, RESULTS, MESSAGES, CACHE = "smoke.yaml", "results.md", "messages.txt", "cache"
 ROOT = Path(__file__).resolve().parents[1]
-PRESET = "presets/pr585.yaml"
+PRESET = "pr585"
 PIECE_SECONDS = 600.0
 SHOWN_LINES = 15  # of the messages of a command that failed
 PROBE = """
@@ -59,7 +59,7 @@ Piece = Callable[[Path, bool], list[Command]]
 
 
 def _environment(bundle: Path, smoke: bool) -> list[Command]:
-    preset, only = (bundle / PARAMS, " -k kernels_of_this_machine") if smoke else (Path(PRESET), "")
+    preset, only = (bundle / PARAMS, " -k kernels_of_this_machine") if smoke else (PRESET, "")
     commands = [Command(f"-m bench.gpu_checks --preset {preset}", {}),
                 Command(f"-m pytest -q -rs -p no:cacheprovider tests/model/test_kernels.py{only}", {})]
     return commands if smoke else [*commands, Command(f"-m bench.gpu_chain --bundle {bundle} --smoke", {})]

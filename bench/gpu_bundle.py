@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from collections.abc import Iterable, Iterator
 from email import message_from_bytes
@@ -21,22 +20,20 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from bench.gpu import BUNDLE, TOKENIZER, TREE, WHEELS, find_text
 from lib.artifacts.files import write_bytes
-from lib.data.config import TokenizeParams
 from lib.data.corpus import Source, open_source
-from lib.data.encoding import provide_tokenizer
+from lib.data.tokenization import provide_tokenizer
 from lib.data.tokenizer import load_tokenizer
 from lib.errors import UserError
-from lib.params import load_params
+from lib.presets import DEFAULT, load_settings
 
 MAX_BYTES = 60 * 2**20
 GIVEN = ("torch", "numpy", "scipy", "dvc")
 """Packages that are left out with all that only they need: the machine has the first two, a report without a record computes no test
 (scipy, 35 MB), and the stages run without DVC."""
 TOOLS = ("pytest", "hypothesis")
-"""Of the optional dependencies ``dev``: what runs the tests of kernels."""
+"""Of requirements/test.txt: what runs the tests of kernels."""
 GLIBC = (5, 12, 17, 24, 27, 28)
 """Minor versions of glibc 2 whose wheels are taken; the last is that of Debian 10, and every machine with CUDA 13 has a newer one."""
-PRESET = Path("presets/default.yaml")
 SUFFIXES = (".jsonl", ".gz", ".zst")
 
 
@@ -45,10 +42,15 @@ class BundleError(UserError):
 
 
 def list_roots(root: Path, given: Iterable[str]) -> list[Requirement]:
-    """The requirements of pyproject.toml that are packed, without those of `given`."""
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    tools = [line for line in project["optional-dependencies"]["dev"] if canonicalize_name(Requirement(line).name) in TOOLS]
-    return [each for each in map(Requirement, [*project["dependencies"], *tools]) if canonicalize_name(each.name) not in given]
+    """The requirements that are packed, those of running and some of testing, without those of `given`."""
+    run, test = (read_ranges(root / f"requirements/{name}.txt") for name in ("run", "test"))
+    tools = [each for each in test if canonicalize_name(each.name) in TOOLS]
+    return [each for each in run + tools if canonicalize_name(each.name) not in given]
+
+
+def read_ranges(path: Path) -> list[Requirement]:
+    """The packages of a file of requirements, with the versions that it takes."""
+    return [Requirement(line) for line in path.read_text().splitlines() if line and not line.startswith("#")]
 
 
 def read_pins(root: Path) -> dict[str, str]:
@@ -61,9 +63,9 @@ def download_wheels(root: Path, folder: Path, python_version: str, given: Iterab
     """Fill `folder` with one wheel each of the packages that `list_roots` names and of what these need, in the pinned versions.
 
     Args:
-        root: of the project.
+        root: folder of the project.
         folder: where they go; other wheels in it are removed.
-        python_version: of the other machine, ``3.12``; it is x86-64 Linux.
+        python_version: version of Python on the other machine, ``3.12``; it is x86-64 Linux.
         given: canonical names of packages that the other machine has.
         source: options of pip, such as ``--no-index --find-links FOLDER``.
 
@@ -118,7 +120,7 @@ def pack_text(folder: Path, given: Path | None) -> Path:
         path = folder / f"text.jsonl{given.suffix.removeprefix('.jsonl')}"
         write_bytes(path, given.read_bytes())
         return path
-    source = open_source(load_params("tokenize", TokenizeParams, PRESET))
+    source = open_source(load_settings(DEFAULT).tokenize)
     assert isinstance(source, Source)
     lines = "".join(json.dumps({"text": text}) + "\n" for batch in source.read() for text in batch.texts())
     path = folder / "text.jsonl.zst"
@@ -128,7 +130,7 @@ def pack_text(folder: Path, given: Path | None) -> Path:
 
 def pack_tokenizer(folder: Path, text: Path, given: Path | None) -> None:
     """The tokenizer: a copy of `given`, or one trained on the training documents of `text` with the default settings."""
-    params = load_params("tokenize", TokenizeParams, PRESET).model_copy(update={"source": "jsonl", "path": str(text)})
+    params = load_settings(DEFAULT).tokenize.model_copy(update={"source": "jsonl", "path": str(text)})
     if given is not None:
         tokenizer = load_tokenizer(given)
         params = params.model_copy(update={"tokenizer": str(given), "vocab_size": tokenizer.vocab_size,

@@ -1,6 +1,6 @@
 """The whole pipeline without DVC, on text and tokenizer of a bundle: ``python -m bench.gpu_chain [--seconds 120] [--smoke]``.
 
-`presets/pr585.yaml` with one seed on one GPU, and so many seconds of training. Stages run as modules in a folder of their own, one
+The preset pr585 with one seed on one GPU, and so many seconds of training. Stages run as modules in a folder of their own, one
 after the other; the summary at the end has their figures and times. The smoke size is a tiny model, with all strategies and the
 thorough audit.
 """
@@ -16,7 +16,8 @@ from typing import Any
 from bench.gpu import BUNDLE, PARAMS, PRESET, ROOT, TOKENIZER, find_text
 from lib.artifacts.files import write_json
 from lib.data.tokenizer import load_tokenizer
-from lib.params import PARAMS_FILE, read_params
+from lib.params import PARAMS_FILE
+from lib.presets import DEFAULT, PRESETS_FOLDER, read_preset
 
 SEED = 1337
 WORK = "work"
@@ -50,15 +51,15 @@ def make_params(bundle: Path, seconds: float, smoke: bool) -> dict[str, Any]:
 
     Args:
         bundle: its text is split as the default run splits it, so that its tokenizer has been trained on training documents.
-        seconds: of training.
+        seconds: seconds of training.
         smoke: whether `SMOKE` changes the sizes.
     """
     tokenizer = load_tokenizer(bundle / TOKENIZER)
-    values, default = read_params(ROOT / PRESET), read_params(ROOT / "presets/default.yaml")["tokenize"]
+    values, default = (read_preset(name, ROOT / PRESETS_FOLDER) for name in (PRESET, DEFAULT))
     changes = {
-        "seeds": [SEED], "report": {"title": f"Albatross, {Path(PRESET).stem} for {seconds:g} seconds on one device"},
+        "seeds": [SEED], "report": {"title": f"Albatross, {PRESET} for {seconds:g} seconds on one device"},
         "model": {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id},
-        "tokenize": default | {"source": "jsonl", "path": str(find_text(bundle)), "tokenizer": str(bundle / TOKENIZER),
+        "tokenize": default["tokenize"] | {"source": "jsonl", "path": str(find_text(bundle)), "tokenizer": str(bundle / TOKENIZER),
                                "vocab_size": tokenizer.vocab_size, "case_transform": tokenizer.case_transform},
         "train": {"budget_seconds": seconds + RESERVE_SECONDS, "reserve_seconds": RESERVE_SECONDS, "batch_sequences": SEQUENCES,
                   "micro_batch_sequences": SEQUENCES},
@@ -72,7 +73,7 @@ def prepare(folder: Path, params: dict[str, Any]) -> None:
     """A new folder in which stages can run: code, the description of the pipeline, parameters."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in ("lib", "stages"):
+    for name in ("lib", "stages", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "dvc.yaml", folder)
     write_json(folder / PARAMS_FILE, params)  # JSON is YAML

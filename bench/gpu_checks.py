@@ -1,4 +1,4 @@
-"""What else only a GPU can show, on random weights and tokens: ``python -m bench.gpu_checks [--preset FILE]``.
+"""What else only a GPU can show, on random weights and tokens: ``python -m bench.gpu_checks [--preset NAME]``.
 
 Prints the machine and the attention kernels that it can use, then compares: training compiled and not; Muon's iteration as it runs on
 the device, in bf16 on GPUs, with fp64; fake quantization on the device and on the CPU; and it times calibration. A check that fails
@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -22,15 +21,15 @@ import torch
 
 from bench.evaluate import Stopwatch, make_model
 from bench.train import LOSS_TOLERANCE, make_loops
-from lib.calibration.config import CalibrateParams
 from lib.calibration.moments import collect_moments
 from lib.distributed import Process, start_process
-from lib.model.config import KernelName, ModelSection
+from lib.model.config import KernelName
 from lib.model.kernels import KernelError, choose_kernel
-from lib.params import PARAMS_FILE, load_params
-from lib.quantization.grid import fake_quantize
-from lib.training.config import TrainParams
-from lib.training.optim import orthogonalize
+from lib.params import PARAMS_FILE
+from lib.presets import load_settings
+from lib.schema import PipelineParams
+from lib.training.orthogonal import ORTHOGONALIZATIONS
+from lib.training.qat import fake_quantize
 
 NUM_STEPS = 3
 MAX_SEQUENCES = 8  # of a step that is compared
@@ -42,9 +41,9 @@ PACKAGES = ("triton", "numpy", "constriction", "brotli", "zstandard", "pydantic"
 class Checks:
     """All checks, of one preset on one device."""
 
-    def __init__(self, preset: Path, process: Process) -> None:
-        self.section, self.params = load_params("model", ModelSection, preset), load_params("train", TrainParams, preset)
-        self.calibration, self.process, self.device = load_params("calibrate", CalibrateParams, preset), process, process.device
+    def __init__(self, settings: PipelineParams, process: Process) -> None:
+        self.section, self.params, self.calibration = settings.model, settings.train, settings.calibrate
+        self.process, self.device = process, process.device
 
     def kernels(self) -> None:
         """Attention kernels by name."""
@@ -80,8 +79,10 @@ class Checks:
         model = self.section.architecture
         shape = (model.num_layers, model.mlp_hidden_dim, model.model_dim)
         matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        found = orthogonalize(matrices.to(self.device), self.params.optimizer.newton_schulz_steps).cpu().double()
-        expected = orthogonalize(matrices.double(), self.params.optimizer.newton_schulz_steps)
+        settings = self.params.optimizer
+        orthogonalize = ORTHOGONALIZATIONS[settings.orthogonalization]
+        found = orthogonalize(matrices.to(self.device), settings.orthogonalization_steps).cpu().double()
+        expected = orthogonalize(matrices.double(), settings.orthogonalization_steps)
         error = float((found - expected).norm() / expected.norm())
         print(f"Muon of {tuple(shape)} against fp64: relative error {error:.2e}")
         assert error <= MUON_TOLERANCE[self.device.type]
@@ -90,10 +91,10 @@ class Checks:
         """Codes of a matrix for each width of the grids of QAT."""
         settings, model = self.params.qat, self.section.architecture
         weight = torch.randn(model.num_layers * model.mlp_hidden_dim, model.model_dim, generator=torch.Generator().manual_seed(0)) * 0.02
-        for bits in sorted({bits for bits in settings.bits.model_dump().values() if bits != 16}):
+        for bits in sorted({bits for bits in settings.bits.values() if bits != 16}):
             seconds, found = Stopwatch(self.process, processor=False).time(
-                partial(fake_quantize, weight.to(self.device), bits, settings.clip))
-            differing = float((found.cpu() != fake_quantize(weight, bits, settings.clip)).double().mean())
+                partial(fake_quantize, weight.to(self.device), bits, settings))
+            differing = float((found.cpu() != fake_quantize(weight, bits, settings)).double().mean())
             print(f"fake quantization of {weight.numel():,} weights to {bits} bits: {differing:.2e} of them differ from the CPU's, "
                   f"{1000 * seconds:.1f} ms")
             assert differing <= MAX_DIFFERING
@@ -102,9 +103,9 @@ class Checks:
         """Both sets of sequences, as the stage does."""
         settings, model = self.calibration, make_model(self.section.architecture, self.device)
         tokens = np.random.default_rng(0).integers(0, model.params.vocab_size, (settings.num_sequences, self.params.sequence_tokens))
-        collect = partial(collect_moments, model, torch.from_numpy(tokens), num_gradient_sequences=settings.num_gradient_sequences,
-                          batch_sequences=settings.batch_sequences, precision=settings.precision, seed=0, process=self.process,
-                          description="calibrate")
+        collect = partial(collect_moments, model, model.logits, torch.from_numpy(tokens), seed=0, process=self.process,
+                          num_gradient_sequences=settings.num_gradient_sequences, batch_sequences=settings.batch_sequences,
+                          precision=settings.precision, description="calibrate")
         seconds = [Stopwatch(self.process, processor=False).time(collect)[0] for _ in range(2)]
         print(f"calibration: {seconds[0]:.2f} s and {seconds[1]:.2f} s of two sets of {tokens.size:,} tokens; the preset reserves "
               f"{self.params.reserve_seconds} s")
@@ -124,11 +125,11 @@ def print_machine(process: Process) -> None:
 def main() -> None:
     """Run all checks; exit with status 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", type=Path, default=PARAMS_FILE, help="parameter file whose sections model, train, calibrate are used")
-    preset, failed = parser.parse_args().preset, []
+    parser.add_argument("--preset", default=str(PARAMS_FILE), help="name of a preset, or a complete parameter file (default: %(default)s)")
+    settings, failed = load_settings(parser.parse_args().preset), []
     with start_process() as process:
         print_machine(process)
-        checks = Checks(preset, process)
+        checks = Checks(settings, process)
         each: Callable[[], None]
         for each in (checks.kernels, checks.compilation, checks.muon, checks.fake_quantization, checks.calibrate):
             try:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bench.forecast import pack_nearest
 from lib.artifacts.quantized import clip_range
-from lib.model.gpt import GPT
-from lib.model.roles import MATRIX_ROLES, role_of
-from lib.params import parse_params, read_params
-from lib.quantization.config import FREE
-from lib.quantization.grid import row_scales
-from lib.quantization.grid_config import FLOAT_BITS, ClipParams
+from lib.model.gpt import outline
+from lib.model.parts import parts_of
+from lib.presets import PRESETS_FOLDER, load_settings
+from lib.quantization.clipping import row_scales
+from lib.quantization.config import FREE, ClipParams
+from lib.quantization.grid_config import FLOAT_BITS
 from lib.quantization.policy import choose_bits
 from lib.quantization.quantizer import smallest
 from lib.schema import PipelineParams
@@ -38,18 +38,16 @@ class Size(NamedTuple):
 
 def gaussian_weights(params: PipelineParams, std: float) -> dict[str, Tensor]:
     """Every parameter of the model, fp32: matrices ~ N(0, std^2), everything else 1."""
-    with torch.device("meta"):
-        parameters = dict(GPT(params.model).named_parameters())
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(p.shape, generator=generator) * std if role_of(name, p.ndim) in MATRIX_ROLES else torch.ones(p.shape)
-            for name, p in parameters.items()}
+    model, generator = outline(params.model.architecture.model_dump(mode="json")), torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * std if part.is_matrix else torch.ones(shape)
+            for name, part in parts_of(model).items() for shape in [model.get_parameter(name).shape]}
 
 
 def measure(weights: dict[str, Tensor], params: PipelineParams, clip: ClipParams) -> Size:
     """Prune, round to nearest and pack."""
     settings = params.quantize.model_copy(update={"clip": clip})
     pruned, floored = dict(weights), []
-    for name, bits in choose_bits(weights, settings).items():
+    for name, bits in choose_bits(parts_of(outline(params.model.architecture.model_dump(mode="json"))), settings).items():
         if bits == FREE:
             raise ValueError(f"{name}: expected a grid with fixed bits, found free steps, whose size is quantize.target_bytes")
         if bits != FLOAT_BITS:
@@ -62,17 +60,17 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", default=PRESETS)
-    parser.add_argument("--folder", type=Path, default=Path("presets"))
+    parser.add_argument("--folder", type=Path, default=PRESETS_FOLDER)
     parser.add_argument("--std", type=float, default=STD)
     arguments = parser.parse_args()
     print(f"Gaussian weights, standard deviation {arguments.std}; with the reserve for code, compress.code_bytes")
     print(f"{'preset':12}{'parameters':>12}{'floor':>8}{'rows on it':>12}{'bytes':>13}{'of limit':>10}{'artifact per parameter':>24}"
           "  published")
     for name in arguments.presets:
-        params = parse_params(read_params(arguments.folder / f"{name}.yaml"), PipelineParams, f"{name}.yaml: ")
+        params = load_settings(name, arguments.folder)
         weights = gaussian_weights(params, arguments.std)
         code = params.compress.code_bytes
-        num_parameters, bits = sum(weight.numel() for weight in weights.values()), params.quantize.bits.mlp
+        num_parameters, bits = sum(weight.numel() for weight in weights.values()), params.quantize.bits["mlp"]
         for clip in (params.quantize.clip, params.quantize.clip.model_copy(update={"floor": 0.0})):
             size = measure(weights, params, clip)
             floor = f"1/{clip_range(int(bits)) / clip.floor:g}" if clip.floor else "none"

@@ -4,7 +4,9 @@ FOLDER is a clone in which the pipeline has run up to calibrate; by default this
 published it (2 % pruning, its floor under all scales, the inverse Hessian itself instead of its Cholesky factor, columns in ascending
 order), correct GPTQ with the percentile clip rule, all int5 with int8 tables as in #585, and once with the token embedding as the only
 int8 table, with zstandard; and free steps with the range coder, at the same bytes and at fractions of them. With targets, free steps at
-those sizes instead. Bytes are those of the packed model, without code.
+those sizes instead. With ``--curve`` the published procedure and correct GPTQ with 3 to 6 bits, and free steps at sizes from the
+smallest of these files to the largest: ``quantize.csv`` and ``quantize.svg`` beside this file. Bytes are those of the packed model,
+without code.
 """
 
 import argparse
@@ -15,10 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lib.artifacts.checkpoint import Checkpoint, load_checkpoint
+from lib.artifacts.files import read_csv, write_bytes, write_csv
 from lib.artifacts.hessians import Hessians, load_hessians
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, exponents_of, scales_of
@@ -28,12 +32,15 @@ from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.heldout import HeldoutComparison, compare_heldout
 from lib.model.gpt import build_model
+from lib.model.parts import parts_of
 from lib.params import Params, parse_params, read_params
 from lib.quantization.assessment import list_tensors, summarize
+from lib.quantization.clipping import row_scales
 from lib.quantization.config import QuantizeParams
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import round_to_grid
 from lib.quantization.policy import quantize_model
 from lib.quantization.quantizer import smallest
+from lib.reporting.figures import follow_color_scheme, plot_panels
 
 INT8_TABLES = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 8, "value_embedding": 8, "head": 8}  # #585
 INT5_TABLES = INT8_TABLES | {"bigram": 5, "value_embedding": 5}
@@ -41,6 +48,9 @@ FREE = dict.fromkeys(INT8_TABLES, "free")
 FLOOR, PRUNED, DAMPING, TABLE_PERCENTILE = 1.0, 0.02, 0.01, 0.9999984  # #585
 LEVEL = 22
 FRACTIONS = (0.75, 0.6, 0.5)
+CURVE_BITS, CURVE_SIZES = (3, 4, 5, 6), 8
+TABLE, FIGURE = Path(__file__).with_suffix(".csv"), Path(__file__).with_suffix(".svg")
+COLUMNS = ("method", "num_bytes", "heldout_kl")
 
 
 class Result(NamedTuple):
@@ -78,19 +88,21 @@ class Bench:
     def clipped(self, method: str, bits: dict[str, int]) -> Result:
         """Grids that clip with the percentile rule."""
         params = self.params(target_bytes=None, method=method, bits=bits, scale_factors=[1.0], rate_weight=0.0, damping=DAMPING)
-        return self._run(lambda: quantize_model(self.checkpoint, self.hessians, params, self.process, lambda _: 0)[0], "zstd")
+        return self._run(lambda: self._quantize(params, lambda _: 0), "zstd")
 
     def free(self, num_bytes: int) -> Result:
         """Free steps that meet a size."""
         params = self.params(target_bytes=num_bytes, bits=FREE)
-        return self._run(lambda: quantize_model(self.checkpoint, self.hessians, params, self.process,
-                                                lambda model: len(pack(model, "range", LEVEL).blob))[0], "range")
+        return self._run(lambda: self._quantize(params, lambda model: len(pack(model, "range", LEVEL).blob)), "range")
 
-    def published(self) -> Result:
-        """The procedure of #585."""
-        return self._run(self._quantize_as_published, "zstd")
+    def _quantize(self, params: QuantizeParams, measure: Callable[[QuantizedModel], int]) -> QuantizedModel:
+        return quantize_model(self.checkpoint, parts_of(self.model), self.hessians, params, process=self.process, measure=measure)[0]
 
-    def _quantize_as_published(self) -> QuantizedModel:
+    def published(self, bits: int = 5) -> Result:
+        """The procedure of #585, which has 5 bits; tables have 8 in any case."""
+        return self._run(lambda: self._quantize_as_published(bits), "zstd")
+
+    def _quantize_as_published(self, bits: int) -> QuantizedModel:
         sources = {name: source for source, names in self.hessians.inputs.items() for name in names}
         tables = {f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, torch.nn.Embedding)}
         clip, matrices = self.params().clip.model_copy(update={"floor": FLOOR}), {}
@@ -102,7 +114,7 @@ class Bench:
             else:
                 weight = weight.masked_fill(smallest(weight, PRUNED), 0)
                 hessian = self.hessians.calibration.hessians[source].to(weight.device)
-                matrices[name] = make_matrix(weight, 5, row_scales(weight, 5, clip), hessian)
+                matrices[name] = make_matrix(weight, bits, row_scales(weight, bits, clip), hessian)
         vectors = {name: weight.half() for name, weight in self.checkpoint.weights.items() if name not in sources}
         return QuantizedModel(self.checkpoint.model, self.checkpoint.training, matrices, vectors)
 
@@ -116,8 +128,8 @@ class Bench:
 
     def report(self, name: str, result: Result) -> HeldoutComparison:
         """Print one line of the table."""
-        rows = list_tensors(self.checkpoint.weights, self.hessians, result.quantized, self.params(), dampings={}, coded_bytes={},
-                            device=self.process.device)
+        rows = list_tensors(self.checkpoint.weights, parts_of(self.model), self.hessians, result.quantized, self.params(), dampings={},
+                            coded_bytes={}, device=self.process.device)
         figures = summarize(rows)
         model = build_model(self.checkpoint.model, result.quantized.weights()).to(self.process.device)
         compared = compare_heldout(model.logits, self.model.logits, self.heldout, self.tokenizer, process=self.process, batch_windows=16,
@@ -127,6 +139,32 @@ class Bench:
               f"{predicted:>11.6f}{compared.kl:>11.6f}{compared.loss_increase:>+11.6f}{result.seconds:>9.1f}{result.unpack_seconds:>8.2f}",
               flush=True)
         return compared
+
+
+def measure_curve(bench: Bench) -> list[tuple[str, int, float]]:
+    """Print a line for every point of the figure; returns rows with `COLUMNS`."""
+    points: list[tuple[str, int, float]] = []
+
+    def measure(method: str, note: str, result: Result) -> None:
+        points.append((method, result.num_bytes, round(bench.report(f"{method}, {note}", result).kl, 8)))
+
+    for bits in CURVE_BITS:
+        measure("GPTQ as published (#585), zstd", f"int{bits}", bench.published(bits))
+    for bits in CURVE_BITS:
+        measure("correct GPTQ, zstd", f"int{bits}", bench.clipped("gptq", dict.fromkeys(INT8_TABLES, bits) | {"embedding": 8, "head": 8}))
+    sizes = [num_bytes for _, num_bytes, _ in points]
+    for size in np.geomspace(min(sizes), max(sizes), CURVE_SIZES):
+        measure("free steps, range coder (Albatross)", f"{size:,.0f}", bench.free(int(size)))
+    return points
+
+
+def draw_curve(table: Path) -> str:
+    """The figure of a table that ``--curve`` wrote, as SVG."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in read_csv(table, COLUMNS):
+        curves.setdefault(row["method"], []).append((float(row["num_bytes"]), float(row["heldout_kl"])))
+    label = "KL to the float model, nats per token"
+    return follow_color_scheme(plot_panels({label: curves}, "bytes of the model", log=(label,)))
 
 
 def make_matrix(weight: Tensor, bits: int, scales: Tensor, hessian: Tensor | None) -> QuantizedTensor:
@@ -156,6 +194,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--heldout-tokens", type=int, default=100_000)
     parser.add_argument("--targets", type=int, nargs="+", default=[])
+    parser.add_argument("--curve", action="store_true", help="measure the figure of the README instead")
     arguments = parser.parse_args()
     process = Process(0, 1, torch.device("cuda")) if torch.cuda.is_available() else SINGLE_CPU
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
@@ -166,7 +205,10 @@ def main() -> None:
     for target in arguments.targets:
         result = bench.free(target)
         bench.report(f"free steps, {result.num_bytes / target - 1:+.3%} from {target:,}", result)
-    if arguments.targets:
+    if arguments.curve:
+        write_csv(TABLE, COLUMNS, measure_curve(bench))
+        write_bytes(FIGURE, draw_curve(TABLE).encode())
+    if arguments.targets or arguments.curve:
         return
     published, gptq = "GPTQ as published (#585), zstd", "GPTQ int5, int8 tables, zstd"
     results = {"nearest int5, int8 tables, zstd": bench.clipped("rtn", INT8_TABLES), published: bench.published(),

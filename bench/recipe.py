@@ -21,7 +21,8 @@ from lib.artifacts.hessians import Hessians
 from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.tokens import load_split
 from lib.calibration.config import CalibrateParams
-from lib.calibration.moments import collect_moments, draw_sequences, matrix_inputs
+from lib.calibration.moments import collect_moments, draw_sequences
+from lib.calibration.sums import matrix_inputs
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.data.loader import Loader
@@ -31,6 +32,7 @@ from lib.evaluation.heldout import compare_heldout
 from lib.model.config import ModelSection
 from lib.model.gpt import GPT, build_model
 from lib.model.kernels import choose_kernel
+from lib.model.parts import parts_of
 from lib.params import load_params, parse_params, read_params
 from lib.quantization.config import QuantizeParams
 from lib.quantization.policy import quantize_model
@@ -77,20 +79,22 @@ class Bench:
         calibrate = load_params("calibrate", CalibrateParams)
         reference = build_model(checkpoint.model, checkpoint.weights).to(self.process.device)
         sequences = draw_sequences(self.splits["train"], calibrate.num_sequences, train_params.sequence_tokens, seed)
-        moments = [collect_moments(reference, tokens, num_gradient_sequences=calibrate.num_gradient_sequences, seed=seed,
+        moments = [collect_moments(reference, reference.logits, tokens, num_gradient_sequences=calibrate.num_gradient_sequences, seed=seed,
                                    batch_sequences=calibrate.batch_sequences, precision=calibrate.precision, process=self.process,
                                    description=name)
                    for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
-        hessians = Hessians(matrix_inputs(reference), *moments)
+        hessians = Hessians(matrix_inputs(parts_of(reference)), *moments)
         coding = load_params("compress", CompressParams)
-        grid: dict[str, Any] = {"target_bytes": None, "bits": train_params.qat.bits.model_dump(),
-                                "clip": train_params.qat.clip.model_dump(mode="json"), "scale_factors": [1.0], "rate_weight": 0.0}
+        grid: dict[str, Any] = {"target_bytes": None, "bits": train_params.qat.bits,
+                                "clip": read_params()["quantize"]["clip"] | {
+                                    "rule": "percentile", "percentiles": [train_params.qat.clip_quantile],
+                                    "floor": train_params.qat.floor}, "scale_factors": [1.0], "rate_weight": 0.0}
         changes = {"nearest": grid | {"method": "rtn"}, "GPTQ": grid, "free": {}}
         figures: dict[str, float] = {}
         for export, changed in changes.items():
             params = parse_params(read_params()["quantize"] | changed, QuantizeParams, "quantize.")
-            quantized, _ = quantize_model(checkpoint, hessians, params, self.process,
-                                          lambda model: coding.code_bytes + len(pack(model, coding.codec, coding.level).blob))
+            quantized, _ = quantize_model(checkpoint, parts_of(reference), hessians, params, process=self.process,
+                                          measure=lambda model: coding.code_bytes + len(pack(model, coding.codec, coding.level).blob))
             model = build_model(checkpoint.model, quantized.weights()).to(self.process.device)
             compared = compare_heldout(model.logits, reference.logits, self.splits["heldout"], self.tokenizer, process=self.process,
                                        window_tokens=train_params.sequence_tokens, batch_windows=BATCH_WINDOWS,

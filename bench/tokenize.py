@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lib.data.config import TokenizeParams
 from lib.data.corpus import Source, open_source
-from lib.data.encoding import provide_tokenizer, write_splits
+from lib.data.tokenization import provide_tokenizer, write_splits
 from lib.params import load_params
 
 EMBEDDED = {"source": "embedded", "path": "requirements.txt"}

@@ -1,10 +1,10 @@
 """Training by the project's loop against a plain eager loop, in turn in one run, on random tokens and one device.
 
-``python -m bench.train [--preset FILE]`` prints tokens per second, milliseconds per step, model FLOPs utilisation and peak memory.
+``python -m bench.train [--preset NAME]`` prints tokens per second, milliseconds per step, model FLOPs utilisation and peak memory.
 The plain loop is what training scripts do without much thought: the forward pass uncompiled, fp32 logits stored, the optimizers one
 tensor at a time, EMA over `state_dict`, the loss read from the device in every step. Both have the same attention kernel, start
 from the same weights, see the same batches and make the same steps, those at the beginning of a long run: full learning rate, no
-fake quantization, no snapshots. Their losses must agree. ``--preset presets/pr585.yaml --sequences 48`` is one GPU's share of #585.
+fake quantization, no snapshots. Their losses must agree. ``--preset pr585 --sequences 48`` is one GPU's share of #585.
 ``--profile STEPS`` adds where the time of the project's loop goes: kernels of a GPU, operators of a CPU.
 
 Model FLOPs per token, forward and backward: 6 for each weight of a matrix that is multiplied with (a table that is only looked up does
@@ -31,11 +31,13 @@ from lib.artifacts.tokens import Split
 from lib.data.loader import Loader
 from lib.distributed import Process, start_process
 from lib.evaluation.evaluation import peak_memory_mib
-from lib.model.config import ModelParams, ModelSection
+from lib.model.config import ModelParams
 from lib.model.gpt import GPT
 from lib.model.kernels import choose_kernel
+from lib.model.parts import parts_of
 from lib.model.sdpa import Kernel
-from lib.params import PARAMS_FILE, Precision, load_params
+from lib.params import PARAMS_FILE, Precision
+from lib.presets import load_settings
 from lib.training.config import TrainParams
 from lib.training.flat import group_of
 from lib.training.loop import Run
@@ -55,7 +57,7 @@ class Loop(Protocol):
     """A way to train.
 
     Attributes:
-        losses: of the steps until the last call of `sync`.
+        losses: losses of the steps until the last call of `sync`.
     """
 
     losses: list[float]
@@ -81,12 +83,13 @@ class PlainLoop:
     def __init__(self, model: GPT, params: TrainParams, loader: Loader, process: Process) -> None:
         self.model, self.params, self.loader, self.process = model, params, loader, process
         groups: dict[str, list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in model.named_parameters():
-            groups[group_of(name, parameter.ndim)].append(parameter)
+        for name, part in parts_of(model).items():
+            groups[group_of(part)].append(model.get_parameter(name))
         settings = params.optimizer
         lrs = {"embedding": settings.embedding_lr, "vector": settings.vector_lr, "head": settings.head_lr}
-        self.adam = torch.optim.AdamW([{"params": groups[group], "lr": lr} for group, lr in lrs.items() if groups[group]],
-                                      betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay, foreach=False)
+        self.adam = torch.optim.AdamW([{"params": groups[group], "lr": lr, "weight_decay": getattr(settings.weight_decay, group)}
+                                       for group, lr in lrs.items() if groups[group]],
+                                      betas=settings.adam_betas, eps=settings.adam_eps, foreach=False)
         self.matrices = [(weight, torch.zeros_like(weight)) for weight in groups["matrix"]]  # with their momentum
         self.ema = {name: weight.clone() for name, weight in model.state_dict().items()}
         self.losses: list[float] = []
@@ -118,8 +121,8 @@ class PlainLoop:
         for weight, buffer in self.matrices:
             assert weight.grad is not None
             buffer.mul_(momentum).add_(weight.grad)
-            update = newton_schulz(weight.grad.add(buffer, alpha=momentum), settings.newton_schulz_steps)
-            weight.mul_(1 - settings.matrix_lr * settings.weight_decay)
+            update = newton_schulz(weight.grad.add(buffer, alpha=momentum), settings.orthogonalization_steps)
+            weight.mul_(1 - settings.matrix_lr * settings.weight_decay.matrix)
             weight.add_(update, alpha=-settings.matrix_lr * max(1, len(weight) / weight.shape[1]) ** 0.5)
 
     def sync(self) -> None:
@@ -196,10 +199,9 @@ def measure(loops: Mapping[str, Callable[[], Loop]], process: Process, num_steps
 
 
 def flops_per_token(model: GPT, sequence_tokens: int) -> float:
-    """Of forward and backward pass; see the head of this file."""
-    weights = sum(parameter.numel() for name, parameter in model.named_parameters() if group_of(name, parameter.ndim) in ("matrix", "head"))
-    if model.params.tied_head:
-        weights += model.token_embedding.weight.numel()
+    """Operations of forward and backward pass; see the head of this file."""
+    weights = sum(model.get_parameter(name).numel() for name, part in parts_of(model).items() for module in part.modules
+                  if part.is_matrix and not isinstance(model.get_submodule(module), nn.Embedding))
     return 6 * weights + 12 * model.params.num_layers * model.params.model_dim * sequence_tokens / 2
 
 
@@ -234,7 +236,7 @@ def print_profile(make: Callable[[], Loop], process: Process, num_steps: int) ->
     Args:
         make: makes the loop.
         process: on a CPU the times are those of operators, without the operators that they call.
-        num_steps: that are recorded.
+        num_steps: number of steps that are recorded.
     """
     cuda, loop = process.device.type == "cuda", make()
     loop.step()
@@ -265,14 +267,15 @@ def check_losses(measured: Mapping[str, Measured], precision: Precision) -> None
 def main() -> None:
     """Measure both loops and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", type=Path, default=PARAMS_FILE, help="parameter file whose sections model and train are used")
+    parser.add_argument("--preset", default=str(PARAMS_FILE), help="name of a preset, or a complete parameter file (default: %(default)s)")
     parser.add_argument("--sequences", type=int, help="sequences per step on this device; train.batch_sequences where not given")
     parser.add_argument("--compile", action="store_true", help="as if train.compile were true")
     parser.add_argument("--steps", type=int, default=100, help="measured steps of each loop, in blocks")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="steps of the project's loop whose kernels are listed")
     parser.add_argument("--device-peak-tflops", type=float, help="that utilisation is a share of")
     options = parser.parse_args()
-    section, params = load_params("model", ModelSection, options.preset), load_params("train", TrainParams, options.preset)
+    settings = load_settings(options.preset)
+    section, params = settings.model, settings.train
     params = params.model_copy(update={"batch_sequences": options.sequences or params.batch_sequences,
                                        "compile": options.compile or params.compile})
     with start_process() as process:

@@ -96,7 +96,7 @@ class Process:
 
         Args:
             own: rows ``rank * n`` to ``(rank + 1) * n`` - 1 of all, as far as they exist, with n = `num_rows` / `world_size` rounded up.
-            num_rows: of all.
+            num_rows: number of rows of all processes together.
 
         Returns:
             (num_rows, ...), all rows.

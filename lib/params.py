@@ -32,7 +32,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16"]
-"""Of matrix products; weights and losses are fp32."""
+"""Precision of matrix products; weights and losses are fp32."""
 
 
 class Params(BaseModel):
@@ -51,15 +51,31 @@ P = TypeVar("P", bound=Params)
 def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     """The whole parameter file as plain data, its top-level keys checked.
 
+    Raises:
+        ParamsError: as `read_yaml`, or a top-level key that is unknown or missing.
+    """
+    values = read_yaml(path)
+    for key in values:
+        if key not in SECTIONS:
+            raise ParamsError(f"{path}: {key}: unknown section; {suggest(key, SECTIONS) or 'the sections are ' + ', '.join(SECTIONS)}")
+    for key in SECTIONS:
+        if key not in values:
+            raise ParamsError(f"{path}: {key}: missing section; presets/default.yaml shows it")
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file with some sections of parameters as plain data.
+
     YAML 1.2, so that ``1e-4`` is a number.
 
     Raises:
-        ParamsError: no such file, not YAML, a repeated key, or a top-level key that is unknown or missing.
+        ParamsError: no such file, not YAML, a repeated key, or values that JSON does not have.
     """
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file; run from the repository root, or copy a file of presets/ there") from None
+        raise ParamsError(f"{path}: no such file; run from the repository root, or `make preset NAME=default` there") from None
     except OSError as error:
         raise ParamsError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -75,12 +91,6 @@ def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
         raise ParamsError(f"{path}: expected fewer than {MAX_VALUES:,} values, found more, by aliases (*name) perhaps; write them out")
     if foreign := [problem for problem in found if problem]:
         raise ParamsError("\n".join(f"{path}: {problem}" for problem in foreign))
-    for key in values:
-        if key not in SECTIONS:
-            raise ParamsError(f"{path}: {key}: unknown section; {suggest(key, SECTIONS) or 'the sections are ' + ', '.join(SECTIONS)}")
-    for key in SECTIONS:
-        if key not in values:
-            raise ParamsError(f"{path}: {key}: missing section; every preset in presets/ shows it")
     return values
 
 

@@ -49,9 +49,9 @@ def _describe(key: str, problems: list[ErrorDetails], kind: type[BaseModel]) -> 
     expected: dict[str, None] = {}
     for problem in problems:
         if problem["type"] == "missing":
-            yield f"{key}: missing; every preset in presets/ shows it"
+            yield f"{key}: missing; presets/default.yaml shows it"
         elif problem["type"] == "extra_forbidden":
-            yield f"{key}: unknown key; {_suggest_key(key, kind) or 'presets/ show the known ones'}"
+            yield f"{key}: unknown key; {_suggest_key(key, kind) or 'presets/default.yaml shows the known ones'}"
         elif problem["type"] == "value_error":
             message = problem["msg"].removeprefix("Value error, ")
             if message.startswith("expected ") and len(problems) > 1:

@@ -11,7 +11,7 @@ from lib.calibration.config import CalibrateParams
 from lib.compression.config import CompressParams
 from lib.data.config import TokenizeParams
 from lib.evaluation.config import EvaluateParams
-from lib.model.config import ModelSection
+from lib.model.config import MATRIX_ROLES, ModelSection
 from lib.params import Params, Seed
 from lib.quantization.config import QuantizeParams
 from lib.reporting.config import ReportParams
@@ -38,6 +38,11 @@ class PipelineParams(Params):
             raise ValueError(f"seeds: expected each seed once, found {list(self.seeds)}")
         if self.model.vocab_size != self.tokenize.vocab_size:
             raise ValueError(f"model.vocab_size: expected tokenize.vocab_size {self.tokenize.vocab_size}, found {self.model.vocab_size}")
+        for key, bits in (("quantize.bits", self.quantize.bits), ("train.qat.bits", self.train.qat.bits)):
+            if unknown := sorted(bits.keys() - set(MATRIX_ROLES)):
+                raise ValueError(f"{key}.{unknown[0]}: expected a role of matrices, one of {', '.join(MATRIX_ROLES)}")
+            if missing := sorted(set(self.model.roles) - bits.keys()):
+                raise ValueError(f"{key}.{missing[0]}: expected bits, as the model has matrices of this role, found nothing")
         target, limit = self.quantize.target_bytes, self.compress.limit_bytes
         if target is not None and target > limit:
             raise ValueError(f"quantize.target_bytes: expected at most compress.limit_bytes {limit}, found {target}")

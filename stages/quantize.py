@@ -16,7 +16,8 @@ from lib.compression.container import pack
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
 from lib.evaluation.heldout import compare_heldout
-from lib.model.gpt import build_model
+from lib.model.gpt import build_model, outline
+from lib.model.parts import parts_of
 from lib.params import load_params, parse_seed
 from lib.progress import say
 from lib.quantization.assessment import TensorRow, list_tensors, summarize
@@ -34,11 +35,12 @@ def main(seed: int) -> None:
         params, folder = load_params("quantize", QuantizeParams), stage_folder("quantize", seed)
         coding = load_params("compress", CompressParams)
         checkpoint, hessians = load_checkpoint(sources[0]), load_hessians(sources[1], checkpoint=sources[0])
+        parts = parts_of(outline(checkpoint.model))
         grid = checkpoint.training["qat"]
         if grid is not None and (differences := list_grid_differences(grid, params)):
             say("note: the checkpoint was trained for another grid than this one: " + "; ".join(differences), enabled=process.is_main)
-        quantized, dampings = quantize_model(checkpoint, hessians, params, process,
-                                             lambda model: coding.code_bytes + len(pack(model, coding.codec, coding.level).blob))
+        quantized, dampings = quantize_model(checkpoint, parts, hessians, params, process=process,
+                                             measure=lambda model: coding.code_bytes + len(pack(model, coding.codec, coding.level).blob))
         model, reference = (build_model(checkpoint.model, weights).to(process.device)
                             for weights in (quantized.weights(), checkpoint.weights))
         heldout = load_split(TOKENIZE_FOLDER / "heldout", model.params.vocab_size)
@@ -46,7 +48,7 @@ def main(seed: int) -> None:
                                      window_tokens=checkpoint.training["sequence_tokens"], max_tokens=params.heldout_tokens,
                                      batch_windows=BATCH_WINDOWS, process=process)
         if process.is_main:
-            rows = list_tensors(checkpoint.weights, hessians, quantized, params, dampings=dampings,
+            rows = list_tensors(checkpoint.weights, parts, hessians, quantized, params, dampings=dampings,
                                 coded_bytes=pack(quantized, coding.codec, coding.level).matrix_bytes, device=process.device)
             save_quantized(folder / "quantized.safetensors", quantized, sources)
             write_csv(folder / "tensors.csv", [field.name for field in fields(TensorRow)], map(astuple, rows))

@@ -7,7 +7,7 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.data.config import TokenizeParams
 from lib.data.corpus import open_source
-from lib.data.encoding import make_manifest, provide_tokenizer, summarize, write_splits
+from lib.data.tokenization import make_manifest, provide_tokenizer, summarize, write_splits
 from lib.forecast.corpus import check_corpus
 from lib.params import load_params
 

@@ -32,7 +32,8 @@ from lib.evaluation.evaluation import Outcome
 from lib.evaluation.score import Forward
 from lib.evaluation.strategies import STRATEGIES
 from lib.evaluation.windows import Documents, sliding_windows
-from lib.params import load_params, read_params
+from lib.params import read_params
+from lib.presets import load_settings
 from tests.evaluation.tiny import EVALUATE, MODEL, make_model, make_params
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,7 @@ def test_steps_are_those_of_the_record_and_of_the_entry() -> None:
     stream = make_stream(100, MODEL["vocab_size"], CPU)
     outcome = run_once("score_first", Forward(make_model(), "fp32"), stream, one_document(100), params=params, process=SINGLE_CPU)
     assert num_training_steps(100, params) == sum(event.num_steps for event in outcome.events) == 4 * 3 * 2
-    entry = load_params("evaluate", EvaluateParams, ROOT / "presets/pr585.yaml")
+    entry = load_settings("pr585", ROOT / "presets").evaluate
     assert num_training_steps(bench.evaluate.ENTRY_TOKENS, entry) == 473 * 3
 
 
@@ -137,7 +138,7 @@ def test_what_was_measured_is_projected_to_itself(kind: str, monkeypatch: pytest
 
 def test_the_entry_is_projected_from_the_speed_of_the_slice() -> None:
     """8 times the tokens/s, where nothing waits: 4,096 windows in 128 batches on 8 processes."""
-    entry = load_params("evaluate", EvaluateParams, ROOT / "presets/pr585.yaml")
+    entry = load_settings("pr585", ROOT / "presets").evaluate
     tokens = bench.evaluate.ENTRY_TOKENS
     assert scoring_work(tokens, entry, 8) == pytest.approx(scoring_work(tokens, entry, 1) / 8, rel=2e-4)
     assert scoring_work(tokens, entry, 1) == pytest.approx(tokens / 32 * 2048, rel=2e-4)

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
+from packaging.utils import canonicalize_name
 
 import bench.gpu
 import bench.gpu_checks
@@ -22,15 +22,14 @@ from lib.artifacts.files import write_json
 from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.params import parse_params
+from lib.presets import list_presets, read_preset
 from lib.reporting.runs import UNRECORDED
 from lib.schema import PipelineParams
+from lib.training.orthogonal import ORTHOGONALIZATIONS
 from tests.stages.project import make_documents
 
 ROOT = Path(__file__).parents[1]
-PYPROJECT = """[project]
-dependencies = ["torch>=2", "one>=1", "dvc"]
-optional-dependencies.dev = ["pytest>=8", "ruff"]
-"""
+RANGES = {"run": "# what is imported\ntorch>=2\none>=1\ndvc\n", "test": "pytest>=8\nruff\n"}
 PINS = "torch==2.0\none==1.5\ntwo==2.0\nthree==3.0\npytest==8.1\nruff==1\n"
 OTHER_PYTHON = "three; python_version < '3.12'"
 
@@ -54,7 +53,9 @@ def make_wheel(folder: Path, name: str, version: str, requires: tuple[str, ...] 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with requirements, and wheels that fulfil them in the folder ``index``."""
-    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    (tmp_path / "requirements").mkdir()
+    for name, content in RANGES.items():
+        (tmp_path / f"requirements/{name}.txt").write_text(content)
     (tmp_path / "requirements.txt").write_text(PINS)
     index = tmp_path / "index"
     index.mkdir()
@@ -92,7 +93,10 @@ def test_the_requirements_of_this_project_are_pinned() -> None:
     roots = {each.name for each in list_roots(ROOT, gpu_bundle.GIVEN)}
     assert {"pydantic", "ruamel.yaml", "sentencepiece", "constriction", "pytest"} <= roots
     assert not roots & {*gpu_bundle.GIVEN, "mypy", "ruff"}
-    assert {name.lower().replace(".", "-") for name in roots} <= read_pins(ROOT).keys()
+    pins = read_pins(ROOT)
+    for path in (ROOT / "requirements").glob("*.txt"):
+        for each in gpu_bundle.read_ranges(path):
+            assert path.stem == "cuda" or pins[canonicalize_name(each.name)] in each.specifier, each
 
 
 def test_wheels_are_installed_once_and_anew_when_others_are_packed(tmp_path: Path) -> None:
@@ -167,7 +171,7 @@ def test_parameters_of_the_chain_are_a_whole_file_of_the_preset(bundle: Path, sm
     tokenizer = load_tokenizer(bundle / TOKENIZER)
     assert params.model.vocab_size == params.tokenize.vocab_size == tokenizer.vocab_size == 300
     assert (params.model.num_layers, params.train.budget_seconds) == ((2, None) if smoke else (11, 210.0))
-    preset = YAML(typ="safe", pure=True).load(ROOT / "presets/pr585.yaml")
+    preset = read_preset("pr585", ROOT / "presets")
     assert values["quantize"]["bits"] == preset["quantize"]["bits"]
 
 
@@ -212,8 +216,8 @@ def test_every_command_of_a_piece_is_one_that_its_module_takes(piece: str, smoke
             options = re.findall(r"--[\w-]+", command.arguments)
             assert options
             assert all(f'add_argument("{option}"' in source for option in options)
-        paths = re.findall(r"(?:presets|tests)/\S+", command.arguments)
-        assert all((ROOT / path).exists() for path in paths)
+        assert all((ROOT / path).exists() for path in re.findall(r"tests/\S+", command.arguments))
+        assert smoke or set(re.findall(r"--preset (\S+)", command.arguments)) <= set(list_presets(ROOT / "presets"))
 
 
 def test_a_command_that_fails_stops_no_other(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,8 +259,8 @@ def test_pieces_that_fail_or_are_unknown_are_an_exit_status(bundle: Path, monkey
 
 def test_a_check_that_fails_stops_no_other(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_json(bundle / "smoke.yaml", make_params(bundle, 1.0, True))
-    monkeypatch.setattr(bench.gpu_checks, "orthogonalize", lambda matrices, num_steps: matrices.bfloat16() if matrices.dtype.itemsize == 4
-                        else 1.1 * matrices)
+    monkeypatch.setitem(ORTHOGONALIZATIONS, "newton_schulz",
+                        lambda matrices, num_steps: matrices.bfloat16() if matrices.dtype.itemsize == 4 else 1.1 * matrices)
     monkeypatch.setattr(sys, "argv", ["gpu_checks", "--preset", str(bundle / "smoke.yaml")])
     with pytest.raises(SystemExit, match=r"^FAILED: muon$"):
         bench.gpu_checks.main()

@@ -12,9 +12,11 @@ import pytest
 
 import bench.curve
 import bench.evaluate
-from lib.artifacts.files import write_bytes, write_json
+import bench.quantize
+from lib.artifacts.files import read_csv, write_bytes, write_json
 from lib.model import compilation
 from lib.params import read_params
+from lib.presets import read_preset
 from stages import calibrate, compress, evaluate, quantize, tokenize, train
 from tests.clone import SEED, TINY
 from tests.evaluation.tiny import merge
@@ -38,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
         short = {"evaluate": {"strategies": ["plain", "score_first"], "strategy": "score_first", "audit": False},
                  "quantize": {"target_bytes": 16_000}}
-        write_json(folder / "params.yaml", merge(merge(read_params(ROOT / "presets/default.yaml"), TINY), short))  # JSON is YAML
+        write_json(folder / "params.yaml", merge(merge(read_preset("default", ROOT / "presets"), TINY), short))  # JSON is YAML
         tokenize.main()
         for stage in (train, calibrate, quantize, compress, evaluate):
             stage.main(SEED)
@@ -138,12 +140,24 @@ def test_quantize_at_given_sizes(run: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert [line.split(" from ")[1].split()[0] for line in lines[2:]] == ["16,000", "12,000"]
 
 
+def test_quantize_as_a_curve(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in {"CURVE_BITS": (4, 6), "CURVE_SIZES": 2, "TABLE": run / "quantize.csv", "FIGURE": run / "quantize.svg"}.items():
+        monkeypatch.setattr(f"bench.quantize.{name}", value)
+    output_of("quantize", f"--seed {SEED} --heldout-tokens 500 --curve", run, monkeypatch, capsys)
+    rows = read_csv(run / "quantize.csv", ["method", "num_bytes", "heldout_kl"])
+    sizes = [float(row["num_bytes"]) for row in rows]
+    assert [row["method"] for row in rows] == [method for method in dict.fromkeys(row["method"] for row in rows) for _ in range(2)]
+    assert sizes[4:] == pytest.approx([min(sizes[:4]), max(sizes[:4])], rel=0.02)
+    assert all(float(rows[first]["heldout_kl"]) > float(rows[first + 1]["heldout_kl"]) for first in (0, 2, 4)), "more bits, less loss"
+    assert (run / "quantize.svg").read_text() == bench.quantize.draw_curve(run / "quantize.csv")
+
+
 def test_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    values = merge(read_params(ROOT / "presets/pr410.yaml"), {
+    values = merge(read_preset("pr410", ROOT / "presets"), {
         "model": {"num_layers": 2, "model_dim": 128, "num_heads": 2, "num_kv_heads": 1, "mlp_hidden_dim": 128, "num_xsa_layers": 1,
                   "value_embedding_layers": [1]}, "compress": {"level": 3, "limit_bytes": 600_000}})
-    write_json(tmp_path / "tiny.yaml", values)
-    lines = output_of("published", f"--presets tiny --folder {tmp_path}", ROOT, monkeypatch, capsys).splitlines()
+    write_json(tmp_path / "default.yaml", values)
+    lines = output_of("published", f"--presets default --folder {tmp_path}", ROOT, monkeypatch, capsys).splitlines()
     floored, free = (line.split() for line in lines[2:])
     assert floored[2:4] == ["1/31", "100.0%"] and free[2:4] == ["none", "0.0%"]
     assert float(floored[6]) < 0.9 * float(free[6])

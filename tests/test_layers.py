@@ -15,19 +15,20 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "artifacts": {"errors"},
     "data": BASE | {"artifacts"},
     "model": {"errors", "params"},
-    "compression": {"errors", "params", "artifacts"},
+    "compression": {"errors", "params", "problems", "artifacts"},
     "calibration": BASE | {"artifacts", "data", "model"},
     "quantization": BASE | {"artifacts", "model"},
     "evaluation": BASE | {"artifacts", "data", "model"},
-    "audit": BASE | {"artifacts", "data", "evaluation", "compression"},
+    "audit": BASE | {"artifacts", "data", "model", "evaluation", "compression"},
     "training": BASE | {"artifacts", "data", "model", "quantization", "evaluation"},
-    "published": {"errors", "artifacts", "model", "compression"},
+    "published": {"errors", "params", "artifacts", "model", "compression"},
     "forecast": BASE | {"artifacts", "data", "model", "calibration", "training", "quantization", "compression"},
     "reporting": {"errors", "params", "artifacts"},
     "submission": BASE | {"artifacts", "data", "model", "calibration", "training", "quantization", "compression", "evaluation",
                           "reporting"},
 }
 ALLOWED["schema"] = set(ALLOWED)
+ALLOWED["presets"] = {"params", "problems", "schema"}
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path.relative_to(ROOT) for folder in ("lib", "stages", "tools") for path in (ROOT / folder).rglob("*.py"))

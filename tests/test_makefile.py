@@ -35,9 +35,9 @@ def test_the_lowest_versions_are_tested_where_the_tests_are() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder in which the environment is taken to be there."""
-    for name in ("Makefile", "pyproject.toml", "requirements.txt"):
+    for name in ("Makefile", "requirements.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("bench", "lib", "presets", "params.yaml"):
+    for name in ("bench", "lib", "presets", "requirements", "tools", "params.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/installed").touch()
@@ -48,7 +48,8 @@ def folder(tmp_path: Path) -> Path:
     (["sweep"], 'usage: make sweep TARGETS="400000 600000"'),
     (["sweep", "TARGETS=some"], 'usage: make sweep TARGETS="400000 600000"'),
     (["sweep", "TARGETS=-5"], "TARGETS: expected numbers of bytes above 0, found -5"),
-    (["preset", "NAME=none"], "NAME: expected one of default, "),
+    (["preset"], "usage: make preset NAME=pr585\n  default "),
+    (["preset", "NAME=pr584"], "NAME: expected a preset, found 'pr584'; did you mean pr585?\n  default "),
     (["bench", "BENCH=none"], "No module named bench.none"),
 ])
 def test_wrong_arguments_are_named(folder: Path, arguments: list[str], expected: str) -> None:

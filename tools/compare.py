@@ -28,10 +28,10 @@ class Figure(NamedTuple):
     """What a run is judged by.
 
     Attributes:
-        stage: that has it among its metrics.
+        stage: the stage that has it among its metrics.
         key: its name there.
         digits: after the decimal point.
-        same_metrics: of the same stage; figures of runs that differ in them are not subtracted, because they are of another text.
+        same_metrics: metrics of the same stage; figures of runs that differ in them are not subtracted, because they are of another text.
         same_params: the same of parameters, sections or keys: the runs were to do different things.
     """
 
@@ -51,7 +51,7 @@ FIGURES = {
     "KL": Figure("quantize", "heldout_kl", 5, *_HELDOUT),
     "bytes": Figure("compress", "artifact_bytes", 0),
 }
-"""By what they are called."""
+"""The figures, by what they are called."""
 
 
 class Revision(NamedTuple):
@@ -78,7 +78,7 @@ def read_revision(name: str, experiments: Mapping[str, str]) -> Revision:
     """Parameters and figures of a commit, branch, tag or experiment, or of the `WORKSPACE`.
 
     Args:
-        name: of the revision.
+        name: name of the revision.
         experiments: from `find_experiments`.
 
     Raises:

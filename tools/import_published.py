@@ -1,6 +1,6 @@
 """Import: a published float checkpoint or artifact -> the outputs of train or quantize, from where the pipeline goes on.
 
-Not part of the pipeline: ``python -m tools.import_published FILE --seed N``. README says which files these are.
+Not part of the pipeline: ``python -m tools.import_published FILE --seed N``. docs/parity.md says which files these are.
 """
 
 import argparse

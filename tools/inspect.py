@@ -3,21 +3,28 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from lib.compression.contents import describe_artifact
 from lib.errors import UserError
-from lib.model.roles import role_of
+from lib.model.gpt import outline
+from lib.model.parts import parts_of
 from lib.published.description import describe_published
 from lib.published.reader import is_published
 
 
+def list_roles(model: dict[str, Any]) -> dict[str, str]:
+    """Name of every parameter of a configuration -> its role."""
+    return {name: part.role for name, part in parts_of(outline(model)).items()}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the description of one file, or say why there is none and exit with status 1."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path, help="a file that the stage compress made, or one that tools.import_published takes")
-    path = parser.parse_args(arguments).path
+    parser = argparse.ArgumentParser(prog="python -m tools.inspect", description=__doc__)
+    parser.add_argument("file", type=Path, metavar="FILE", help="a model.ptz, which the stage compress makes, or a published file")
+    path = parser.parse_args(arguments).file
     try:
-        print(describe_published(path) if is_published(path) else describe_artifact(path, role_of))
+        print(describe_published(path) if is_published(path) else describe_artifact(path, list_roles))
     except UserError as error:
         sys.exit(str(error))
 

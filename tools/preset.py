@@ -1,26 +1,16 @@
-"""Presets, complete parameter files: ``python -m tools.preset [NAME]`` (``make preset NAME=...``) makes one params.yaml, or lists them."""
+"""Make a preset the parameters: ``python -m tools.preset NAME`` (``make preset NAME=pr585``); without a name, list them."""
 
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 
 from lib.artifacts.files import write_bytes
 from lib.errors import report_errors
-from lib.params import PARAMS_FILE, ParamsError, parse_params, read_params
-from lib.schema import PipelineParams
+from lib.params import PARAMS_FILE, ParamsError, read_params
+from lib.presets import compose_preset, describe_preset, list_presets, read_preset
+from lib.reporting.runs import flatten
 
-PRESETS_FOLDER = Path("presets")
-
-
-def list_presets() -> dict[str, Path]:
-    """Name -> file, sorted by name."""
-    return {path.stem: path for path in sorted(PRESETS_FOLDER.glob("*.yaml"))}
-
-
-def describe_preset(path: Path) -> str:
-    """The first line of the comment at the top of the file."""
-    return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+MAX_SHOWN = 4  # keys that are named
 
 
 def apply_preset(name: str) -> None:
@@ -29,35 +19,48 @@ def apply_preset(name: str) -> None:
     Raises:
         ParamsError: no such preset, an invalid one, or parameters that would be lost: neither committed nor those of a preset.
     """
-    presets = list_presets()
-    if name not in presets:
-        raise ParamsError(f"NAME: expected one of {', '.join(presets)}, found {name!r}")
-    parse_params(read_params(presets[name]), PipelineParams, f"{presets[name]}: ")
-    content = PARAMS_FILE.read_bytes() if PARAMS_FILE.exists() else None
-    if content is not None and _is_changed(PARAMS_FILE) and all(path.read_bytes() != content for path in presets.values()):
+    text = compose_preset(name)
+    if PARAMS_FILE.exists() and _is_changed() and PARAMS_FILE.read_text(encoding="utf-8") not in map(compose_preset, list_presets()):
         raise ParamsError(f"{PARAMS_FILE}: expected no changes that would be lost, found some that are not committed; commit them, "
                           f"or drop them with `git restore {PARAMS_FILE}`")
-    write_bytes(PARAMS_FILE, presets[name].read_bytes())
+    write_bytes(PARAMS_FILE, text.encode())
+
+
+def describe_parameters() -> str:
+    """Which preset the parameters of the workspace are, or come nearest to, and the keys in which they differ from it.
+
+    Raises:
+        ParamsError: parameters, or a preset, that cannot be read.
+    """
+    values, differing = dict(flatten(read_params())), {}
+    for name in list_presets():
+        preset = dict(flatten(read_preset(name)))
+        differing[name] = [key for key in values | preset if (key in values, values.get(key)) != (key in preset, preset.get(key))]
+    name, keys = min(differing.items(), key=lambda item: len(item[1]))
+    others = [f"{len(keys) - MAX_SHOWN} more"] if len(keys) > MAX_SHOWN else []
+    return f"{PARAMS_FILE} is the preset {name}" + (f", but for {', '.join(keys[:MAX_SHOWN] + others)}" if keys else "")
 
 
 def main() -> None:
-    """Apply or list."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of a file in presets/, without .yaml; none lists them")
-    name = parser.parse_args().name
-    if name is None:
-        print("\n".join(f"{each}: {describe_preset(path)}" for each, path in list_presets().items()))
-        return
+    """Apply a preset; without a name, list them and exit with status 2."""
+    parser = argparse.ArgumentParser(prog="make preset", usage="make preset NAME=pr585", description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of a file in presets/, without .yaml")
+    name, presets = parser.parse_args().name, list_presets()
+    listed = [f"  {each:12} {describe_preset(path)[0]}" for each, path in presets.items()]
     try:
+        if name is None:
+            print("\n".join(["usage: make preset NAME=pr585", *listed, describe_parameters()]), file=sys.stderr)
+            sys.exit(2)
         apply_preset(name)
     except ParamsError as error:
-        sys.exit(str(error))
-    print(f"{PARAMS_FILE} is now {PRESETS_FOLDER / name}.yaml; `make repro` runs it, `git diff {PARAMS_FILE}` shows what has changed")
+        sys.exit("\n".join([str(error), *(listed if name not in presets else [])]))
+    print("\n  ".join([f"{PARAMS_FILE} is now the preset {name}:", *describe_preset(presets[name])]))
+    print(f"`git diff {PARAMS_FILE}` shows what has changed")
 
 
-def _is_changed(path: Path) -> bool:
-    """Whether git does not have the content; where there is no git, it does not."""
-    status = subprocess.run(["git", "status", "--porcelain", "--", str(path)], capture_output=True, text=True, check=False)
+def _is_changed() -> bool:
+    """Whether git does not have the parameters; where there is no git, it does not."""
+    status = subprocess.run(["git", "status", "--porcelain", "--", str(PARAMS_FILE)], capture_output=True, text=True, check=False)
     return status.returncode != 0 or bool(status.stdout)
 
 

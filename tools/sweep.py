@@ -40,7 +40,7 @@ Figures = dict[str, float | None]
 
 
 def experiment_name(target_bytes: int) -> str:
-    """Of the experiment with that target."""
+    """Name of the experiment with that target."""
     return f"target-{target_bytes}"
 
 
@@ -48,7 +48,7 @@ def run_experiment(target_bytes: int, params: dict[str, Any]) -> None:
     """One experiment from the workspace as it is; raises `subprocess.CalledProcessError` where a stage fails.
 
     Args:
-        target_bytes: of code and artifact together.
+        target_bytes: size of code and artifact together.
         params: all of params.yaml.
     """
     name = experiment_name(target_bytes)
@@ -82,7 +82,7 @@ def save_sweep(folder: Path, points: dict[int, Figures]) -> None:
 
 def main() -> None:
     """Run the experiments and write table and figure."""
-    parser = argparse.ArgumentParser(usage='make sweep TARGETS="400000 600000"', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="make sweep", usage='make sweep TARGETS="400000 600000"', description=__doc__.splitlines()[0])
     parser.add_argument("targets", type=int, nargs="+", metavar="TARGETS", help="sizes of code and artifact together, in bytes")
     targets = sorted(set(parser.parse_args().targets))
     if targets[0] < 1:

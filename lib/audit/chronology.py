@@ -14,10 +14,10 @@ from lib.evaluation.config import StrategyName
 from lib.evaluation.ledger import SHARED, Event
 from lib.evaluation.windows import Documents
 
-Check = dict[str, object]
+Finding = dict[str, object]
 
 
-def check_score_before_update(events: Sequence[Event], num_targets: int) -> Check:
+def check_score_before_update(events: Sequence[Event], num_targets: int) -> Finding:
     """C3: whatever is trained on was scored before, and whatever is scored has seen only training on earlier targets.
 
     Args:
@@ -43,7 +43,7 @@ def check_score_before_update(events: Sequence[Event], num_targets: int) -> Chec
             "targets_trained_after_scoring": trained_after, "targets_scored": total, "targets_scored_from_the_past_only": past_only}
 
 
-def check_single_pass(events: Sequence[Event], num_targets: int, documents: Documents) -> Check:
+def check_single_pass(events: Sequence[Event], num_targets: int, documents: Documents) -> Finding:
     """C4: every target is scored once, from left to right by each state; a document's own adapter scores and sees only its document.
 
     Args:

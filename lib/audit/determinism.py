@@ -65,7 +65,7 @@ def _rehearse(model: GPT, precision: Precision) -> str | None:
 
 
 def largest_difference(one: Floats, other: Floats) -> float:
-    """Of two arrays, infinite where only one is NaN or where they have different shapes."""
+    """Largest difference of two arrays, infinite where only one is NaN or where they have different shapes."""
     if one.shape != other.shape:
         return float("inf")
     same = (one == other) | (np.isnan(one) & np.isnan(other))

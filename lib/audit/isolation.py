@@ -67,7 +67,7 @@ def withhold_validation(stage: str, seed: int) -> None:
     """Take the validation text from this process for good, where the kernel can, and leave it the inputs of training and quantization.
 
     Args:
-        stage: that this process runs; it writes into its own folder only.
+        stage: the stage that this process runs; it writes into its own folder only.
         seed: seed of the run, which names the folders.
 
     Raises:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.artifacts.tokens import Tokens
-from lib.audit.chronology import Check
+from lib.audit.chronology import Finding
 from lib.audit.determinism import NUM_REPETITIONS, judge, largest_difference, largest_spread, worst
 from lib.distributed import Process
 from lib.evaluation.config import EvaluateParams, StrategyName
@@ -82,7 +82,7 @@ def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool
     """Take a piece of the text and choose where to change it: in mid-window, just after a chunk, and all over it if `thorough`.
 
     Args:
-        text: whose longest documents are used where documents are cut, each to another length than its neighbours.
+        text: the validation text, whose longest documents are used where documents are cut, each to another length than its neighbours.
         size: length and make of the piece; the text may be shorter.
         window_tokens: inputs that the model sees at once.
         thorough: choose more places.
@@ -118,7 +118,7 @@ class Trial:
 
     Args:
         name: the strategy.
-        forward: of the artifact's model.
+        forward: forward pass of the artifact's model.
         text: the text that the piece is taken from.
         params: the section ``evaluate``.
         process: every process takes part in every run.
@@ -135,7 +135,7 @@ class Trial:
         self._generator = np.random.default_rng(SEED)
         self._measured_noise: float | None = None
 
-    def check(self) -> tuple[Check, Check]:
+    def check(self) -> tuple[Finding, Finding]:
         """The conditions C1 and C2: whether they ``passed`` (None where differences may be the device's own noise), and numbers."""
         tokens, original = self._probe.tokens, self.original
         number = np.arange(1, len(tokens))  # of each target's token
@@ -155,7 +155,7 @@ class Trial:
         figures = comparison.figures() | {"largest_deviation_from_cut_text": _figure(from_cut_text), "documents_isolated": isolated}
         return self._conclude(worst(*passed), figures), self._check_distribution(at_places)
 
-    def _check_documents(self) -> Check | None:
+    def _check_documents(self) -> Finding | None:
         """Change some documents, then the others; None for a strategy that does not claim that documents are isolated."""
         if not STRATEGIES[self._name].isolates_documents:
             return None
@@ -183,7 +183,7 @@ class Trial:
         tried = others[:half] + self._generator.permutation(others[half:])[:half].tolist()
         return {int(tokens[place]): original} | {token: self._run(_with(tokens, place, token), place) for token in tried}
 
-    def _check_distribution(self, at_places: dict[int, dict[int, Outcome]]) -> Check:
+    def _check_distribution(self, at_places: dict[int, dict[int, Outcome]]) -> Finding:
         sums, losses, differences, complete, num_tried = 0.0, 0.0, list[float](), True, 0
         for place, outcomes in at_places.items():
             stated = [_stated(outcome) for outcome in outcomes.values()]
@@ -200,7 +200,7 @@ class Trial:
             "distributions_differing": sum(map(bool, differences)), "largest_deviation_of_sum": _figure(sums),
             "largest_deviation_of_loss": _figure(losses)})
 
-    def _conclude(self, passed: bool | None, figures: Check) -> Check:
+    def _conclude(self, passed: bool | None, figures: Finding) -> Finding:
         if passed is not None:
             return {"passed": passed} | figures
         reason = f" ({self._nondeterministic})" if self._nondeterministic else ""
@@ -257,7 +257,7 @@ class Comparison:
         """Whether all was as it must be; None if differences may be the device's own `noise`."""
         return worst(judge(self._largest, 0, noise), not self._num_without_effect)
 
-    def figures(self) -> Check:
+    def figures(self) -> Finding:
         """What was compared, and what was found."""
         return {"targets": len(self._original.nats), "changes": self._num_changes, "changes_without_effect": self._num_without_effect,
                 "scores_compared": self._num_compared, "scores_differing": self._num_differing,

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from lib.artifacts.files import read_json
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import SPLIT_FILE, Split
-from lib.audit.chronology import Check
+from lib.audit.chronology import Finding
 from lib.audit.isolation import Checks, confine
 from lib.audit.text import check_text
 from lib.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ def confine_to_inputs(seeds: Sequence[int], stage: str, process: Process) -> Che
 
     Args:
         seeds: what is evaluated.
-        stage: that writes; an earlier one's results of the evaluation can be read.
+        stage: the stage that writes; an earlier one's results of the evaluation can be read.
         process: the group it belongs to has been joined.
 
     Returns:
@@ -40,13 +40,13 @@ def confine_to_inputs(seeds: Sequence[int], stage: str, process: Process) -> Che
                    network=process.world_size > 1 and process.device.type == "cuda")
 
 
-def check_data(metrics: Mapping[str, Any], split: Split, tokenizer: Tokenizer) -> dict[str, Check]:
+def check_data(metrics: Mapping[str, Any], split: Split, tokenizer: Tokenizer) -> dict[str, Finding]:
     """That all of the validation text was scored, by its own bytes, that no other split has any of it, and that no other stage reads it.
 
     Args:
         metrics: figures of the evaluation: ``num_tokens`` and ``num_bytes``, scored.
         split: the validation text.
-        tokenizer: that counted its bytes.
+        tokenizer: the one that counted its bytes.
     """
     manifest = read_json(MANIFEST)
     of_val = manifest["splits"]["val"]
@@ -65,7 +65,7 @@ def check_data(metrics: Mapping[str, Any], split: Split, tokenizer: Tokenizer) -
     }
 
 
-def check_readers(pipeline: Path) -> Check:
+def check_readers(pipeline: Path) -> Finding:
     """That evaluate is the only stage in the file `pipeline` that depends on the validation tokens."""
     if not pipeline.exists():
         return {"passed": None, "why": f"there is no {pipeline}"}

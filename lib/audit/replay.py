@@ -28,7 +28,7 @@ from lib.artifacts.metrics import load_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.scores import load_nats
 from lib.artifacts.tokens import Split, SplitWriter, Tokens, load_split
-from lib.audit.chronology import Check, load_ledger
+from lib.audit.chronology import Finding, load_ledger
 from lib.audit.determinism import deterministic, judge, largest_difference
 from lib.audit.isolation import confine, temporary_folder
 from lib.compression.container import load_artifact
@@ -150,15 +150,15 @@ def replace_text(text: Text, first: npt.NDArray[np.int64], generator: np.random.
 
 
 def check_replays(outcomes: Mapping[StrategyName, Outcome], text: Text, params: EvaluateParams, run: Runner, *, thorough: bool,
-                  seed_of_cuts: int = 0) -> dict[StrategyName, Check]:
+                  seed_of_cuts: int = 0) -> dict[StrategyName, Finding]:
     """Whether all scores before the cuts are the bits of the real run, by strategy; those that are declared transductive are left out.
 
     ``passed`` is None where a strategy trained or had chunks and no replay reached what came after, where the clock had cut its training
     short, and where differences may be the device's own noise.
 
     Args:
-        outcomes: of the real run.
-        text: that it scored.
+        outcomes: what the real run gave.
+        text: what the real run scored.
         params: the section ``evaluate``.
         run: scores in a fresh process.
         thorough: cuts all over the text, everything scored again.
@@ -203,9 +203,9 @@ def _reaches(real: Outcome, same: Which, params: EvaluateParams, name: StrategyN
     return len(same) <= STRATEGIES[name].chunk_tokens(params) or bool((compared >= STRATEGIES[name].chunk_tokens(params)).any())
 
 
-def _judge(found: Sequence[tuple[str, int, float, bool]], real: Outcome, params: EvaluateParams, noise: float) -> Check:
+def _judge(found: Sequence[tuple[str, int, float, bool]], real: Outcome, params: EvaluateParams, noise: float) -> Finding:
     largest = max(difference for _, _, difference, _ in found)
-    figures: Check = {"replays": len(found), "cuts": sorted({kind for kind, *_ in found}),
+    figures: Finding = {"replays": len(found), "cuts": sorted({kind for kind, *_ in found}),
                       "scores_compared": sum(num for _, num, *_ in found),
                       "replays_differing": sum(difference > 0 for _, _, difference, _ in found),
                       "largest_difference": float(f"{largest:.2g}") if np.isfinite(largest) else None}

@@ -8,7 +8,7 @@ read off the record of the real run (`lib.audit.chronology`). What could not be 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lib.audit.chronology import Check, check_score_before_update, check_single_pass
+from lib.audit.chronology import Finding, check_score_before_update, check_single_pass
 from lib.audit.determinism import worst
 from lib.audit.probe import Trial
 from lib.audit.replay import Runner, check_replays
@@ -32,7 +32,7 @@ class AuditError(UserError):
 
 
 def audit_scores(model: GPT, text: Text, params: EvaluateParams, outcomes: Mapping[StrategyName, Outcome], *, replay: Runner,
-                 data: Mapping[str, Check], confinement: Mapping[str, Check], process: Process, thorough: bool = False,
+                 data: Mapping[str, Finding], confinement: Mapping[str, Finding], process: Process, thorough: bool = False,
                  seed_of_cuts: int = 0, nondeterministic: str | None = None) -> Audit:
     """Check all conditions.
 
@@ -40,7 +40,7 @@ def audit_scores(model: GPT, text: Text, params: EvaluateParams, outcomes: Mappi
         model: the artifact's model, on the process's device; it ends as it was.
         text: what was scored.
         params: the section ``evaluate``.
-        outcomes: of the real run, by strategy.
+        outcomes: what the real run gave, by strategy.
         replay: scores other texts in a fresh process: a `lib.audit.replay.Replayer`.
         data: from `lib.audit.provenance.check_data`.
         confinement: what `lib.audit.isolation.confine` found in this process.
@@ -73,7 +73,7 @@ def audit_scores(model: GPT, text: Text, params: EvaluateParams, outcomes: Mappi
     return {"legal": False if list(_violations(audit)) else None if unknown else True, **audit}
 
 
-def check_state(outcomes: Sequence[Outcome]) -> Check:
+def check_state(outcomes: Sequence[Outcome]) -> Finding:
     """That runs of a strategy left nothing in the model, and that weights which changed have an entry in the ledger."""
     unrecorded = sum(outcome.trained and not any(event.kind == "trained" and event.state == SHARED for event in outcome.events)
                      for outcome in outcomes)
@@ -82,7 +82,7 @@ def check_state(outcomes: Sequence[Outcome]) -> Check:
             "left_behind": left_behind}
 
 
-def _with_part(check: Check, name: str, part: Check | None) -> Check:
+def _with_part(check: Finding, name: str, part: Finding | None) -> Finding:
     """A check of which another one is a part: it passed where both did."""
     if part is None:
         return check
@@ -118,14 +118,14 @@ def _violations(audit: Audit) -> Iterator[str]:
             yield f"strategies.{name}: declared transductive, yet every check passed; correct STRATEGIES or the checks"
 
 
-def _checks(audit: Audit) -> Iterator[tuple[str, Check]]:
+def _checks(audit: Audit) -> Iterator[tuple[str, Finding]]:
     for name, strategy in audit["strategies"].items():
         yield from ((f"strategies.{name}.{condition}", check) for condition, check in strategy.items() if condition != "legal")
     for part in ("data", "process"):
         yield from ((f"{part}.{name}", check) for name, check in audit[part].items())
 
 
-def _describe(check: Check) -> str:
+def _describe(check: Finding) -> str:
     verdict = {True: "passed", False: "FAILED", None: "not checked"}[check["passed"]]  # type: ignore[index]
     figures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in check.items() if key != "passed" and value is not None)
     return f"{verdict}: {figures}"

@@ -7,9 +7,11 @@ from lib.artifacts.checkpoint import Checkpoint
 from lib.artifacts.hessians import Hessians
 from lib.artifacts.tokens import Split
 from lib.calibration.config import CalibrateParams
-from lib.calibration.moments import check_reserve, collect_moments, draw_sequences, matrix_inputs
+from lib.calibration.moments import check_reserve, collect_moments, draw_sequences
+from lib.calibration.sums import matrix_inputs
 from lib.distributed import Process
 from lib.model.gpt import build_model
+from lib.model.parts import parts_of
 
 
 class Calibration(NamedTuple):
@@ -36,11 +38,11 @@ def calibrate(checkpoint: Checkpoint, text: Split, params: CalibrateParams, seed
     model = build_model(checkpoint.model, checkpoint.weights).to(process.device)
     start = time.monotonic()  # what training itself would have had to do: the model is there, the processes are connected
     sequences = draw_sequences(text, params.num_sequences, checkpoint.training["sequence_tokens"], seed)
-    moments = [collect_moments(model, tokens, num_gradient_sequences=params.num_gradient_sequences,
+    moments = [collect_moments(model, model.logits, tokens, num_gradient_sequences=params.num_gradient_sequences,
                                batch_sequences=params.batch_sequences, precision=params.precision, seed=seed, process=process,
                                description=name)
                for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
     seconds, = process.max(time.monotonic() - start)
     check_reserve(seconds, checkpoint.training["calibration_seconds"])
-    return Calibration(Hessians(matrix_inputs(model), *moments),
+    return Calibration(Hessians(matrix_inputs(parts_of(model)), *moments),
                        {"num_tokens": sequences[0].numel(), "num_hessians": len(moments[0].hessians)}, {"seconds": seconds})

@@ -10,14 +10,14 @@ from lib.errors import UserError
 SCALES, VECTORS, CONTAINER, CODE = "scales", "vectors", "container", "code"
 
 
-class Part(NamedTuple):
+class SizeRow(NamedTuple):
     """A part of the artifact; the fields are the columns of ``sizes.csv``, None is an empty cell.
 
     Attributes:
         part: a role with integer codes; ``scales``, the exponents of all matrices; ``vectors``, the tensors of floats; ``container``,
             header, configuration and checksum; or ``code``.
         num_tensors: parameters of the role.
-        num_weights: of these parameters.
+        num_weights: number of weights of these parameters.
         bits: the most of their grids; None where some have free steps.
         coded_bits: per weight in the artifact; codes of low-rank corrections count as bytes, not as weights.
         num_bytes: in the artifact.
@@ -51,14 +51,14 @@ def parameter_of(matrix: str) -> str:
     return matrix.removesuffix(LEFT).removesuffix(RIGHT)
 
 
-def list_parts(quantized: QuantizedModel, packed: Packed, roles: Mapping[str, str], code_bytes: int) -> list[Part]:
+def list_parts(quantized: QuantizedModel, packed: Packed, roles: Mapping[str, str], code_bytes: int) -> list[SizeRow]:
     """What takes how many bytes of the artifact, whose size is the sum.
 
     Args:
         quantized: the model.
         packed: the same, packed.
         roles: parameter name -> role.
-        code_bytes: of the code.
+        code_bytes: size of the code.
     """
     parts = []
     for role in sorted({roles[parameter_of(name)] for name in quantized.matrices}):
@@ -66,26 +66,26 @@ def list_parts(quantized: QuantizedModel, packed: Packed, roles: Mapping[str, st
         num_weights = sum(matrix.codes.numel() for matrix in matrices.values())
         num_bytes = sum(size for name, size in packed.matrix_bytes.items() if roles[parameter_of(name)] == role)
         bits = [matrix.bits for matrix in matrices.values() if matrix.bits is not None]
-        parts.append(Part(role, len(matrices), num_weights, max(bits) if len(bits) == len(matrices) else None,
+        parts.append(SizeRow(role, len(matrices), num_weights, max(bits) if len(bits) == len(matrices) else None,
                           round(8 * num_bytes / max(1, num_weights), 3), num_bytes))
     rest = len(packed.blob) - sum(part.num_bytes for part in parts) - packed.exponents_bytes - packed.vectors_bytes
     sizes = {SCALES: packed.exponents_bytes, VECTORS: packed.vectors_bytes, CONTAINER: rest, CODE: code_bytes}
-    return [*parts, *(Part(name, None, None, None, None, size) for name, size in sizes.items())]
+    return [*parts, *(SizeRow(name, None, None, None, None, size) for name, size in sizes.items())]
 
 
-def summarize(parts: Sequence[Part]) -> dict[str, int]:
+def summarize(parts: Sequence[SizeRow]) -> dict[str, int]:
     """``artifact_bytes``, all parts together, and of them ``code_bytes`` and ``blob_bytes``."""
     artifact_bytes = sum(part.num_bytes for part in parts)
     code_bytes = sum(part.num_bytes for part in parts if part.part == CODE)
     return {"artifact_bytes": artifact_bytes, "code_bytes": code_bytes, "blob_bytes": artifact_bytes - code_bytes}
 
 
-def check_limit(parts: Sequence[Part], limit_bytes: int) -> None:
+def check_limit(parts: Sequence[SizeRow], limit_bytes: int) -> None:
     """Compare the artifact with its limit.
 
     Args:
-        parts: of the artifact.
-        limit_bytes: of all parts together.
+        parts: all parts of the artifact.
+        limit_bytes: limit of all parts together.
 
     Raises:
         BudgetError: above the limit.
@@ -99,7 +99,7 @@ def check_limit(parts: Sequence[Part], limit_bytes: int) -> None:
             "What would fit, any one of: " + "; ".join([*remedies, f"compress.limit_bytes {artifact_bytes}"]))
 
 
-def list_remedies(parts: Sequence[Part], artifact_bytes: int, limit_bytes: int) -> list[str]:
+def list_remedies(parts: Sequence[SizeRow], artifact_bytes: int, limit_bytes: int) -> list[str]:
     """A target for free steps; for each role with bits the most that would fit; if none would, the most bits of all these together.
 
     Coded bytes are taken to be proportional to the bits: within some percent for the clip rule mse, too much for max.
@@ -111,7 +111,7 @@ def list_remedies(parts: Sequence[Part], artifact_bytes: int, limit_bytes: int) 
     return [f"quantize.target_bytes {limit_bytes}"] * has_free + (list(filter(None, one_role)) or list(filter(None, [all_roles])))
 
 
-def _lower_bits(key: str, parts: Sequence[Part], artifact_bytes: int, limit_bytes: int) -> str | None:
+def _lower_bits(key: str, parts: Sequence[SizeRow], artifact_bytes: int, limit_bytes: int) -> str | None:
     for bits in range(MAX_BITS - 1, MIN_BITS - 1, -1):
         saved = sum(part.num_bytes * (part.bits - bits) / part.bits for part in parts if part.bits is not None and part.bits > bits)
         if artifact_bytes - saved <= limit_bytes:

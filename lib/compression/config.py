@@ -13,8 +13,8 @@ class CompressParams(Params):
     codec: Literal["zstd", "brotli", "range"]
     """How the integer codes are stored; an entry of CODECS. range, an adaptive range coder, is smallest."""
     level: Annotated[int, Field(ge=1, le=22)]
-    """Of zstandard, for codes (zstd) and for header and vectors (all codecs); 22 is the slowest and smallest. brotli ends at 11; range has
-    no levels."""
+    """Level of zstandard, for codes (zstd) and for header and vectors (all codecs); 22 is the slowest and smallest. brotli ends at 11;
+    range has no levels."""
     limit_bytes: Positive
     """Largest size of code and blob together; the stage fails above it. The challenge allows 16,000,000."""
     code_bytes: Positive

@@ -40,7 +40,7 @@ CHECKSUM_BYTES = 16
 VECTOR_TYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 # Far beyond any real model; they keep a hostile file from asking for more memory than these, or than in proportion to its own size.
 MAX_HEADER_BYTES = 2**20
-MAX_VALUES = 2**26
+MAX_VALUES = 2**30
 MAX_VALUES_PER_BYTE = 1024  # of the file; files with fewer values than the next constant may have more
 MIN_MAX_VALUES = 2**20
 
@@ -97,7 +97,7 @@ def pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
     Args:
         quantized: tensors on the CPU; `model` and `training` hold what JSON can hold.
         codec: a name in `CODECS`.
-        level: of the codec and of zstandard.
+        level: level of the codec and of zstandard.
 
     Raises:
         ContainerError: a model that `unpack` would refuse, such as one of more than `MAX_VALUES_PER_BYTE` values in a byte of the file.

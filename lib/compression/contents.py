@@ -8,30 +8,29 @@ from typing import Any
 from torch import Tensor
 
 from lib.artifacts.quantized import QuantizedTensor
-from lib.compression.budget import CODE, list_parts, parameter_of
+from lib.compression.budget import CODE, list_parts
 from lib.compression.container import CHECKSUM_BYTES, VERSION, pack, read_artifact, read_header, unpack
 
 NUMBERS = "{:>14}{:>6}{:>15}{:>9}{:>9}{:>12}"
 
 
-def describe_artifact(path: Path, role_of: Callable[[str, int], str]) -> str:
+def describe_artifact(path: Path, roles_of: Callable[[dict[str, Any]], Mapping[str, str]]) -> str:
     """Size, checksum, configuration, a table of matrices, and bytes by role.
 
     Packs the model once more, because the file does not say how many bytes of it belong to which matrix.
 
     Args:
         path: the file.
-        role_of: name and number of dimensions of a parameter -> its role.
+        roles_of: configuration of a model -> name of each parameter -> its role.
 
     Raises:
         ContainerError: as `load_artifact`.
-        ValueError: a parameter without a role.
+        UserError: a configuration that is not valid.
     """
     blob = read_artifact(path)
     header, quantized = read_header(blob, str(path)), unpack(blob, str(path))
     packed = pack(quantized, header.codec, header.level)
-    roles = {name: role_of(name, 2) for name in {parameter_of(name) for name in quantized.matrices}}
-    parts = [part for part in list_parts(quantized, packed, roles, 0) if part.part != CODE]
+    parts = [part for part in list_parts(quantized, packed, roles_of(quantized.model), 0) if part.part != CODE]
     name_width = 2 + max(map(len, [*map(_printable, quantized.matrices), *(part.part for part in parts), "vectors"]))
     lines = [
         f"file      {path}, {len(blob):,} bytes",

@@ -81,7 +81,7 @@ class Source:
 
     Attributes:
         read: starts a pass over the documents that are not in separate files.
-        size_bytes: of the whole pass, for the progress.
+        size_bytes: bytes of the whole pass, for the progress.
         provenance: what the manifest says of the documents' origin.
         tokenizer: a SentencePiece model file; None where one is trained.
         separate: files of a split of its own, by its name.

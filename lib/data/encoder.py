@@ -15,7 +15,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], num_threads: in
     Args:
         tokenizer: what encodes them.
         texts: the documents.
-        num_threads: that encode; -1 = one for each core.
+        num_threads: threads that encode; -1 = one for each core.
 
     Raises:
         UnicodeEncodeError: a text has lone surrogates.

@@ -65,7 +65,7 @@ class Repository:
             self._hub = importlib.import_module("huggingface_hub")
         except ModuleNotFoundError:
             raise UserError("tokenize.source: expected the package huggingface_hub for source hub, found none; "
-                            "run pip install .[hub]") from None
+                            "run pip install -r requirements/hub.txt") from None
         for part in ("file_download", "hf_api", "utils"):  # the package loads its parts when they are asked for
             importlib.import_module(f"huggingface_hub.{part}")
         if not sys.stderr.isatty():

@@ -19,12 +19,12 @@ MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`; memory is touched only as far as
 
 
 @dataclass(frozen=True)
-class Block:
+class LineBlock:
     """Lines of one file that follow each other.
 
     Attributes:
         path: the file.
-        number: of the first line, from 1.
+        number: number of the first line, from 1.
         lines: what is between two line ends, decompressed.
         size_bytes: how far the block took the reader in the file.
     """
@@ -67,7 +67,7 @@ def find_files(path: Path, pattern: str, key: str = "tokenize.path") -> list[Pat
     return files
 
 
-def read_blocks(files: Iterable[Path]) -> Iterator[Block]:
+def read_blocks(files: Iterable[Path]) -> Iterator[LineBlock]:
     """All lines of every file, in order, with memory for one block; a block has about a megabyte, or one longer line.
 
     Raises:
@@ -78,7 +78,7 @@ def read_blocks(files: Iterable[Path]) -> Iterator[Block]:
             number, position = 1, 0
             try:
                 for lines in _cut(READERS[path.suffix](file)):
-                    yield Block(path, number, lines, file.tell() - position)
+                    yield LineBlock(path, number, lines, file.tell() - position)
                     number, position = number + lines.count(b"\n"), file.tell()
             except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
                 raise UserError(f"{path}: damaged or truncated ({error}); fetch or compress it again") from None

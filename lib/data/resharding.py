@@ -20,7 +20,7 @@ from lib.data.accounting import check_accounting
 from lib.data.config import TokenizeParams
 from lib.data.corpus import ALSO_IN_VAL, KEY_BYTES, normalized_hash, split_of
 from lib.data.encoder import decode_documents
-from lib.data.roundtrip import Outcome, reencode, too_many_changed
+from lib.data.roundtrip import Reencoding, reencode, too_many_changed
 from lib.data.shards import Shards, Stream
 from lib.data.tokenizer import Tokenizer
 from lib.data.workers import map_in_order
@@ -37,14 +37,14 @@ OUTCOMES = (*SPLITS, ALSO_IN_VAL, DIFFER, CUT_OFF)
 
 REMEDY = "give the tokenizer that made the shards"
 MAX_DIFFER_FRACTION = 0.01
-"""Of documents whose text has other bytes than their tokens: shards of another tokenizer have them everywhere, published ones nowhere."""
+"""Share of documents whose text has other bytes than their tokens: all in shards of another tokenizer, none in published ones."""
 
 Keys = npt.NDArray[np.void]
 Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Documents:
+class ShardDocuments:
     """n consecutive documents of a stream.
 
     Attributes:
@@ -53,7 +53,7 @@ class Documents:
         raw_bytes: (n,) UTF-8 bytes of their decoded texts.
         accounted_bytes: (n,) bytes of their tokens by the tokenizer's accounting.
         outcomes: (n,) uint8, indices into `OUTCOMES`.
-        reencoded: (n,) uint8, values of `lib.data.roundtrip.Outcome`.
+        reencoded: (n,) uint8, values of `lib.data.roundtrip.Reencoding`.
     """
 
     bounds: Int64s
@@ -70,7 +70,7 @@ class Reader:
     Args:
         paths: the shards of the stream.
         tokenizer: what the shards were made with.
-        heldout_fraction: of training documents.
+        heldout_fraction: fraction of training documents that is held out.
         val_keys: keys of the validation documents, which are left out; None: the stream is that of the validation documents.
 
     Raises:
@@ -84,7 +84,7 @@ class Reader:
             raise ArtifactError(f"{self.stream.locate(0)}: expected the BOS token {tokenizer.bos_id}, which starts every document, found "
                                 f"{first}; start with the first shard, and give the tokenizer that made the shards")
 
-    def __call__(self, segment: tuple[int, int]) -> Documents:
+    def __call__(self, segment: tuple[int, int]) -> ShardDocuments:
         """The documents that start from the first position of a segment to the last, which is excluded, to their ends.
 
         Raises:
@@ -101,7 +101,7 @@ class Reader:
         end = self.stream.find(self._tokenizer.bos_id, stop) if len(starts) else start
         bounds = np.append(starts, end).astype(np.int64)
         keys, raw_bytes, accounted_bytes = bytearray(), [], [np.zeros(0, np.int64)]
-        reencoded = np.full(len(starts), Outcome.untried, np.uint8)
+        reencoded = np.full(len(starts), Reencoding.untried, np.uint8)
         for first, last in _batches(bounds):
             tokens = self.stream.read(int(bounds[first]), int(bounds[last]))
             cuts = bounds[first:last + 1] - bounds[first]
@@ -114,15 +114,15 @@ class Reader:
             for text in texts:
                 keys += normalized_hash(text)[:KEY_BYTES]
                 raw_bytes.append(len(text.encode()))
-        documents = Documents(bounds, np.frombuffer(bytes(keys), f"V{KEY_BYTES}"), np.array(raw_bytes, np.int64),
+        documents = ShardDocuments(bounds, np.frombuffer(bytes(keys), f"V{KEY_BYTES}"), np.array(raw_bytes, np.int64),
                               np.concatenate(accounted_bytes), np.full(len(starts), OUTCOMES.index("val"), np.uint8), reencoded)
         self._judge(documents)
         return documents
 
-    def _judge(self, documents: Documents) -> None:
+    def _judge(self, documents: ShardDocuments) -> None:
         differ = np.flatnonzero(documents.raw_bytes != documents.accounted_bytes)
         if self._val_keys is None:
-            if len(others := np.flatnonzero(documents.reencoded == Outcome.other)):
+            if len(others := np.flatnonzero(documents.reencoded == Reencoding.other)):
                 raise ArtifactError(f"{self.stream.locate(int(documents.bounds[others[0]]))}: expected a document whose text, decoded and "
                                     f"encoded again, gives the same tokens, found other tokens; {REMEDY}")
             if len(differ) and self._tokenizer.lossless:
@@ -149,10 +149,10 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
         shards: the files.
         tokenizer: what they were made with.
         folder: gets a folder for each split.
-        num_processes: that decode.
+        num_processes: processes that decode.
 
     Returns:
-        As `lib.data.encoding.write_splits`.
+        As `lib.data.tokenization.write_splits`.
 
     Raises:
         ArtifactError: files that are not sound, or not of this tokenizer.
@@ -188,26 +188,27 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
     }
 
 
-def _read(reader: Reader, num_processes: int, description: str) -> Iterator[Documents]:
+def _read(reader: Reader, num_processes: int, description: str) -> Iterator[ShardDocuments]:
     """All documents of the reader's stream in order."""
     stream = reader.stream
     segments = [(start, min(start + SEGMENT_TOKENS, len(stream))) for start in range(0, len(stream), SEGMENT_TOKENS)]
     num_documents = num_differ = 0
-    counts = np.zeros(len(Outcome), np.int64)
+    counts = np.zeros(len(Reencoding), np.int64)
     with Progress(description, len(stream), "token") as progress:
         for (start, stop), documents in zip(segments, map_in_order(reader, segments, min(num_processes, len(segments))), strict=True):
             num_documents += len(documents.outcomes)
             num_differ += int((documents.raw_bytes != documents.accounted_bytes).sum())
-            counts += np.bincount(documents.reencoded, minlength=len(Outcome))
+            counts += np.bincount(documents.reencoded, minlength=len(Reencoding))
             yield documents
             progress.update(stop - start, documents=num_documents)
     if num_differ > max(1, MAX_DIFFER_FRACTION * num_documents):
         raise ArtifactError(f"{stream.paths[0].parent}: expected documents whose decoded text has as many bytes as their tokens stand for, "
                             f"found {num_differ} of {num_documents} others; {REMEDY}")
-    num_tried = int(counts.sum() - counts[Outcome.untried])
-    if counts[Outcome.other] > MAX_DIFFER_FRACTION * num_tried or too_many_changed(int(counts[Outcome.changed]), num_tried):
+    num_tried = int(counts.sum() - counts[Reencoding.untried])
+    num_other = int(counts[Reencoding.other])
+    if num_other > MAX_DIFFER_FRACTION * num_tried or too_many_changed(int(counts[Reencoding.changed]), num_tried):
         raise ArtifactError(f"{stream.paths[0].parent}: expected documents whose text, decoded and encoded again, gives the same tokens, "
-                            f"found others in {counts[Outcome.other] + counts[Outcome.changed]} of {num_tried} {description}; {REMEDY}")
+                            f"found others in {num_other + counts[Reencoding.changed]} of {num_tried} {description}; {REMEDY}")
 
 
 def _batches(bounds: Int64s) -> Iterator[tuple[int, int]]:

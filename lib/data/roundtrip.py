@@ -15,10 +15,10 @@ CUT_TOKENS = 16
 """At the end of a document that may have been cut off: what is left of a word is encoded in another way than the word was."""
 
 MAX_CHANGED_FRACTION = 0.01
-"""Of documents that the normalizer would change again: one of NFKC is the same the second time, but for rare sequences of marks."""
+"""Share of documents that the normalizer would change again: one of NFKC is the same the second time, but for rare sequences of marks."""
 
 
-class Outcome(IntEnum):
+class Reencoding(IntEnum):
     """What came of encoding the decoded tokens of a document.
 
     same: the tokens. other: different ones for the same text, so that another tokenizer made them. changed: tokens of a different text,
@@ -32,23 +32,23 @@ class Outcome(IntEnum):
 
 
 def reencode(tokenizer: Tokenizer, documents: Sequence[Tokens], texts: Sequence[str], *, num_threads: int = 1,
-             may_be_cut: bool = False) -> list[Outcome]:
+             may_be_cut: bool = False) -> list[Reencoding]:
     """Encode decoded documents and compare.
 
     Args:
-        tokenizer: that is said to have made the tokens.
+        tokenizer: the one that is said to have made the tokens.
         documents: (n,) uint16 each, BOS first.
-        texts: of the documents, from `decode_documents`.
-        num_threads: that encode; -1 = one for each core.
+        texts: text of the documents, from `decode_documents`.
+        num_threads: threads that encode; -1 = one for each core.
         may_be_cut: the last document may end inside a word, and its last `CUT_TOKENS` tokens may be others.
     """
     outcomes = []
     for number, (tokens, text, again) in enumerate(zip(documents, texts, encode_documents(tokenizer, texts, num_threads), strict=True), 1):
         kept = len(tokens) - CUT_TOKENS if may_be_cut and number == len(documents) else None
         if tokens.tolist() == again.tolist() or (kept is not None and tokens[:max(kept, 0)].tolist() == again[:max(kept, 0)].tolist()):
-            outcomes.append(Outcome.same)
+            outcomes.append(Reencoding.same)
         else:
-            outcomes.append(Outcome.other if decode_documents(tokenizer, [again.tolist()]) == [text] else Outcome.changed)
+            outcomes.append(Reencoding.other if decode_documents(tokenizer, [again.tolist()]) == [text] else Reencoding.changed)
     return outcomes
 
 

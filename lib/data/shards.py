@@ -52,7 +52,7 @@ def sort_shards(names: Iterable[str], where: str) -> dict[str, list[str]]:
     """Those of `names` that name shards, as lists for ``train`` and ``val``, in the order of their numbers.
 
     Args:
-        names: of files in one folder, or their paths.
+        names: names of files in one folder, or their paths.
         where: the folder, for errors.
 
     Raises:

@@ -109,7 +109,7 @@ def load_tokenizer(path: Path, bos_id: int | None = None) -> Tokenizer:
     """Read a SentencePiece model file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         bos_id: the BOS token that the model expects, if there is a model.
 
     Raises:

@@ -31,7 +31,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: i
     Args:
         documents: training documents; the first are used, until they have `training_bytes`.
         vocab_size: number of pieces.
-        training_bytes: in UTF-8.
+        training_bytes: size of the training text in UTF-8.
         case_transform: whether the tokenizer is for text whose capitals are written as operators.
 
     Returns:

@@ -16,6 +16,7 @@ from lib.evaluation.score import gather_rows, mode
 from lib.evaluation.trainable import match_groups
 from lib.evaluation.windows import Integers, batch_size
 from lib.model.attention import ALL_POSITIONS
+from lib.model.parts import parts_of
 
 ADAM_BETA2 = 0.999  # pr585 leaves torch's default
 BACKWARD_WORK = 2  # cost of a backward pass in forward passes
@@ -44,7 +45,7 @@ class Adapter:
     """Trains named groups of the model's parameters; each process trains on its share of every step's rows, all end with the same weights.
 
     Args:
-        job: whose model is changed.
+        job: the job whose model is changed.
         settings: what is trained, and how.
 
     Raises:
@@ -54,7 +55,7 @@ class Adapter:
     def __init__(self, job: Job, settings: AdaptationParams) -> None:
         self._job, self._settings = job, settings
         parameters = dict(job.forward.model.named_parameters())
-        members = match_groups(settings.trainable, {name: parameter.numel() for name, parameter in parameters.items()})
+        members = match_groups(settings.trainable, parts_of(job.forward.model))
         names = {name for group in members.values() for name in group}
         self._frozen = [parameter for name, parameter in parameters.items() if name not in names]
         self._trainable = [parameter for name, parameter in parameters.items() if name in names]

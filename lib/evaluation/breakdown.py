@@ -33,7 +33,7 @@ def document_table(nats: Losses, target_bytes: npt.NDArray[np.int64], documents:
     Args:
         nats: (N,) loss of each target.
         target_bytes: (N,) bytes of each target.
-        documents: that the targets belong to.
+        documents: the documents that the targets belong to.
 
     Returns:
         Rows (largest number of tokens of the bin, documents, bytes, bits per byte) of the bins that have bytes.

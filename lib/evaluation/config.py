@@ -65,7 +65,7 @@ class LoraParams(Params):
     steps: Positive
     """Optimizer steps on each chunk."""
     lr: NonNegativeFloat
-    """Of Adam (arXiv:1412.6980)."""
+    """Learning rate of Adam (arXiv:1412.6980)."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     batch_documents: Positive
     """Documents in one forward pass of one process; changes speed, not scores."""

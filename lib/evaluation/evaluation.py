@@ -28,13 +28,14 @@ from lib.evaluation.sheet import Losses, ScoreSheet
 from lib.evaluation.state import describe_state, differing
 from lib.evaluation.strategies import STRATEGIES
 from lib.evaluation.trainable import describe_groups, match_groups
-from lib.evaluation.windows import Documents, Windows, find_documents
+from lib.evaluation.windows import Documents, find_documents
 from lib.model.gpt import GPT
+from lib.model.parts import parts_of
 from lib.progress import say
 
 CURVE_POINTS = 200
 
-Curve = Sequence[tuple[int, float]]
+BpbCurve = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Text:
     Attributes:
         tokens: (N+1,) uint16; the first is BOS and only predicts.
         target_bytes: (N,) int64, bytes of text of each target.
-        documents: of the tokens.
+        documents: the documents of the tokens.
     """
 
     tokens: npt.NDArray[np.uint16]
@@ -128,7 +129,7 @@ class Evaluation:
             figures[f"{name}_tokens_per_second"] = len(outcome.nats) / outcome.seconds["seconds"]
         return figures
 
-    def curves(self) -> dict[str, Curve]:
+    def curves(self) -> dict[str, BpbCurve]:
         """Bits per byte of the first n targets, as pairs (n, bits per byte), by strategy."""
         return {name: running_bpb(outcome.nats, self.text.target_bytes, CURVE_POINTS) for name, outcome in self.outcomes.items()}
 
@@ -142,7 +143,7 @@ class Evaluation:
 
 
 def evaluate(model: GPT, text: Text, params: EvaluateParams, *, process: Process, limit: TimeLimit,
-             keep: Callable[[Mapping[str, Curve]], None] = lambda _: None) -> Evaluation:
+             keep: Callable[[Mapping[str, BpbCurve]], None] = lambda _: None) -> Evaluation:
     """Score a text with every strategy of ``evaluate.strategies``.
 
     Args:
@@ -173,19 +174,10 @@ def evaluate(model: GPT, text: Text, params: EvaluateParams, *, process: Process
 
 def make_jobs(model: GPT, text: Text, params: EvaluateParams, names: Collection[StrategyName], *, process: Process,
               limit: TimeLimit) -> Iterator[tuple[StrategyName, Job]]:
-    """The jobs of some strategies on one text, in the order of `STRATEGIES`; each must have run when the next one is asked for.
-
-    Later jobs know what earlier ones have scored with the artifact's own weights.
-    """
+    """The jobs of some strategies on one text, in the order of `STRATEGIES`; none knows anything of another."""
     stream, forward = load_stream(text.tokens, process.device), Forward(model, params.precision, compiled=params.compile)
-    known: list[tuple[Windows, ScoreSheet]] = []
-    documents: ScoreSheet | None = None  # of the strategy that scores every document as the first phase of `phased` does
-    for name in (name for name in STRATEGIES if name in names):  # plain before sliding, which takes over its windows
-        job = Job(forward, stream, text.documents, params, process, limit, ScoreSheet(len(stream) - 1, process.device), known, documents)
-        yield name, job
-        if windows := STRATEGIES[name].windows:
-            known.append((windows(job.num_targets, params), job.sheet))
-        documents = job.sheet if name == "lora" else documents
+    for name in (name for name in STRATEGIES if name in names):
+        yield name, Job(forward, stream, text.documents, params, process, limit, ScoreSheet(len(stream) - 1, process.device))
 
 
 def run_strategy(name: StrategyName, job: Job) -> Outcome:
@@ -229,10 +221,10 @@ def restored(model: nn.Module) -> Iterator[list[str]]:
 
 def _describe(model: GPT, params: EvaluateParams, process: Process) -> None:
     """Say what will be trained, before anything takes time."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes, parts = {name: parameter.numel() for name, parameter in model.named_parameters()}, parts_of(model)
     for name in params.strategies:
         for settings in STRATEGIES[name].trains(params):
-            say(f"{name} trains {describe_groups(match_groups(settings.trainable, sizes), sizes)}", enabled=process.is_main)
+            say(f"{name} trains {describe_groups(match_groups(settings.trainable, parts), sizes)}", enabled=process.is_main)
         if name in ("lora", "phased"):
             num_parameters = LowRankAdapters(model, params.lora, process.device).num_parameters
             say(f"{name} trains an adapter of {num_parameters:,} parameters per document ({', '.join(params.lora.layers)})",

@@ -28,9 +28,9 @@ class HeldoutComparison(NamedTuple):
 
     Attributes:
         kl: mean Kullback-Leibler divergence of the quantized model's next-token distribution from the float model's, nats per token.
-        loss_increase: of the quantized model, nats per token.
-        bpb: of the quantized model, bits per byte.
-        bpb_float: of the float model.
+        loss_increase: by how much the quantized model's loss is higher, nats per token.
+        bpb: bits per byte of the quantized model.
+        bpb_float: bits per byte of the float model.
         num_tokens: targets.
     """
 
@@ -53,11 +53,11 @@ def score_heldout(model: nn.Module, split: Split, tokenizer: Tokenizer, *, windo
     Args:
         model: called as `GPT.forward`, on the process's device.
         split: held-out documents.
-        tokenizer: that the split was made with.
+        tokenizer: the one that the split was made with.
         window_tokens: inputs that the model sees at once.
         batch_windows: windows in one forward pass.
-        precision: of the matrix products.
-        process: which share of the windows is computed here.
+        precision: precision of the matrix products.
+        process: says which share of the windows is computed here.
     """
     tokens = split.tokens()
     nats = window_losses(model, tokens, window_tokens=window_tokens, batch_windows=batch_windows, precision=precision, process=process)
@@ -74,8 +74,8 @@ def window_losses(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_to
         tokens: (n+1,) uint16.
         window_tokens: inputs that the model sees at once.
         batch_windows: windows in one forward pass.
-        precision: of the matrix products.
-        process: which share of the windows is computed here; every process gets the whole result.
+        precision: precision of the matrix products.
+        process: says which share of the windows is computed here; every process gets the whole result.
 
     Returns:
         (n,) fp32 nats.
@@ -113,11 +113,11 @@ def compare_heldout(model: Logits, reference: Logits, split: Split, tokenizer: T
         model: tokens (B, T) -> logits (B, T, V) of the quantized model, on the process's device.
         reference: the same of the float model.
         split: held-out documents.
-        tokenizer: that the split was made with.
+        tokenizer: the one that the split was made with.
         window_tokens: T.
-        max_tokens: of all windows together, but at least one window.
+        max_tokens: most tokens of all windows together, but at least one window.
         batch_windows: windows in one forward pass.
-        process: which share of the windows is computed here; every process gets the result.
+        process: says which share of the windows is computed here; every process gets the result.
 
     Raises:
         UserError: the split has no window of T + 1 tokens.

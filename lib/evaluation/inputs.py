@@ -16,7 +16,7 @@ def open_inputs(artifact: QuantizedModel, tokenizer: Tokenizer, split: Split, de
 
     Args:
         artifact: the unpacked ``model.ptz``.
-        tokenizer: that `split` was made with.
+        tokenizer: the one that `split` was made with.
         split: the validation tokens.
         device: where the model computes.
 

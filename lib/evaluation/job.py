@@ -1,6 +1,5 @@
 """What every strategy works from."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from lib.evaluation.config import EvaluateParams
 from lib.evaluation.limit import TimeLimit
 from lib.evaluation.score import Forward, Scorer
 from lib.evaluation.sheet import ScoreSheet
-from lib.evaluation.windows import Documents, Windows
+from lib.evaluation.windows import Documents
 
 
 @dataclass(frozen=True)
@@ -18,15 +17,13 @@ class Job:
     """A text to be scored by one strategy, in all processes together.
 
     Attributes:
-        forward: of the artifact's model, whose weights a strategy may change: `evaluate` puts them back.
+        forward: forward pass of the artifact's model, whose weights a strategy may change: `evaluate` puts them back.
         stream: (N+1,) int32 tokens on the model's device.
-        documents: of the stream.
+        documents: the documents of the stream.
         params: the section ``evaluate``.
         process: this process and its share of the work.
         limit: the running clock; every piece of work is reported to it.
         sheet: where the losses go, and the record of what happened.
-        known: windows that other jobs on the same stream have scored with the artifact's own weights, and their sheets.
-        known_documents: the sheet of another job that has scored every document with its own adapter, as lora does.
         figures: what the strategy wants in the metrics besides its score.
     """
 
@@ -37,8 +34,6 @@ class Job:
     process: Process
     limit: TimeLimit
     sheet: ScoreSheet
-    known: Sequence[tuple[Windows, ScoreSheet]] = ()
-    known_documents: ScoreSheet | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -50,7 +45,3 @@ class Job:
         """Scores windows of the stream into the sheet."""
         return Scorer(self.forward, self.stream, self.sheet, batch_tokens=self.params.batch_tokens, process=self.process,
                       advance=self.limit.advance)
-
-    def score_known(self, windows: Windows) -> None:
-        """Score consecutive windows with the artifact's own weights, which other jobs may have done in part."""
-        self.scorer().score(windows, self.known)

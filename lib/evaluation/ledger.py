@@ -49,12 +49,6 @@ class Ledger:
         """`state` was trained on targets `first` .. `last`."""
         self._add(Event(self._step, "trained", state, first, last, num_steps, lr))
 
-    def take_over(self, events: list[Event]) -> None:
-        """Begin with what another run of the same beginning has recorded."""
-        assert not self.events
-        self.events = list(events)
-        self._step = 1 + max((event.step for event in events), default=-1)
-
     def synchronize(self, process: Process, first: int) -> None:
         """Join what the processes did each on its own documents since the event number `first`; all get the same record."""
         if process.world_size == 1:

@@ -18,10 +18,10 @@ from lib.evaluation.adapter import BACKWARD_WORK, frozen
 from lib.evaluation.config import LoraParams
 from lib.evaluation.job import Job
 from lib.evaluation.score import mode
-from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.windows import Documents, Integers
 from lib.model.gpt import GPT, TiedHead
 from lib.model.linear import Linear
+from lib.model.parts import parts_of
 
 INIT_SEED = 0
 SHAPES = 4  # of compiled windows
@@ -33,17 +33,17 @@ def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple
     Raises:
         ValueError: a kind of layer that the model has not.
     """
-    vocab_size, model_dim = model.get_parameter("token_embedding.weight").shape
     found: dict[str, tuple[Linear | TiedHead, int, int]] = {}
+    users = {name: part for part in parts_of(model).values() for name in part.modules}
     for layer in layers:
-        names = [name for name, _ in model.named_modules() if name.rsplit(".", maxsplit=1)[-1] == layer]
+        names = [name for name in users if name.rpartition(".")[2] == layer]
         if not names:
             raise UserError(f"evaluate.lora.layers: {layer}: the model has no such layer")
         for name in names:
             module = model.get_submodule(name)
             assert isinstance(module, Linear | TiedHead)
-            sizes = (module.in_features, module.out_features) if isinstance(module, Linear) else (model_dim, vocab_size)
-            found[name] = (module, *sizes)
+            num_outputs, num_inputs = model.get_parameter(users[name].name).shape
+            found[name] = (module, num_inputs, num_outputs)
     return found
 
 
@@ -53,7 +53,7 @@ class LowRankAdapters:
     A starts with the same values for every document and run, so that scores do not depend on how documents are batched.
 
     Args:
-        model: whose layers have the adapters while they are `attached`.
+        model: the model whose layers have the adapters while they are `attached`.
         settings: the section ``evaluate.lora``.
         device: where they are.
     """
@@ -72,7 +72,7 @@ class LowRankAdapters:
 
     @property
     def num_parameters(self) -> int:
-        """Of one document's adapter."""
+        """Number of parameters of one document's adapter."""
         return sum(parameter[0].numel() for parameter in self.parameters)
 
     @torch.no_grad()
@@ -121,14 +121,6 @@ class DocumentScorer:
                     self._score_batch(of_round[process.rank])
                 self._job.limit.advance(sum(document_work(documents.select(batch), self._settings) for batch in of_round))
         self._job.sheet.ledger.synchronize(process, first_event)
-
-    def take_over(self, which: Integers, known: ScoreSheet) -> None:
-        """As the first thing that happens, take over documents that another job has scored in the same way with the same weights."""
-        documents = self._job.documents.select(which)
-        for start, length in zip(*documents, strict=True):
-            self._job.sheet.copy(torch.arange(start, start + length, device=self._job.stream.device)[None], known)
-        self._job.sheet.ledger.take_over([event for event in known.ledger.events if event.state in set(which.tolist())])
-        self._job.limit.advance(document_work(documents, self._settings))
 
     def _score_batch(self, numbers: Integers) -> None:
         settings, ledger = self._settings, self._job.sheet.ledger

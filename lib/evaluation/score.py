@@ -4,7 +4,7 @@ Shapes: N targets, B windows of a batch, T inputs of a window, P scored targets 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -53,7 +53,7 @@ class Forward:
 
     Args:
         model: see above.
-        precision: of the matrix products.
+        precision: precision of the matrix products.
         compiled: see above.
     """
 
@@ -78,11 +78,11 @@ class Scorer:
     """Scores windows of one stream with a model as it is at that time; each process computes its share of the batches.
 
     Args:
-        forward: of the model.
+        forward: forward pass of the model.
         stream: (N+1,) int32 on the device of the model, from `load_stream`.
         sheet: where the losses go.
         batch_tokens: inputs in one forward pass.
-        process: which share of the batches is computed here.
+        process: says which share of the batches is computed here.
         advance: called after each batch (of any process) with its number of inputs.
     """
 
@@ -92,28 +92,9 @@ class Scorer:
         self._batch_tokens, self._process, self._advance = batch_tokens, process, advance
 
     @torch.no_grad()
-    def score(self, windows: Windows, known: Sequence[tuple[Windows, ScoreSheet]] = ()) -> None:
-        """Score the targets of consecutive windows, without gradients.
-
-        Args:
-            windows: what is scored, and with what context.
-            known: windows that the same model has scored before, and their losses: these are taken over.
-        """
+    def score(self, windows: Windows) -> None:
+        """Score the targets of consecutive windows, without gradients."""
         self._sheet.ledger.scored(int(windows.first_scored[0]), int(windows.end[-1]) - 1)
-        for known_windows, known_sheet in known:
-            if known_windows.attention_tokens == windows.attention_tokens and len(windows.start):
-                same = known_windows.include(windows)
-                self._take_over(windows.select(same), known_sheet)
-                windows = windows.select(~same)
-        self._score(windows)
-
-    def _take_over(self, windows: Windows, known: ScoreSheet) -> None:
-        for batch in split_batches(windows, windows.work):
-            first = torch.from_numpy(batch.first_scored).to(self._stream.device)
-            self._sheet.copy(self._targets(first, int(batch.num_scored[0])), known)
-        self._advance(windows.work)
-
-    def _score(self, windows: Windows) -> None:
         starts = torch.from_numpy(windows.start).to(self._stream.device)
         done = 0
         with mode(self._forward.model, training=False):

@@ -52,11 +52,6 @@ class ScoreSheet:
         """The distribution (V,) that the wanted target was scored with."""
         self._distribution = log_probabilities.float()
 
-    def copy(self, targets: Tensor, other: "ScoreSheet") -> None:
-        """Take over losses (B, P) of another sheet of the same stream, as far as this process has computed them."""
-        self._nats[targets], self._context[targets] = other._nats[targets], other._context[targets]
-        self._counts.index_put_((targets,), other._counts[targets], accumulate=True)
-
     def collect(self, process: Process) -> tuple[Losses, npt.NDArray[np.int32]]:
         """Combine the shares of all processes, once, after everything has been scored.
 

@@ -22,7 +22,6 @@ class Strategy(NamedTuple):
     Attributes:
         run: fills the sheet of a job; every process calls it.
         work: the number of inputs that it scores (or their equivalent), for the projection of the time.
-        windows: of a strategy that scores with the artifact's own weights only.
         trains: the settings of the adaptation of the model's own parameters.
         transductive: whether it trains on text before scoring it, so that its score is not a legal one.
         isolates_documents: whether no document's score depends on another document; the audit checks it.
@@ -32,7 +31,6 @@ class Strategy(NamedTuple):
 
     run: Callable[[Job], None]
     work: Callable[[Documents, EvaluateParams], int]
-    windows: Callable[[int, EvaluateParams], Windows] | None = None
     trains: Callable[[EvaluateParams], tuple[AdaptationParams, ...]] = lambda _: ()
     transductive: bool = False
     isolates_documents: bool = False
@@ -43,9 +41,8 @@ def _fixed(windows: Callable[[int, EvaluateParams], Windows],
            chunk_tokens: Callable[[EvaluateParams], int] = lambda params: params.window_tokens) -> Strategy:
     def run(job: Job) -> None:
         with job.limit.phase("scoring"):
-            job.score_known(windows(job.num_targets, job.params))
-    return Strategy(run, lambda documents, params: windows(_num_targets(documents), params).work, windows,
-                    chunk_tokens=chunk_tokens)
+            job.scorer().score(windows(job.num_targets, job.params))
+    return Strategy(run, lambda documents, params: windows(_num_targets(documents), params).work, chunk_tokens=chunk_tokens)
 
 
 def _num_targets(documents: Documents) -> int:
@@ -80,7 +77,7 @@ def _score_first(job: Job) -> None:
     num_epochs = 0
     for number, (first, end) in enumerate(chunks):
         with limit.phase("scoring"):
-            (job.score_known if number == 0 else job.scorer().score)(windows(end, job.params, first))
+            job.scorer().score(windows(end, job.params, first))
         if number < len(trained):
             epochs = adapter.affordable_epochs(end - first, trained[-1][1] - first)
             num_epochs += epochs
@@ -125,10 +122,7 @@ def _phased(job: Job) -> None:
     for number, (part, rows) in enumerate(phases):
         which = np.arange(first, first + len(part.start))
         with limit.phase("scoring"):
-            if number == 0 and job.known_documents is not None:
-                scorer.take_over(which, job.known_documents)
-            else:
-                scorer.score(which)
+            scorer.score(which)
         first += len(part.start)
         num_targets = len(rows) * job.params.window_tokens
         epochs = adapter.affordable_epochs(num_targets, num_left)

@@ -49,11 +49,6 @@ class Windows(NamedTuple):
         """Some of the windows."""
         return Windows(self.start[which], self.length[which], self.num_scored[which], self.attention_tokens)
 
-    def include(self, others: "Windows") -> npt.NDArray[np.bool_]:
-        """Which of `others` are among these windows, all of whose targets that `others` score are scored here too; (K,)."""
-        place = np.minimum(np.searchsorted(self.start, others.start), len(self.start) - 1)
-        return (self.start[place] == others.start) & (self.length[place] == others.length) & (self.num_scored[place] >= others.num_scored)
-
 
 def sliding_windows(end: int, window_tokens: int, stride_tokens: int, *, first: int = 0) -> Windows:
     """Windows of W inputs, one every S, that score the targets `first` .. `end` - 1.

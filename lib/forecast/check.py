@@ -32,7 +32,7 @@ def check_size(model: ModelParams, quantize: QuantizeParams, compress: CompressP
     key, room = ("compress.limit_bytes", limit) if target is None else ("quantize.target_bytes", target)
     if room <= code:
         raise ForecastError(f"{key}: expected more than compress.code_bytes {code:,}, the code alone, found {room:,}; raise it")
-    if {*quantize.bits.model_dump().values(), *quantize.bits_of.values()} == {FREE}:
+    if {*(quantize.bits[role] for role in model.roles), *quantize.bits_of.values()} == {FREE}:
         return f"forecast: {room:,} bytes, which is what free steps are chosen for ({key}); the limit is {limit:,}"
     from lib.forecast.grids import forecast_grids  # noqa: PLC0415 (loads torch, which takes seconds)
     message, is_possible = forecast_grids(model, quantize, compress)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from lib.compression.budget import Part, list_remedies, summarize
+from lib.compression.budget import SizeRow, list_remedies, summarize
 from lib.compression.config import CompressParams
 from lib.forecast.size import forecast_parts, sample_gaussian
 from lib.model.config import ModelParams
@@ -44,12 +44,12 @@ def forecast_grids(model: ModelParams, quantize: QuantizeParams, compress: Compr
     return f"{'note: ' if is_possible else ''}{message}; what would fit, any one of: {remedies}", is_possible
 
 
-def _list_remedies(parts: Sequence[Part], num_bytes: int, room: int) -> list[str]:
+def _list_remedies(parts: Sequence[SizeRow], num_bytes: int, room: int) -> list[str]:
     """Fewer bits, wider steps, of which twice as wide ones save a bit of each weight, and free steps."""
     num_weights = sum(part.num_weights or 0 for part in parts)
     if not num_weights:
         return list_remedies(parts, num_bytes, room)
     wider = math.ceil(100 * COARSE * 2 ** (8 * (num_bytes - room) / num_weights)) / 100
     return [*list_remedies(parts, num_bytes, room), f"steps {wider:g} times as wide (quantize.scale_factors [{wider:g}]; or a floor, "
-            "quantize.clip.floor and train.qat.clip.floor, which #585 and #410 have at 1)",
+            "quantize.clip.floor and train.qat.floor, which #585 and #410 have at 1)",
             f"all quantize.bits free and quantize.target_bytes {room}"]

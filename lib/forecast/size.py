@@ -7,20 +7,20 @@ Shapes: R rows, C columns, n sampled rows.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lib.artifacts.hessians import Hessians, Moments
 from lib.artifacts.quantized import QuantizedModel, QuantizedTensor
-from lib.compression.budget import CODE, CONTAINER, SCALES, VECTORS, Part
+from lib.compression.budget import CODE, CONTAINER, SCALES, VECTORS, SizeRow
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
 from lib.distributed import Process
 from lib.model.config import ModelParams
-from lib.model.gpt import GPT
-from lib.model.roles import MATRIX_ROLES, role_of
+from lib.model.gpt import GPT, outline
+from lib.model.parts import Part, parts_of
 from lib.quantization.config import FREE, QuantizeParams
 from lib.quantization.grid_config import FLOAT_BITS
 from lib.quantization.policy import choose_bits
@@ -41,14 +41,16 @@ class Samples:
     Attributes:
         weights: parameter name -> (n, C) fp32 for a matrix, the whole tensor for a vector.
         num_rows: name of a matrix -> R.
+        parts: table of the model, from `lib.model.parts.parts_of`.
     """
 
     weights: dict[str, Tensor]
     num_rows: dict[str, int]
+    parts: dict[str, Part]
 
     def scaled(self, factor: float) -> "Samples":
         """All weights times `factor`."""
-        return Samples({name: weight * factor for name, weight in self.weights.items()}, self.num_rows)
+        return replace(self, weights={name: weight * factor for name, weight in self.weights.items()})
 
 
 class _Alone(Process):
@@ -60,29 +62,28 @@ class _Alone(Process):
 
 
 @torch.no_grad()
-def sample_weights(weights: Mapping[str, Tensor]) -> Samples:
-    """Evenly spaced rows of each matrix of a model, and its vectors; all parameters by name, on any device."""
-    num_rows = {name: len(weight) for name, weight in weights.items() if role_of(name, weight.ndim) in MATRIX_ROLES}
+def sample_weights(model: GPT, weights: Mapping[str, Tensor] | None = None) -> Samples:
+    """Evenly spaced rows of each matrix of a model, and its vectors, on any device; `weights`, by name, in place of the model's own."""
+    weights, parts = weights or dict(model.named_parameters()), parts_of(model)
+    num_rows = {name: len(weights[name]) for name, part in parts.items() if part.is_matrix}
     stride = -(-sum(weights[name].numel() for name in num_rows) // SAMPLED_WEIGHTS)
     strides = {name: max(1, min(stride, rows // MIN_ROWS)) for name, rows in num_rows.items()}
-    return Samples({name: weight[::strides.get(name, 1)] if weight.ndim else weight for name, weight in weights.items()}, num_rows)
+    return Samples({name: weight[::strides.get(name, 1)] if weight.ndim else weight for name, weight in weights.items()}, num_rows, parts)
 
 
 def sample_gaussian(model: ModelParams) -> Samples:
     """The same of a model with normal weights of the standard deviation `SPREAD`, always the same ones."""
-    with torch.device("meta"):
-        samples = sample_weights(dict(GPT(model).named_parameters()))
-    generator = torch.Generator().manual_seed(0)
-    return Samples({name: torch.randn(weight.shape, generator=generator) * SPREAD for name, weight in samples.weights.items()},
-                   samples.num_rows)
+    samples, generator = sample_weights(outline(model.model_dump(mode="json"))), torch.Generator().manual_seed(0)
+    return replace(samples, weights={name: torch.randn(weight.shape, generator=generator) * SPREAD
+                                     for name, weight in samples.weights.items()})
 
 
 @torch.no_grad()
-def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams, coding: CompressParams) -> list[Part]:
+def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams, coding: CompressParams) -> list[SizeRow]:
     """What takes how many bytes of code and artifact, as `lib.compression.budget.list_parts` gives it for an artifact that is there.
 
     Args:
-        samples: of the weights, Gaussian ones or those of a model in training.
+        samples: samples of the weights, Gaussian ones or those of a model in training.
         model: the architecture.
         params: section ``quantize``.
         coding: section ``compress``.
@@ -91,9 +92,9 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
         ValueError: exceptions in ``quantize.bits_of`` for matrices that do not exist.
     """
     weights = {name: weight.float().cpu() for name, weight in samples.weights.items()}
-    bits = choose_bits(weights, params)
+    bits, roles = choose_bits(samples.parts, params), {name: part.role for name, part in samples.parts.items()}
     coded = {name: int(kind) for name, kind in bits.items() if kind not in (FREE, FLOAT_BITS)}
-    groups = _group(coded, weights, samples.num_rows)
+    groups = _group(coded, weights, samples)
     white = Moments({first: torch.eye(weights[first].shape[1]) for first in groups}, {})
     plain = params.model_copy(update={"low_rank": params.low_rank.model_copy(update={"max_bytes": 0})})
     rounded = Quantizer(weights, Hessians(groups, white, white), coded, plain, _Alone(0, 1, torch.device("cpu"))).round_clipped()
@@ -103,11 +104,11 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
                   coding.codec, coding.level)
     shares = {name: samples.num_rows[name] / len(weights[name]) for name in bits}
     parts = []
-    for role in sorted({role_of(first, 2) for first in groups}):
-        members = {first: names for first, names in groups.items() if role_of(first, 2) == role}
+    for role in sorted({roles[first] for first in groups}):
+        members = {first: names for first, names in groups.items() if roles[first] == role}
         num_weights = sum(samples.num_rows[name] * weights[name].shape[1] for names in members.values() for name in names)
         num_bytes = round(sum(packed.matrix_bytes[first] * shares[first] for first in members))
-        parts.append(Part(role, sum(map(len, members.values())), num_weights, max(map(coded.__getitem__, members)),
+        parts.append(SizeRow(role, sum(map(len, members.values())), num_weights, max(map(coded.__getitem__, members)),
                           round(8 * num_bytes / num_weights, 3), num_bytes))
     rows = sum(samples.num_rows[name] for name in coded) / max(1, sum(len(weights[name]) for name in coded))
     values = sum(vector.numel() * shares.get(name, 1) for name, vector in vectors.items()) / sum(map(Tensor.numel, vectors.values()))
@@ -116,17 +117,17 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
              CODE: coding.code_bytes}
     if params.low_rank.max_bytes:
         sizes[LOW_RANK] = params.low_rank.max_bytes
-    return [*parts, *(Part(name, None, None, None, None, size) for name, size in sizes.items())]
+    return [*parts, *(SizeRow(name, None, None, None, None, size) for name, size in sizes.items())]
 
 
-def _group(coded: Mapping[str, int], weights: Mapping[str, Tensor], num_rows: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+def _group(coded: Mapping[str, int], weights: Mapping[str, Tensor], samples: Samples) -> dict[str, tuple[str, ...]]:
     """Matrices that are rounded and packed as one, so that frames of a codec are not too short: those of one role, shape and bits.
 
     The first of each group names it.
     """
     groups: dict[tuple[str, int, int, int], list[str]] = {}
     for name, bits in coded.items():
-        groups.setdefault((role_of(name, 2), num_rows[name], weights[name].shape[1], bits), []).append(name)
+        groups.setdefault((samples.parts[name].role, samples.num_rows[name], weights[name].shape[1], bits), []).append(name)
     return {names[0]: tuple(names) for names in groups.values()}
 
 

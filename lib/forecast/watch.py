@@ -23,7 +23,7 @@ class SizeWatch:
     """Forecasts every now and then from the present weights of a model.
 
     Args:
-        model: that is trained; read, never changed.
+        model: the model in training; read, never changed.
         enabled: pass ``process.is_main``.
     """
 
@@ -49,6 +49,5 @@ class SizeWatch:
         params, coding = load_params("quantize", QuantizeParams), load_params("compress", CompressParams)
         if params.target_bytes is not None:
             return {}
-        weights = sample_weights(dict(self._model.named_parameters()))
-        parts = forecast_parts(weights, self._model.params, params, coding)
+        parts = forecast_parts(sample_weights(self._model), self._model.params, params, coding)
         return {"artifact": f"{summarize(parts)['artifact_bytes'] / 1e6:.2f} of {coding.limit_bytes / 1e6:.2f} MB"}

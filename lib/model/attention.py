@@ -29,7 +29,7 @@ class Scope(NamedTuple):
     """Which positions attend, and how.
 
     Attributes:
-        rotation: of all T positions.
+        rotation: rotation of all T positions.
         first: the first of the P positions whose output is wanted.
         last: their end.
         attend: attention of these positions to the tokens that they may see.
@@ -45,8 +45,8 @@ def make_scope(kernel: Kernel, rotation: Rotation, positions: slice, attention_t
     """The scope of some positions.
 
     Args:
-        kernel: that computes attention.
-        rotation: of all T positions.
+        kernel: the kernel that computes attention.
+        rotation: rotation of all T positions.
         positions: the P positions whose output is wanted.
         attention_tokens: how many tokens a position attends to at most, itself included; None for all before it.
         starts: (B, T) bool, true where a document begins and at position 0; None if documents see each other.
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         Args:
             x: normalised input (B, T, D).
             added_value: value embedding (B, T, K*E) added to the values, or None.
-            scope: of the T positions.
+            scope: what the T positions attend to, and how.
             output_scale: (D,), of the outputs.
 
         Returns:

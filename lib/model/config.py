@@ -1,11 +1,13 @@
 """Every architecture option, and the entry or paper that it comes from."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lib.params import NonNegative, Params, Positive, PositiveFloat
+from lib.params import NonNegative, Params, Positive, PositiveFloat, parse_params
 
+MATRIX_ROLES = ("attention", "mlp", "embedding", "bigram", "value_embedding", "head")
+"""What matrices of the model are for, as `lib.model.parts` has it; a tied head is the embedding."""
 KernelName = Literal["auto", "sdpa", "flash2", "flash3", "flash4"]
 
 
@@ -61,6 +63,12 @@ class ModelParams(Params):
     embedding_init_std: PositiveFloat
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the matrices that the model has, some of `MATRIX_ROLES`."""
+        missing = {"bigram": not self.bigram_rows, "value_embedding": not self.value_embedding_dim, "head": self.tied_head}
+        return tuple(role for role in MATRIX_ROLES if not missing.get(role))
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.model_dim // self.num_heads
@@ -90,6 +98,26 @@ class ModelParams(Params):
         if list(layers) != sorted(set(layers)) or any(layer >= self.num_layers for layer in layers):
             raise ValueError(f"value_embedding_layers: expected ascending layers below {self.num_layers}, found {list(layers)}")
         return self
+
+
+NEUTRAL: dict[str, Any] = {
+    "bos_id": 1,  # of every tokenizer until then
+    "document_mask": False,
+}
+"""Keys that came later -> the value with which a model is what it was without them: that of files from before, which do not have them."""
+
+
+def parse_model(values: dict[str, Any], prefix: str) -> ModelParams:
+    """The configuration that a checkpoint or an artifact holds, with `NEUTRAL` values for the keys that it lacks.
+
+    Args:
+        values: fields of `ModelParams`.
+        prefix: goes before each key in errors.
+
+    Raises:
+        ParamsError: a key that is unknown, missing though it has no neutral value, mistyped or out of range.
+    """
+    return parse_params(NEUTRAL | values, ModelParams, prefix)
 
 
 class ModelSection(ModelParams):

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, P wanted positions, D model, V vocabulary.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from lib.errors import UserError
 from lib.model.attention import ALL_POSITIONS, Attention, Rotation, Scope, make_rotation, make_scope, rms_norm
 from lib.model.compilation import call
-from lib.model.config import ModelParams
+from lib.model.config import ModelParams, parse_model
 from lib.model.embedding import BigramHash, SmearGate, ValueEmbedding
 from lib.model.linear import Linear, LowRank, add_low_rank
 from lib.model.loss import softcapped_cross_entropy
+from lib.model.parts import Declared
 from lib.model.sdpa import SDPA, Kernel
-from lib.params import parse_params
 
 VALUE_TABLE_STD = 0.01  # pr585, pr410
 
@@ -45,10 +45,10 @@ class Entry(NamedTuple):
     """What happens to the residual stream between two blocks.
 
     Attributes:
-        skip_scale: (D,), of the output of an earlier block that is added; None for none.
-        earlier: that output, (B, T, D); None for the stream itself.
+        skip_scale: scale (D,) of the output of an earlier block that is added; None for none.
+        earlier: the earlier output, (B, T, D); None for the stream itself.
         mix: factors (2, D) of the stream and of the embedding; None for 1 and 0.
-        input_scale: () fp32, of the normalised inputs; None for 1.
+        input_scale: scale () fp32 of the normalised inputs; None for 1.
     """
 
     skip_scale: Tensor | None = None
@@ -90,7 +90,7 @@ class Block(nn.Module):
         Args:
             x: residual stream (B, T, D).
             y: its normalised inputs (B, T, D).
-            scope: of the T positions.
+            scope: what the T positions attend to, and how.
             added_value: value embedding (B, T, K*E).
             input_scale: () fp32, of the MLP's normalised inputs; None for 1.
 
@@ -107,7 +107,7 @@ class Block(nn.Module):
             x: residual stream (B, P, D).
             y: its normalised inputs (B, P, D).
             x0: embedding (B, T, D).
-            entry: to the next block or the head.
+            entry: how the next block, or the head, takes its input.
             keep: whether the output of the block is wanted, for a later one.
 
         Returns:
@@ -137,7 +137,7 @@ class Start(NamedTuple):
         x: (B, T, D), residual stream in the first block.
         y: (B, T, D), its normalised inputs.
         added_values: layer -> value embedding (B, T, K*E).
-        rotation: of the T positions.
+        rotation: rotation of the T positions.
         input_scales: (L,) fp32 of the normalised inputs of the L layers; None for 1.
     """
 
@@ -151,6 +151,29 @@ class Start(NamedTuple):
 
 class GPT(nn.Module):
     """The model; parameters are uninitialised until `initialize` or `load_state_dict`."""
+
+    PARTS: ClassVar[dict[str, Declared]] = {
+        "token_embedding.weight": Declared("embedding", reader="head"),
+        "bigram.table.weight": Declared("bigram"),
+        "bigram.projection.weight": Declared("bigram"),
+        "bigram.scale": Declared("bigram_scale"),
+        "smear_gate.gate": Declared("smear_gate"),
+        "value_embedding.table.weight": Declared("value_embedding"),
+        "value_embedding.projection.weight": Declared("value_embedding"),
+        "value_embedding.scale": Declared("value_embedding_scale"),
+        "value_embedding.layer_scales": Declared("value_embedding_scale"),
+        **{f"blocks.*.attention.{layer}.weight": Declared("attention", "blocks.*.attention.input") for layer in ("query", "key", "value")},
+        "blocks.*.attention.output.weight": Declared("attention", row_scale="blocks.*.attention_scale"),
+        "blocks.*.attention.q_gain": Declared("q_gain"),
+        "blocks.*.attention_scale": Declared("block_scale"),
+        "blocks.*.mlp.up.weight": Declared("mlp"),
+        "blocks.*.mlp.down.weight": Declared("mlp", row_scale="blocks.*.mlp_scale"),
+        "blocks.*.mlp_scale": Declared("block_scale"),
+        "blocks.*.residual_mix": Declared("residual_mix"),
+        "skip_weights": Declared("skip_weights"),
+        "head.weight": Declared("head"),
+    }
+    """What `lib.model.parts` cannot tell from the types of the modules."""
 
     skip_weights: nn.Parameter | None
 
@@ -295,38 +318,29 @@ class GPT(nn.Module):
         if isinstance(self.head, nn.Linear):
             self.head.weight.zero_()
 
-    def linear_inputs(self) -> dict[str, tuple[str, ...]]:
-        """Every distinct input of linear layers and the weights that read it; a weight ``x.weight`` belongs to the submodule ``x``.
-
-        A tied head is not among them: its weight is that of an embedding table.
-        """
-        inputs: dict[str, tuple[str, ...]] = {}
-        if self.bigram is not None:
-            inputs["bigram.projection"] = ("bigram.projection.weight",)
-        if self.value_embedding is not None:
-            inputs["value_embedding.projection"] = ("value_embedding.projection.weight",)
-        for n in range(self.params.num_layers):
-            inputs[f"blocks.{n}.attention.input"] = tuple(f"blocks.{n}.attention.{part}.weight" for part in ("query", "key", "value"))
-            for part in ("attention.output", "mlp.up", "mlp.down"):
-                inputs[f"blocks.{n}.{part}"] = (f"blocks.{n}.{part}.weight",)
-        if isinstance(self.head, nn.Linear):
-            inputs["head"] = ("head.weight",)
-        return inputs
-
-    def output_scales(self) -> dict[str, Tensor]:
-        """The weights whose layers' outputs are scaled by rows, and these scales (D,)."""
-        scales: dict[str, Tensor] = {}
-        for n, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            scales[f"blocks.{n}.attention.output.weight"] = block.attention_scale
-            scales[f"blocks.{n}.mlp.down.weight"] = block.mlp_scale
-        return scales
-
 
 def _losses(model: GPT, y: Tensor, targets: Tensor) -> Tensor:
     """Losses (B, P) fp32 of `targets` (B, P), from the normalised outputs `y` (B, P, D) of the last block."""
     z = model.head_outputs(y)
     return softcapped_cross_entropy(z.flatten(0, 1), targets.flatten(), model.params.logit_softcap).view(targets.shape)
+
+
+def outline(model: dict[str, Any]) -> GPT:
+    """A model without values, on the device meta: names, shapes and parts of its parameters.
+
+    Args:
+        model: the fields of `ModelParams`.
+
+    Raises:
+        ParamsError: the configuration is not valid.
+        UserError: sizes beyond those of any tensor.
+    """
+    params = parse_model(model, "model configuration: ")
+    try:
+        with torch.device("meta"):
+            return GPT(params)
+    except RuntimeError as error:
+        raise UserError(f"model configuration: expected sizes that a model can have, found others ({str(error).splitlines()[0]})") from None
 
 
 def build_model(model: dict[str, Any], weights: dict[str, Tensor], kernel: Kernel = SDPA) -> GPT:
@@ -335,22 +349,19 @@ def build_model(model: dict[str, Any], weights: dict[str, Tensor], kernel: Kerne
     Args:
         model: the fields of `ModelParams`.
         weights: parameter name -> tensor; names and shapes must be exactly the model's.
-        kernel: that computes attention.
+        kernel: the kernel that computes attention.
 
     Raises:
         ParamsError: the configuration is not valid.
         UserError: weights are missing, unexpected or of another shape.
     """
-    params = parse_params(model, ModelParams, "model configuration: ")
+    params = parse_model(model, "model configuration: ")
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if len(layers) != params.num_layers:  # before so many are built
         raise UserError(f"weights do not fit the model configuration: expected num_layers {params.num_layers}, found weights of "
                         f"{len(layers)} layers")
-    try:
-        with torch.device("meta"):
-            gpt = GPT(params, kernel)
-    except RuntimeError as error:  # sizes beyond those of any tensor
-        raise UserError(f"model configuration: expected sizes that a model can have, found others ({str(error).splitlines()[0]})") from None
+    gpt = outline(model)
+    gpt.kernel = kernel
     expected = {name: tuple(parameter.shape) for name, parameter in gpt.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:

@@ -51,8 +51,8 @@ def choose_kernel(wanted: KernelName, model: ModelParams, precision: Precision, 
     Args:
         wanted: name of the kernel.
         model: what it is for; its head dimension matters.
-        precision: of matrix products.
-        device: that it runs on.
+        precision: precision of matrix products.
+        device: where it runs.
 
     Raises:
         KernelError: the named kernel is not installed, or not made for this device, precision or head dimension.

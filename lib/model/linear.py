@@ -19,7 +19,7 @@ def add_low_rank(y: Tensor, x: Tensor, adapter: LowRank | None, row_scale: Tenso
     Args:
         y: outputs (B, T, R).
         x: inputs (B, T, C).
-        adapter: of the rows of the batch.
+        adapter: adapters of the rows of the batch.
         row_scale: s (R,), of each output; None for 1.
     """
     if adapter is None:
@@ -44,7 +44,7 @@ class Linear(nn.Linear):
 
         Args:
             x: inputs (B, T, C).
-            product: of inputs and weight, (B, T, R), where it is known.
+            product: inputs times weight, (B, T, R), where it is known.
             row_scale: (R,), of each output. The rows of the weight are scaled, which are fewer than those of the outputs: forward and
                 backward pass save two readings of the outputs and two writings.
         """

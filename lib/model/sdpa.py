@@ -42,7 +42,7 @@ class Kernel:
     """A way of computing attention.
 
     Attributes:
-        name: of the kernel.
+        name: name of the kernel.
         reason: one line, why it was chosen and why better ones were not.
         within: attention within a sight; what the layers share (masks, boundaries of documents) is computed here, once.
     """

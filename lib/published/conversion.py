@@ -30,7 +30,7 @@ def check_seed(published: Published, seed: int, seeds: Sequence[int]) -> None:
 
     Args:
         published: the file.
-        seed: whose outputs it will be.
+        seed: the seed whose outputs it will be.
         seeds: those of params.yaml, which the pipeline has stages for.
 
     Raises:
@@ -51,7 +51,7 @@ def convert_checkpoint(published: Published, model: ModelParams, sequence_tokens
     Args:
         published: a float checkpoint.
         model: section ``model``.
-        sequence_tokens: that it was trained with, as later stages use them.
+        sequence_tokens: length of the sequences that it was trained with, as later stages use them.
 
     Raises:
         ArtifactError: the file does not fit `model`, as `check_model` says.

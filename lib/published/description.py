@@ -47,8 +47,8 @@ def describe_import(published: Published, seed: int, packed_bytes: int | None) -
 
     Args:
         published: the file.
-        seed: whose outputs it has become.
-        packed_bytes: of an artifact, packed by this project; None for a float checkpoint.
+        seed: the seed whose outputs it has become.
+        packed_bytes: size of an artifact, packed by this project; None for a float checkpoint.
     """
     skipped = [f"left out, not part of the model: {', '.join(published.skipped)}"] if published.skipped else []
     lines = [f"imported {_kind(published)} of {published.num_parameters:,} parameters as seed {seed}", *skipped]

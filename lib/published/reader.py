@@ -37,9 +37,9 @@ class Published:
     """What is in a published file.
 
     Attributes:
-        name: of the file, without its folder.
-        num_bytes: of the file.
-        sha256: of the file, 64 hexadecimal digits.
+        name: name of the file, without its folder.
+        num_bytes: size of the file.
+        sha256: SHA-256 of the file, 64 hexadecimal digits.
         is_quantized: whether it is an artifact, not a float checkpoint.
         floats: published parameter name -> fp16, bf16 or fp32 tensor. The factors of the value embedding's layers, published one by
             one, are one tensor, `LAYER_SCALES`.
@@ -57,7 +57,7 @@ class Published:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all parameters, by published name."""
+        """Shapes of all parameters, by published name."""
         tensors = self.floats | {name: matrix.codes for name, matrix in self.codes.items()}
         return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
 

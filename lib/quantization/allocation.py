@@ -7,7 +7,7 @@ c_j = U_jj. How much larger each matrix's own factor s should be where steps are
 for a price of a bit, each matrix takes the step with the least loss + price * bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ class TargetError(UserError):
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class StepCurve:
     """What a matrix costs and how much loss it causes at different steps.
 
     Attributes:
@@ -69,7 +69,7 @@ def _limited(scales: Tensor, limit: float) -> Tensor:
     return exponents_of(scales.clamp(1 / limit, limit), RESOLUTION)
 
 
-def measure_curve(problem: Problem, gradients: Tensor, rows: Tensor, columns: Tensor) -> Curve:
+def measure_curve(problem: Problem, gradients: Tensor, rows: Tensor, columns: Tensor) -> StepCurve:
     """Rounding to nearest at many steps of the matrix, on a sample of its rows.
 
     Args:
@@ -99,7 +99,7 @@ def measure_curve(problem: Problem, gradients: Tensor, rows: Tensor, columns: Te
     finest = int(exponents_of(scaled.abs().amax().clamp(min=2.0**-24) / LARGEST_CODE)) + 1
     finer = torch.arange(min(0, (finest - int(exponents[0])) // MATRIX_RESOLUTION + 1) * MATRIX_RESOLUTION, 0, MATRIX_RESOLUTION)
     num_live = num_rows * int(live.sum())  # half the step takes a bit more for each of them and leaves a quarter of the loss
-    return Curve(torch.cat((finer + exponents[0], exponents)), torch.cat((num_bits[0] - num_live * finer / OCTAVE, num_bits)),
+    return StepCurve(torch.cat((finer + exponents[0], exponents)), torch.cat((num_bits[0] - num_live * finer / OCTAVE, num_bits)),
                  torch.cat((all_losses[0] * torch.exp2(2 * finer / OCTAVE), all_losses)))
 
 
@@ -109,12 +109,12 @@ def _entropy(counts: Tensor) -> float:
     return float(-(probabilities * probabilities.log2()).sum())
 
 
-def allocate(curves: Sequence[Curve], num_bits: float) -> list[int]:
+def allocate(curves: Sequence[StepCurve], num_bits: float) -> list[int]:
     """The step of each matrix that together make the loss smallest within a number of bits, by bisection of the price of a bit.
 
     Args:
-        curves: of the matrices.
-        num_bits: of all codes together.
+        curves: one curve for each matrix.
+        num_bits: bits of all codes together.
 
     Returns:
         Index into each curve. Where even the coarsest steps take more bits, those; where the finest take fewer, those.
@@ -130,57 +130,73 @@ def allocate(curves: Sequence[Curve], num_bits: float) -> list[int]:
     return [_cheapest(curve, 2.0**high) for curve in curves]
 
 
-def bits_per_octave(curve: Curve, index: int) -> float:
+def bits_per_octave(curve: StepCurve, index: int) -> float:
     """How many bits fewer a matrix takes when its steps are doubled."""
     doubled = min(index + OCTAVE // MATRIX_RESOLUTION, len(curve.num_bits) - 1)
     return float(curve.num_bits[index] - curve.num_bits[doubled])
 
 
-def _cheapest(curve: Curve, price: float) -> int:
+def _cheapest(curve: StepCurve, price: float) -> int:
     return int((curve.losses + price * curve.num_bits).argmin())
 
 
-def meet_target(measure: Callable[[int], int], target_bytes: int, bytes_per_unit: float, report: Callable[[int, int], None]) -> int:
-    """How many units to coarsen the steps by, so that the size comes just below the target.
+class SizeSearch:
+    """How many units to coarsen the steps by, so that the size comes just below a target: asks for sizes at some units, one by one.
 
     Secant steps until the target lies between two sizes, then false position.
 
     Args:
-        measure: units -> size in bytes with the real coder; falls with the units, though not strictly.
         target_bytes: never exceeded by the result; missed by less than `TOLERANCE` of it where `MAX_PROBES` sizes are enough to find that.
         bytes_per_unit: estimate of how much a unit saves, within a factor of `LARGEST_MISJUDGEMENT`.
-        report: called with the number of the probe and its size.
 
-    Raises:
-        TargetError: no size at or below the target was found.
+    Attributes:
+        next_units: units whose size, with the real coder, `tell` wants to know; it falls with the units, though not strictly. None when
+            it knows enough.
+        best_units: units of the largest size so far that fits, None if none does.
     """
-    found: dict[int, int] = {}
-    shift, aim = 0, target_bytes * (1 - TOLERANCE / 2)
-    for number in range(MAX_PROBES):
-        found[shift] = measure(shift)
-        report(number, found[shift])
-        if target_bytes * (1 - TOLERANCE) <= found[shift] <= target_bytes:
-            return shift
-        if list(found.values())[-2:] == [found[shift]] * 2 and found[shift] < target_bytes:
-            break  # no finer steps are left
-        above, below = (max((s for s in found if found[s] > target_bytes), default=None),
-                        min((s for s in found if found[s] <= target_bytes), default=None))
-        if above is not None and below is not None:
-            if below - above <= 1:
-                break
-            middle = above + (found[above] - aim) / (found[above] - found[below]) * (below - above)
-            shift = min(max(round(middle), above + 1), below - 1)
-        else:
-            shift += round((found[shift] - aim) / _slope(found, bytes_per_unit)) or (1 if found[shift] > aim else -1)
-    fitting = [s for s in found if found[s] <= target_bytes]
-    if not fitting:
-        raise TargetError(f"quantize.target_bytes: expected to reach {target_bytes:,}, the smallest size found is {min(found.values()):,}")
-    return max(fitting, key=lambda s: found[s])
 
+    def __init__(self, target_bytes: int, bytes_per_unit: float) -> None:
+        self._target, self._estimate = target_bytes, bytes_per_unit
+        self._found: dict[int, int] = {}
+        self.next_units: int | None = 0
+        self.best_units: int | None = None
 
-def _slope(found: dict[int, int], estimate: float) -> float:
-    """Bytes per unit from the last two sizes, no further from the estimate than it may be."""
-    if len(found) < 2:
-        return estimate
-    before, last = list(found)[-2:]
-    return min(max((found[before] - found[last]) / (last - before), estimate / LARGEST_MISJUDGEMENT), estimate * LARGEST_MISJUDGEMENT)
+    def tell(self, size: int) -> None:
+        """Take in the size at `next_units`, and choose the next ones.
+
+        Raises:
+            TargetError: no size at or below the target was found.
+        """
+        units, target = self.next_units, self._target
+        assert units is not None
+        self._found[units] = size
+        if size <= target and (self.best_units is None or size > self._found[self.best_units]):
+            self.best_units = units
+        self.next_units = self._choose(units)
+        if self.next_units is None and self.best_units is None:
+            raise TargetError(f"quantize.target_bytes: expected to reach {target:,}, the smallest size found is "
+                              f"{min(self._found.values()):,}")
+
+    def _choose(self, units: int) -> int | None:
+        found, target, size = self._found, self._target, self._found[units]
+        if target * (1 - TOLERANCE) <= size <= target or len(found) == MAX_PROBES:
+            return None
+        if list(found.values())[-2:] == [size] * 2 and size < target:
+            return None  # no finer steps are left
+        above, below = (max((s for s in found if found[s] > target), default=None),
+                        min((s for s in found if found[s] <= target), default=None))
+        aim = target * (1 - TOLERANCE / 2)
+        if above is None or below is None:
+            return units + (round((size - aim) / self._slope()) or (1 if size > aim else -1))
+        if below - above <= 1:
+            return None
+        middle = above + (found[above] - aim) / (found[above] - found[below]) * (below - above)
+        return min(max(round(middle), above + 1), below - 1)
+
+    def _slope(self) -> float:
+        """Bytes per unit from the last two sizes, no further from the estimate than it may be."""
+        if len(self._found) < 2:
+            return self._estimate
+        before, last = list(self._found)[-2:]
+        slope = (self._found[before] - self._found[last]) / (last - before)
+        return min(max(slope, self._estimate / LARGEST_MISJUDGEMENT), self._estimate * LARGEST_MISJUDGEMENT)

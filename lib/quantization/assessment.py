@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lib.artifacts.hessians import Hessians
 from lib.artifacts.quantized import LEFT, OCTAVE, QuantizedModel, QuantizedTensor, scales_of
-from lib.model.roles import role_of
+from lib.model.parts import Part
+from lib.quantization.clipping import row_scales
 from lib.quantization.config import FREE, QuantizeParams
 from lib.quantization.gptq import row_errors
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import round_to_grid
 from lib.quantization.grid_config import FLOAT_BITS
 
 
@@ -25,22 +26,22 @@ class TensorRow:
     Errors are measured with the verification moments, which nothing was minimised with.
 
     Attributes:
-        name: of the parameter.
-        role: of the parameter, as in `lib.model.roles`.
+        name: name of the parameter.
+        role: role of the parameter, as in `lib.model.parts`.
         method: gptq, rtn (round to nearest) or fp16.
         rows: R.
         columns: C.
-        bits: of the grid, ``free``, or 16.
+        bits: bits of the grid, ``free``, or 16.
         step: geometric mean of the steps; None for fp16.
         entropy_bits: order-0 entropy of the codes, bits per weight; None for fp16.
-        coded_bytes: of codes and, if there is one, of the low-rank correction; None for fp16.
+        coded_bytes: bytes of codes and, if there is one, of the low-rank correction; None for fp16.
         relative_error: squared error over squared weight in the Hessian's metric, tr(E H E^T) / tr(W H W^T); 0 where both are 0.
         relative_error_rtn: the same after rounding to nearest: at the same steps, or with the scales of the clip rule.
         sensitivity: nats per token for an error tr(E H E^T) of 1 that all rows share: half the mean of the rows' squared gradients.
         predicted_loss: 1/2 sum_i g_i e_i H e_i^T, nats per token.
         zeros: fraction of the codes that are 0; None for fp16.
-        rank: of the correction, 0 without.
-        damping: of the Hessian; None for fp16.
+        rank: rank of the correction, 0 without.
+        damping: damping of the Hessian; None for fp16.
         dead_columns: inputs that were always 0 in calibration.
     """
 
@@ -63,13 +64,15 @@ class TensorRow:
     dead_columns: int
 
 
-def list_tensors(weights: Mapping[str, Tensor], hessians: Hessians, quantized: QuantizedModel, params: QuantizeParams, *,
-                 dampings: Mapping[str, float], coded_bytes: Mapping[str, int], device: torch.device) -> list[TensorRow]:
+def list_tensors(weights: Mapping[str, Tensor], parts: Mapping[str, Part], hessians: Hessians, quantized: QuantizedModel,
+                 params: QuantizeParams, *, dampings: Mapping[str, float], coded_bytes: Mapping[str, int],
+                 device: torch.device) -> list[TensorRow]:
     """One row for each matrix, sorted by name.
 
     Args:
-        weights: of the checkpoint.
-        hessians: of the same model.
+        weights: weights of the checkpoint, matrices (R, C).
+        parts: table of the same model, from `lib.model.parts.parts_of`.
+        hessians: second moments of the same model.
         quantized: the result.
         params: section ``quantize``.
         dampings: name of the matrix -> damping.
@@ -91,7 +94,7 @@ def list_tensors(weights: Mapping[str, Tensor], hessians: Hessians, quantized: Q
                 nearest = float(row_errors(weight - _round_to_nearest(weight, matrix, params), hessian).sum()) / reference
             correction = quantized.matrices.get(name + LEFT)
             rows.append(TensorRow(
-                name=name, role=role_of(name, weight.ndim), method="fp16" if matrix is None else params.method,
+                name=name, role=parts[name].role, method="fp16" if matrix is None else params.method,
                 rows=weight.shape[0], columns=weight.shape[1], bits=FLOAT_BITS if matrix is None else matrix.bits or FREE,
                 step=None if matrix is None else _mean_step(matrix), entropy_bits=None if matrix is None else matrix.entropy_bits(),
                 coded_bytes=None if matrix is None else sum(size for key, size in coded_bytes.items() if key.split(":")[0] == name),

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lib.quantization.clipping import row_scales
 from lib.quantization.config import QuantizeParams
 from lib.quantization.gptq import Problem, round_gptq
-from lib.quantization.grid import round_scales, row_scales
+from lib.quantization.grid import round_scales
 
 
 def round_clipped(problems: Sequence[Problem], hessians: Sequence[Tensor], bits: int, params: QuantizeParams) -> tuple[Tensor, Tensor]:
@@ -21,7 +22,7 @@ def round_clipped(problems: Sequence[Problem], hessians: Sequence[Tensor], bits:
 
     Args:
         problems: B of the same shape.
-        hessians: of their inputs, (C, C) fp32 each.
+        hessians: second moments of their inputs, (C, C) fp32 each.
         bits: 2 to 8.
         params: clip rule, multiples of its scale to try, and how often scales are refitted to the codes.
 

@@ -1,7 +1,8 @@
 """Clip rules: how far the symmetric grid of each row of a matrix reaches.
 
 Shapes: R rows, C columns, K candidates. A rule is a function ``(weight (R, C) fp32, clip_range, params) -> clips (R,)``;
-to add one, write the function, enter it in `CLIP_RULES` and name it in ``ClipParams.rule``.
+to add one, write the function, enter it in `CLIP_RULES` and name it in ``ClipParams.rule``. Only the stage quantize uses them: training for
+a grid (`lib.training.qat`) has a clip of its own.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,7 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lib.quantization.grid_config import ClipParams
+from lib.artifacts.quantized import clip_range as clip_range_of
+from lib.quantization.config import ClipParams
+from lib.quantization.grid import find_quantiles, make_scales
 
 ClipRule = Callable[[Tensor, int, ClipParams], Tensor]
 
@@ -26,14 +29,7 @@ def clip_std(weight: Tensor, clip_range: int, params: ClipParams) -> Tensor:
 
 def clip_percentile(weight: Tensor, clip_range: int, params: ClipParams) -> Tensor:
     """The quantile of each row's magnitudes, among `percentiles`, with the least squared error (entry #585)."""
-    last = weight.shape[1] - 1
-    falling = weight.abs().topk(weight.shape[1] - int(min(params.percentiles) * last), dim=1).values  # nothing below it is needed
-    candidates = []
-    for percentile in params.percentiles:
-        below = min(int(percentile * last), last)
-        above = min(below + 1, last)
-        candidates.append(torch.lerp(falling[:, last - below], falling[:, last - above], percentile * last - below))
-    return _best(weight, clip_range, candidates, params.floor)
+    return _best(weight, clip_range, find_quantiles(weight, params.percentiles), params.floor)
 
 
 def clip_mse(weight: Tensor, clip_range: int, params: ClipParams) -> Tensor:
@@ -43,7 +39,7 @@ def clip_mse(weight: Tensor, clip_range: int, params: ClipParams) -> Tensor:
 
 
 def _best(weight: Tensor, clip_range: int, candidates: Iterable[Tensor], floor: float) -> Tensor:
-    """Of K candidates (R,), for each row the first with the least squared rounding error on the grid that it gives."""
+    """The best of K candidates (R,): for each row the first with the least squared rounding error on the grid that it gives."""
     magnitudes = weight.abs()
     rounded = torch.empty_like(magnitudes)
     best_clips = torch.zeros_like(magnitudes[:, 0])
@@ -59,3 +55,14 @@ def _best(weight: Tensor, clip_range: int, candidates: Iterable[Tensor], floor: 
 
 
 CLIP_RULES: dict[str, ClipRule] = {"max": clip_max, "percentile": clip_percentile, "mse": clip_mse, "std": clip_std}
+
+
+def row_scales(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
+    """Scale of each row by a clip rule, (R, C) fp32 -> (R,) fp32, positive.
+
+    Args:
+        weight: not checked for NaN and infinity.
+        bits: 2 to 8.
+        clip: the clip rule and its parameters.
+    """
+    return make_scales(CLIP_RULES[clip.rule](weight, clip_range_of(bits), clip), bits, clip.floor)

@@ -5,21 +5,38 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat
-from lib.quantization.grid_config import Bits, ByRole, ClipParams
+from lib.quantization.grid_config import Bits
 
 FREE: Literal["free"] = "free"
 Precision = Bits | Literal["free"]
 """2 to 8: bits of a grid that clips; 16: fp16; free: steps for rows, columns and matrices that `target_bytes` decides, without clipping."""
 
 
+class ClipParams(Params):
+    """How far the grid of each row reaches: codes -clip_range .. clip_range cover -clip .. clip."""
+
+    rule: Literal["max", "percentile", "mse", "std"]
+    """max: largest magnitude of the row. percentile: the best of `percentiles`. mse: the best of `num_candidates` fractions
+    of the maximum. std: `num_std` standard deviations. Best is the least squared rounding error. An entry of CLIP_RULES."""
+    percentiles: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
+    """Rule percentile: candidate quantiles of the row's magnitudes, as fractions (entry #585: 0.999 .. 1)."""
+    num_candidates: Positive
+    """Rule mse: candidates k/num_candidates of the maximum, k = 1 .. num_candidates."""
+    num_std: PositiveFloat
+    """Rule std: standard deviations (about zero) of the row."""
+    floor: NonNegativeFloat
+    """No row has a smaller clip, whatever the rule gives; 0 = none. Entries #585 and #410 have 1 in all grids, that is a scale of at
+    least 1/15 with 5 bits, 1/31 with 6, 1/127 with 8, which all rows of their models have: one uniform step."""
+
+
 class LowRankParams(Params):
     """Low-rank correction of the quantization error (LQER, arXiv:2402.02446)."""
 
     max_bytes: NonNegative
-    """Of all factors together, before entropy coding; 0 = none. Spent one direction at a time, where that lowers the predicted loss
+    """Bytes of all factors together, before entropy coding; 0 = none. Spent one direction at a time, where that lowers the predicted loss
     most per byte."""
     bits: Annotated[int, Field(ge=2, le=8)]
-    """Of the factors."""
+    """Bits of the factors."""
 
 
 class QuantizeParams(Params):
@@ -29,7 +46,8 @@ class QuantizeParams(Params):
     """Size of code and artifact together that the steps of free matrices are chosen for; null when none is free."""
     method: Literal["gptq", "rtn"]
     """GPTQ (arXiv:2210.17323) or round-to-nearest."""
-    bits: ByRole[Precision]
+    bits: dict[str, Precision]
+    """Role of matrices (`lib.model.parts`) -> bits; every role that the model has."""
     bits_of: dict[str, Precision]
     """Exceptions: name of a matrix -> the same."""
     free_rows: bool
@@ -52,16 +70,16 @@ class QuantizeParams(Params):
     """Rounding minimises squared error + rate_weight x code length in bits, the error in squared steps, weighed as GPTQ weighs the
     column; 0 = nearest. At 0.1155 a bit costs what it would cost to buy it with finer steps (uniform quantizer at high rate)."""
     prune_fraction: Annotated[float, Field(ge=0, lt=1)]
-    """Of each matrix, the smallest magnitudes are fixed at zero, and the others compensate."""
+    """Fraction of each matrix: so many of its smallest magnitudes are fixed at zero, and the others compensate."""
     low_rank: LowRankParams
     vector_mantissa_bits: Annotated[int, Field(ge=0, le=10)]
-    """Of gains, scales and mixes, which are stored as fp16; fewer than fp16's 10 are smaller after compression."""
+    """Mantissa bits of gains, scales and mixes, which are stored as fp16; fewer than fp16's 10 are smaller after compression."""
     heldout_tokens: Positive
     """At most so many held-out tokens, in evenly spread windows, to measure the quantized model against the float one."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        is_free = FREE in (*self.bits.model_dump().values(), *self.bits_of.values())
+        is_free = FREE in (*self.bits.values(), *self.bits_of.values())
         if is_free != (self.target_bytes is not None):
             raise ValueError("target_bytes: expected a number exactly when the bits of some matrices are free, "
                              f"found {self.target_bytes} and {'some' if is_free else 'no'} free matrices")

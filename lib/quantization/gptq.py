@@ -47,7 +47,7 @@ def factorize(name: str, hessian: Tensor, damping: float, act_order: bool) -> Fa
     triangular inverse, and H^-1 itself, which is less accurate, is never formed.
 
     Args:
-        name: of the input, for errors.
+        name: name of the input, for errors.
         hessian: (C, C) fp32.
         damping: fraction of the mean diagonal, above 0.
         act_order: columns by descending diagonal instead of in their own order.
@@ -79,7 +79,7 @@ class Problem:
 
     Attributes:
         weight: (R, C), fp32 or fp64; the arithmetic is in its type.
-        factor: of the Hessian of the input.
+        factor: factor of the Hessian of the input.
         pruned: (R, C) bool, weights that have to be 0; None if there are none.
     """
 
@@ -101,8 +101,8 @@ def round_gptq(problems: Sequence[Problem], row_scales: Sequence[Tensor], column
 
     Args:
         problems: B of the same shape.
-        row_scales: of each, (R,).
-        column_scales: of each, (C,).
+        row_scales: scales of the rows of each, (R,).
+        column_scales: scales of the columns of each, (C,).
         bits: 2 to 8, or None for codes of 16 bits.
         block_size: changes speed, not results.
         rate_weight: squared steps per bit; 0 rounds to nearest.

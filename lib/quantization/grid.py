@@ -1,33 +1,42 @@
-"""The one quantizer, for quantization-aware training and for export: a symmetric grid, with a scale for each row and each column.
+"""The grid that clips, for quantization-aware training and for export: symmetric, with a scale for each row.
 
 Shapes: R rows, C columns. With b bits the codes are the integers -c .. c, c = 2^(b-1) - 1 (15 for int5). A code stands for
 code * row scale * column scale.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from lib.artifacts.quantized import OCTAVE, clip_range, exponents_of, scales_of
-from lib.quantization.clipping import CLIP_RULES
-from lib.quantization.grid_config import ClipParams
 
 CLIPPED_RESOLUTION = OCTAVE // 64
-"""Of row exponents of grids that clip: a scale is at most 0.54 % from the one that was asked for."""
+"""Resolution of row exponents of grids that clip: a scale is at most 0.54 % from the one that was asked for."""
 SMALLEST_SCALE = 2.0**-24  # only a row of zeros, or nearly so, is below it
 
 
-def row_scales(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
-    """Scale of each row: its clip value by `clip`, not below ``clip.floor``, over the clip range, to the resolution of stored scales.
+def find_quantiles(weight: Tensor, quantiles: Sequence[float]) -> list[Tensor]:
+    """Quantiles of the magnitudes in each row, (R, C) fp32 -> (R,) each, interpolated; nothing below the lowest of them is sorted."""
+    last = weight.shape[1] - 1
+    falling = weight.abs().topk(weight.shape[1] - int(min(quantiles) * last), dim=1).values
+    found = []
+    for quantile in quantiles:
+        below = min(int(quantile * last), last)
+        above = min(below + 1, last)
+        found.append(torch.lerp(falling[:, last - below], falling[:, last - above], quantile * last - below))
+    return found
+
+
+def make_scales(clips: Tensor, bits: int, floor: float) -> Tensor:
+    """Scale of each row from how far its grid reaches, (R,) fp32 -> (R,) fp32, positive, to the resolution of stored scales.
 
     Args:
-        weight: (R, C) fp32; not checked for NaN and infinity, which would wait for the device at every training step.
+        clips: largest magnitude on the grid of each row; not checked for NaN and infinity, which would wait for the device.
         bits: 2 to 8.
-        clip: the clip rule and its parameters.
-
-    Returns:
-        (R,) fp32, positive.
+        floor: no grid reaches less far.
     """
-    clips = CLIP_RULES[clip.rule](weight, clip_range(bits), clip).clamp(min=clip.floor)
-    return round_scales(clips / clip_range(bits))
+    return round_scales(clips.clamp(min=floor) / clip_range(bits))
 
 
 def round_scales(scales: Tensor) -> Tensor:
@@ -42,9 +51,3 @@ def round_to_grid(weight: Tensor, scales: Tensor, bits: int | None, full_range: 
     """
     limit = clip_range(bits)
     return (weight / scales).round_().clamp_(-limit - full_range, limit)
-
-
-def fake_quantize(weight: Tensor, bits: int, clip: ClipParams, full_range: bool = False) -> Tensor:
-    """The weights after rounding to the grid and back: (R, C) fp32 -> (R, C) fp32; without `full_range` as the export gives them."""
-    scales = row_scales(weight, bits, clip)[:, None]
-    return round_to_grid(weight, scales, bits, full_range).mul_(scales)

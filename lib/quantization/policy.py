@@ -14,7 +14,7 @@ from lib.artifacts.hessians import Hessians
 from lib.artifacts.quantized import QuantizedModel
 from lib.distributed import Process
 from lib.errors import UserError
-from lib.model.roles import MATRIX_ROLES, VECTOR_ROLE, role_of
+from lib.model.parts import Part
 from lib.quantization.config import QuantizeParams
 from lib.quantization.grid_config import FLOAT_BITS
 from lib.quantization.quantizer import Matrices, Quantizer
@@ -22,25 +22,28 @@ from lib.quantization.quantizer import Matrices, Quantizer
 FP16_MAX = torch.finfo(torch.float16).max
 
 
-def choose_bits(weights: Mapping[str, Tensor], params: QuantizeParams) -> dict[str, int | str]:
-    """Name of every matrix -> 2 to 8, 16 or `FREE`.
+def choose_bits(parts: Mapping[str, Part], params: QuantizeParams) -> dict[str, int | str]:
+    """Name of every matrix of a model -> 2 to 8, 16 or `FREE`.
 
     Raises:
-        ValueError: exceptions for matrices that do not exist.
+        UserError: a role without bits, or exceptions for matrices that do not exist.
     """
-    roles = {name: role for name, weight in weights.items() if (role := role_of(name, weight.ndim)) in MATRIX_ROLES}
+    roles = {name: part.role for name, part in parts.items() if part.is_matrix}
+    if missing := sorted(set(roles.values()) - params.bits.keys()):
+        raise UserError(f"quantize.bits: expected bits for every role of the model's matrices, found none for {', '.join(missing)}")
     if unknown := sorted(params.bits_of.keys() - roles.keys()):
         raise UserError(f"quantize.bits_of: {unknown[0]}: expected the name of a matrix, one of {', '.join(sorted(roles))}")
-    return {name: params.bits_of.get(name, getattr(params.bits, role)) for name, role in roles.items()}
+    return {name: params.bits_of.get(name, params.bits[role]) for name, role in roles.items()}
 
 
-def quantize_model(checkpoint: Checkpoint, hessians: Hessians, params: QuantizeParams, process: Process,
+def quantize_model(checkpoint: Checkpoint, parts: Mapping[str, Part], hessians: Hessians, params: QuantizeParams, *, process: Process,
                    measure: Callable[[QuantizedModel], int]) -> tuple[QuantizedModel, dict[str, float]]:
     """Quantize a checkpoint.
 
     Args:
-        checkpoint: not changed.
-        hessians: of the same model.
+        checkpoint: not changed; its matrices are (R, C).
+        parts: from `lib.model.parts.parts_of` of the same model.
+        hessians: second moments of the same model.
         params: section ``quantize``.
         process: every process calls this and gets the whole result.
         measure: size of code and artifact in bytes with a model; called by the main process alone, and only if there are free steps.
@@ -53,14 +56,14 @@ def quantize_model(checkpoint: Checkpoint, hessians: Hessians, params: QuantizeP
         ValueError: a parameter that fp16 cannot hold, a Hessian that has no Cholesky decomposition, Hessians of another
             model, or exceptions for matrices that do not exist; the message names the tensor.
     """
-    weights, bits = checkpoint.weights, choose_bits(checkpoint.weights, params)
+    weights, bits = checkpoint.weights, choose_bits(parts, params)
     if different := sorted({name for names in hessians.inputs.values() for name in names} ^ bits.keys()):
         raise UserError(f"{different[0]}: expected in the checkpoint and in the Hessians, found in one; calibrate first (`dvc repro`)")
     for name, weight in weights.items():
         if not weight.abs().amax() <= FP16_MAX:
             raise UserError(f"{name}: expected magnitudes up to {FP16_MAX:g} (fp16), found {weight.abs().amax().item():g}; "
                             "the training diverged")
-    vectors = {name: truncate(weight, params.vector_mantissa_bits) if role_of(name, weight.ndim) == VECTOR_ROLE else weight.half()
+    vectors = {name: truncate(weight, params.vector_mantissa_bits) if not parts[name].is_matrix else weight.half()
                for name, weight in weights.items() if bits.get(name, FLOAT_BITS) == FLOAT_BITS}
 
     def model_of(matrices: Matrices) -> QuantizedModel:
@@ -88,13 +91,18 @@ def list_grid_differences(trained: Mapping[str, Any], params: QuantizeParams) ->
     """Where the grid that the checkpoint was trained for, ``checkpoint.training["qat"]``, differs from that of the export.
 
     Args:
-        trained: the fields ``bits``, ``full_range`` and ``clip`` of section ``train.qat``.
+        trained: section ``train.qat``.
         params: section ``quantize``.
 
     Returns:
         One phrase for each differing key; empty if training and export share the grid.
     """
-    export = params.model_dump(mode="json", include={"bits", "clip"})
-    differences = [f"{section}.{key} {trained[section][key]} in training, {value} here"
-                   for section, values in export.items() for key, value in values.items() if trained[section][key] != value]
+    clip, quantile = params.clip, trained["clip_quantile"]
+    rule = {"max": [1.0], "percentile": list(clip.percentiles)}.get(clip.rule)
+    differences = [f"bits.{role} {trained['bits'].get(role)} in training, {bits} here"
+                   for role, bits in params.bits.items() if trained["bits"].get(role) != bits]
+    if rule != [quantile]:
+        differences.append(f"clip_quantile {quantile:g} in training, clip rule {clip.rule} here")
+    if trained["floor"] != clip.floor:
+        differences.append(f"floor {trained['floor']:g} in training, {clip.floor:g} here")
     return differences + (["full_range in training, symmetric here"] if trained["full_range"] else [])

@@ -5,6 +5,7 @@ process rounds its share of these groups; what it finds is then shared, so that 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,13 +20,13 @@ from lib.distributed import Process
 from lib.progress import Progress, say
 from lib.quantization.allocation import (
     TOLERANCE,
-    Curve,
+    SizeSearch,
+    StepCurve,
     TargetError,
     allocate,
     bits_per_octave,
     column_exponents,
     measure_curve,
-    meet_target,
     row_exponents,
 )
 from lib.quantization.clipped import round_clipped
@@ -42,8 +43,8 @@ class Group:
 
     Attributes:
         source: name of the input.
-        names: of the matrices.
-        num_rows: of each.
+        names: names of the matrices.
+        num_rows: number of rows of each.
         bits: 2 to 8, or None for free steps.
         problem: their weights, one below the other, on the process's device.
     """
@@ -71,10 +72,10 @@ class Quantizer:
 
     Args:
         weights: name -> (R, C) fp32.
-        hessians: of the same model.
+        hessians: second moments of the same model.
         bits: name -> 2 to 8, or `FREE`.
         params: section ``quantize``.
-        process: which share is computed here, and on which device.
+        process: says which share is computed here, and on which device.
 
     Raises:
         ValueError: a Hessian that has no Cholesky decomposition.
@@ -156,38 +157,30 @@ class Quantizer:
         names = sorted(curves)
         chosen = dict(zip(names, allocate([curves[name] for name in names], 8 * (target_bytes - smallest)), strict=True))
         saved = max(1.0, sum(bits_per_octave(curves[name], chosen[name]) for name in names) / 8)
-        found: dict[int, Matrices] = {}
-        sizes: dict[int, int] = {}
-
-        def size_at(units: int) -> int:
-            """Size with steps that are coarser by units/`OCTAVE` of an octave, divided among the matrices."""
-            moved = {}
-            for number, name in enumerate(names):
+        search, best, best_size = SizeSearch(target_bytes, saved / OCTAVE / len(names)), self._clipped, 0
+        for number in itertools.count(1):
+            if (units := search.next_units) is None:
+                break
+            moved = {}  # steps that are coarser by units/`OCTAVE` of an octave, divided among the matrices
+            for place, name in enumerate(names):
                 exponents = curves[name].exponents
-                shift = max(int(exponents[chosen[name]]) + (units + number) // len(names), int(exponents[0]))
+                shift = max(int(exponents[chosen[name]]) + (units + place) // len(names), int(exponents[0]))
                 moved[name] = Steps(_shift(steps[name].rows, shift), steps[name].columns)
-            found.clear()
-            found[units] = self._corrected(self._clipped | self._round(moved))
-            sizes[units] = measure(found[units])
-            return sizes[units]
-
-        def report(number: int, size: int) -> None:
-            difference = size / target_bytes - 1
-            say(f"quantize: trial {number + 1}, {size:,} bytes, {difference:+.2%} from the target", enabled=self._process.is_main)
-
-        units = meet_target(size_at, target_bytes, saved / OCTAVE / len(names), report)
-        if units not in found:
-            size_at(units)
-        if sizes[units] < target_bytes * (1 - TOLERANCE):
-            say(f"note: quantize.target_bytes is {target_bytes:,}, the closest size below it that was found is {sizes[units]:,}: no finer "
+            matrices = self._corrected(self._clipped | self._round(moved))
+            search.tell(size := measure(matrices))
+            say(f"quantize: trial {number}, {size:,} bytes, {size / target_bytes - 1:+.2%} from the target", enabled=self._process.is_main)
+            if search.best_units == units:
+                best, best_size = matrices, size
+        if best_size < target_bytes * (1 - TOLERANCE):
+            say(f"note: quantize.target_bytes is {target_bytes:,}, the closest size below it that was found is {best_size:,}: no finer "
                 "steps are left, or the smallest change of steps changes more bytes than that", enabled=self._process.is_main)
-        return found[units]
+        return best
 
-    def _relative_steps(self) -> tuple[dict[str, Steps], dict[str, Curve]]:
-        """Of every matrix with free steps: steps up to a factor of its own, and what different factors cost."""
+    def _relative_steps(self) -> tuple[dict[str, Steps], dict[str, StepCurve]]:
+        """For every matrix with free steps: steps up to a factor of its own, and what different factors cost."""
         params, gradients = self._params, self._hessians.calibration.gradients
         steps: dict[str, Steps] = {}
-        curves: dict[str, Curve] = {}
+        curves: dict[str, StepCurve] = {}
         for group in (group for group in self._groups if group.bits is None):
             problem = group.problem
             columns = column_exponents(problem) if params.free_columns else torch.zeros_like(problem.factor.dead, dtype=torch.int16)

@@ -22,6 +22,11 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "axes.edgecolor": "#888888",
     "axes.labelcolor": "#333333", "xtick.color": "#555555", "ytick.color": "#555555", "axes.axisbelow": True, "legend.frameon": False,
 }
+DARK = {
+    "#ffffff": "#0d1117", "#e4e4e4": "#30363d", "#888888": "#8b949e", "#555555": "#b1bac4", "#333333": "#e6edf3",
+    **dict(zip(COLORS, ("#6cb0ff", "#ff9a57", "#7fd08f", "#c99bdc", "#ff7b9c", "#5fd0d4", "#b0b0b0"), strict=True)),
+}
+"""Colours of a figure -> those for readers who prefer dark pages."""
 
 
 def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, *, unsettled: float = 0,
@@ -32,8 +37,8 @@ def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, *, unse
 
     Args:
         curves: name -> points (x, y).
-        x_label: of the horizontal axis.
-        y_label: of the vertical axis.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
         unsettled: first fraction of the points, which may leave the figure at the top or bottom, so that the rest can be told apart.
         dashes: name -> line style of matplotlib, where it is not a solid line.
         octaves: whether the horizontal axis is logarithmic, with a tick at each power of two; each point gets a mark.
@@ -64,7 +69,7 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], x_label: str, *, log:
 
     Args:
         panels: label of the vertical axis -> name -> points (x, y).
-        x_label: of the horizontal axis.
+        x_label: label of the horizontal axis.
         log: labels of the vertical axes that are logarithmic.
     """
     with matplotlib.rc_context(STYLE):
@@ -104,7 +109,7 @@ def plot_steps(groups: Mapping[str, Mapping[str, float]], x_label: str) -> str:
 
     Args:
         groups: name of the group -> name of the value -> value; changes are drawn within a group.
-        x_label: of the axis of the values.
+        x_label: label of the axis of the values.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _make_axes()
@@ -125,6 +130,17 @@ def plot_steps(groups: Mapping[str, Mapping[str, float]], x_label: str) -> str:
         axes.margins(x=0.5)  # room for the numbers
         axes.grid(visible=False, axis="y")
         return _render(figure)
+
+
+def follow_color_scheme(figure: str) -> str:
+    """The same figure, which a browser shows in the colours of `DARK` where its reader prefers dark pages.
+
+    Args:
+        figure: an SVG file from this module.
+    """
+    rules = [f'[style*="{name}: {light}"] {{ {name}: {dark} !important }}' for light, dark in DARK.items() for name in ("fill", "stroke")]
+    style = "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } " + " ".join(rules) + " }"
+    return figure.replace("</style>", f"\n{style}</style>", 1)
 
 
 def _make_axes() -> tuple[Figure, Axes]:

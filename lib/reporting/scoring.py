@@ -14,7 +14,7 @@ from lib.reporting.strategy_table import REFERENCE, Strategy
 
 CURVE = ("tokens", "bpb")
 MIN_SHARE = 0.01
-"""Of all targets, at least, that a point of the loss by context stands for: fewer have a mean that says little."""
+"""Fraction of all targets, at least, that a point of the loss by context stands for: fewer have a mean that says little."""
 
 Curves = dict[str, Curve]
 """Label of the strategy -> curve, the mean over the seeds."""
@@ -26,7 +26,7 @@ class DocumentBin(NamedTuple):
     Attributes:
         length: tokens of the longest of them, at most.
         documents: how many there are.
-        num_bytes: of all of them.
+        num_bytes: bytes of all of them.
         bpb: label of the strategy -> bits per byte, mean over the seeds.
     """
 
@@ -52,7 +52,7 @@ def running_curves(folders: Sequence[Path], strategies: Sequence[Strategy]) -> C
 
 
 def differences(curves: Curves) -> Curves:
-    """Of each curve from that of `REFERENCE`, which has the same horizontal values; none where that was not run."""
+    """Difference of each curve from that of `REFERENCE`, which has the same horizontal values; none where that was not run."""
     if REFERENCE not in curves:
         return {}
     return {name: [(x, y - base) for (x, y), (_, base) in zip(curve, curves[REFERENCE], strict=True)] for name, curve in curves.items()}
@@ -96,7 +96,7 @@ def document_curves(bins: Sequence[DocumentBin]) -> Curves:
 
 
 def _average(curves: Sequence[Curve]) -> Curve:
-    """Of curves that have the same horizontal values, as all seeds score the same targets in the same windows."""
+    """Means of curves that have the same horizontal values, as all seeds score the same targets in the same windows."""
     return [(points[0][0], fmean(y for _, y in points)) for points in zip(*curves, strict=True)]
 
 

@@ -12,7 +12,7 @@ class RecordTest(NamedTuple):
     Attributes:
         verdict: the outcome in words.
         record: what was stated.
-        mean: of the losses, in nats per token.
+        mean: mean of the losses, in nats per token.
         std: sample standard deviation of the losses.
         t: Student's t of the mean against record - margin, with one degree of freedom less than there are seeds.
         p: probability of such a t, or one further below 0, if the true mean were record - margin.
@@ -51,7 +51,7 @@ def compare_with_record(losses: Row, record: RecordParams) -> RecordTest:
     """Apply the rule of the challenge, better by at least 0.005 nats at p < 0.01, with the numbers of ``report.record``.
 
     Args:
-        losses: of the seeds, in nats per token.
+        losses: one loss for each seed, in nats per token.
         record: loss, margin and largest p.
     """
     if record.loss is None:

@@ -24,7 +24,7 @@ class Strategy(NamedTuple):
     Attributes:
         name: as in ``evaluate.strategies``.
         bpb: bits per byte of each seed.
-        change: of the mean bits per byte from that of `REFERENCE`, as text.
+        change: difference of the mean bits per byte from that of `REFERENCE`, as text.
         legal: whether it may be reported as a score of the text.
         note: why it is not legal, or what was left out for want of time.
     """
@@ -58,7 +58,7 @@ def format_strategies(metrics: Metrics, timings: Timings | None = None) -> str:
     """The strategies as aligned lines of text.
 
     Args:
-        metrics: of the stage evaluate.
+        metrics: figures of the stage evaluate.
         timings: adds columns on the right, mean seconds and those of the parts that were measured; what is left of them stays as it is.
     """
     several = len(metrics) > 1

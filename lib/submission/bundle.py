@@ -76,6 +76,6 @@ def _fill_in(sources: Mapping[str, str], settings: Mapping[str, Any]) -> bytes:
     """head.py with what it unpacks, in Latin-1: bytes are characters, of which five need an escape."""
     text = "\0".join(part for file in (*sources.items(), ("settings.json", json.dumps(settings, indent=1))) for part in file)
     archive = bz2.compress(text.encode()).decode("latin-1").translate(_ESCAPES)  # smaller than Brotli's, by 1 %, and LZMA's, by 4 %
-    content = Path(head.__file__).read_text(encoding="latin-1")
+    content = Path(head.__file__).read_text(encoding="utf-8")
     assert content.count(_ARCHIVE_LINE) == 1
-    return content.replace(_ARCHIVE_LINE, f'ARCHIVE = "{archive}"\n').encode("latin-1")
+    return ("# coding: latin-1\n" + content.replace(_ARCHIVE_LINE, f'ARCHIVE = "{archive}"\n')).encode("latin-1")

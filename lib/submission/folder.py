@@ -42,7 +42,7 @@ def write_submission(folder: Path, report: ReportParams, params: Mapping[str, An
     """Make the folder anew.
 
     Args:
-        folder: of the submission.
+        folder: folder of the submission.
         report: the section ``report``.
         params: all of params.yaml.
         metrics: from `lib.reporting.summary.read_metrics`, in the order of ``seeds``.
@@ -103,7 +103,7 @@ def make_log(seed: int, metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """What the stages recorded of one seed, in the order of the pipeline: the loss of training, figures, times, audit.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         metrics: stage -> figures.
     """
     return "\n".join(_log_lines(seed, metrics)) + "\n"

@@ -1,4 +1,3 @@
-# coding: latin-1
 """Trains a language model, packs it into model.ptz and scores it, in bits per byte of a validation text; one file, all code.
 
     SEED=42 DATA_PATH=FOLDER TOKENIZER_PATH=FILE python train_gpt.py     # one process

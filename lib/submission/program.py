@@ -30,7 +30,8 @@ from lib.evaluation.evaluation import evaluate
 from lib.evaluation.inputs import open_inputs
 from lib.evaluation.limit import TimeLimit
 from lib.model.config import ModelSection
-from lib.model.roles import role_of
+from lib.model.gpt import outline
+from lib.model.parts import parts_of
 from lib.params import MAX_SEED, Params, parse_params
 from lib.quantization.config import QuantizeParams
 from lib.quantization.policy import quantize_model
@@ -145,17 +146,16 @@ def make_artifact(params: ProgramParams, data: Path, tokenizer: Tokenizer, *, se
     log.add_section("train", trained.metrics, trained.timing, trained.loss_curve)
     calibration = calibrate(trained.checkpoint, text, params.calibrate, seed, process)
     log.add_section("calibrate", calibration.metrics, calibration.timing)
-    start = time.monotonic()
-    quantized, _ = quantize_model(trained.checkpoint, calibration.hessians, params.quantize, process,
-                                  lambda model: coding.code_bytes + len(pack(model, coding.codec, coding.level).blob))
+    start, parts = time.monotonic(), parts_of(outline(trained.checkpoint.model))
+    quantized, _ = quantize_model(trained.checkpoint, parts, calibration.hessians, params.quantize, process=process,
+                                  measure=lambda model: coding.code_bytes + len(pack(model, coding.codec, coding.level).blob))
     packed = pack(quantized, coding.codec, coding.level)
-    roles = {name: role_of(name, weight.ndim) for name, weight in quantized.weights().items()}
-    parts = list_parts(quantized, packed, roles, num_code_bytes)
-    check_limit(parts, coding.limit_bytes)
+    rows = list_parts(quantized, packed, {name: part.role for name, part in parts.items()}, num_code_bytes)
+    check_limit(rows, coding.limit_bytes)
     if process.is_main:
         write_bytes(program.with_name(ARTIFACT), packed.blob)
         resume_path.unlink(missing_ok=True)
-    sizes = {part.part: part.num_bytes for part in parts} | summarize(parts) | {"limit_bytes": coding.limit_bytes}
+    sizes = {row.part: row.num_bytes for row in rows} | summarize(rows) | {"limit_bytes": coding.limit_bytes}
     log.add_section("quantize and compress", sizes, {"seconds": time.monotonic() - start})
     return packed.blob
 

@@ -52,7 +52,7 @@ class Budget:
     the same moments in every process because all of them are told the main process's clock.
 
     Args:
-        params: of the run.
+        params: section ``train`` of the run.
     """
 
     def __init__(self, params: TrainParams) -> None:

@@ -6,8 +6,17 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat, Precision
-from lib.quantization.grid_config import Bits, ByRole, ClipParams
+from lib.quantization.grid_config import Bits
 from lib.training.schedule import lr_multiplier
+
+
+class ByGroup(Params):
+    """A value for each group of parameters."""
+
+    matrix: NonNegativeFloat
+    embedding: NonNegativeFloat
+    vector: NonNegativeFloat
+    head: NonNegativeFloat
 
 
 class OptimizerParams(Params):
@@ -21,21 +30,32 @@ class OptimizerParams(Params):
     """AdamW: gains, scales, gates, mixes, skip weights."""
     head_lr: PositiveFloat
     """AdamW: untied head."""
-    weight_decay: NonNegativeFloat
-    """Decoupled, of all groups."""
+    weight_decay: ByGroup
+    """Decoupled."""
+    cautious_decay: bool
+    """Muon: only weights that the update makes smaller decay (arXiv:2510.12402)."""
     momentum: Fraction
     """Muon, Nesterov, after its warmup."""
     momentum_start: Fraction
     """Muon momentum at the first step."""
     momentum_warmup: Fraction
     """Fraction of the budget in which the momentum rises linearly."""
-    newton_schulz_steps: Positive
+    orthogonalization: Literal["newton_schulz", "polar_express"]
+    """Muon: how updates are orthogonalised; an entry of ORTHOGONALIZATIONS."""
+    orthogonalization_steps: Positive
+    normalize_rows: Literal["none", "before", "after"]
+    """Muon: rows of updates are divided by their norm before orthogonalization (MuonEq-R, entry #1855), or after it by the root of the
+    running mean of their squares (NorMuon, arXiv:2510.05491)."""
+    row_beta: Annotated[float, Field(ge=0, lt=1)]
+    """Decay of that running mean."""
     adam_betas: tuple[Fraction, Fraction]
     adam_eps: PositiveFloat
     grad_clip: PositiveFloat
     """Largest global gradient norm."""
     warmdown: Fraction
-    """Last fraction of the budget, in which the learning rates fall linearly to 0."""
+    """Last fraction of the budget, in which the learning rates fall linearly to 0,"""
+    lr_floor: Fraction
+    """but not below this fraction of what they were (entry #1855: 0.1)."""
 
 
 class AveragingParams(Params):
@@ -55,10 +75,14 @@ class QatParams(Params):
 
     below_lr: NonNegativeFloat
     """On while the learning-rate multiplier is below this: 0 never, more than 1 from the first step."""
-    bits: ByRole[Bits]
+    bits: dict[str, Bits]
+    """Role of matrices (`lib.model.parts`) -> bits; every role that the model has."""
     full_range: bool
     """Codes reach down to -2^(bits - 1), -16 of int5, as #585 and #410 train; the export is symmetric."""
-    clip: ClipParams
+    clip_quantile: Annotated[float, Field(gt=0, le=1)]
+    """The grid of a row reaches to this quantile of its magnitudes; 1 is the largest one (#585: .9995, #410: 1)."""
+    floor: NonNegativeFloat
+    """But no less far than this; 0 = none. Should be that of ``quantize.clip``."""
 
 
 class TrainParams(Params):
@@ -76,7 +100,7 @@ class TrainParams(Params):
     micro_batch_sequences: Positive
     """Sequences per forward pass of one process, at most; less memory, more passes."""
     precision: Precision
-    """Of matrix products; weights, optimizer state and averages are fp32."""
+    """Precision of matrix products; weights, optimizer state and averages are fp32."""
     compile: bool
     """Compile the model's parts (needs a C++ compiler on CPUs, Triton on GPUs)."""
     optimizer: OptimizerParams
@@ -107,4 +131,4 @@ class TrainParams(Params):
         if not isinstance(self.budget_steps, int):
             return below > 0
         last = self.budget_steps // every * every  # the learning rate is never lower when a snapshot could be taken
-        return last > 0 and lr_multiplier((last - 1) / self.budget_steps, self.optimizer.warmdown) < below
+        return last > 0 and lr_multiplier((last - 1) / self.budget_steps, self.optimizer.warmdown, self.optimizer.lr_floor) < below

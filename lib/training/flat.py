@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lib.model.roles import MATRIX_ROLES, role_of
+from lib.model.parts import Part, parts_of
 
 Group = Literal["matrix", "embedding", "vector", "head"]
 GROUPS: tuple[Group, ...] = ("matrix", "embedding", "vector", "head")
@@ -18,20 +18,17 @@ GROUPS: tuple[Group, ...] = ("matrix", "embedding", "vector", "head")
 K = TypeVar("K", bound=Hashable)
 
 
-def group_of(name: str, num_dims: int) -> Group:
+def group_of(part: Part) -> Group:
     """The optimizer group of a parameter: Muon updates ``matrix``, AdamW the others (pr585, pr410)."""
-    role = role_of(name, num_dims)
-    if role not in MATRIX_ROLES:
-        return "vector"
-    if role == "head":
-        return "head"
-    return "embedding" if name.endswith(("token_embedding.weight", "table.weight")) else "matrix"
+    if part.kind == "linear":
+        return "head" if part.role == "head" else "matrix"
+    return "embedding" if part.kind == "table" else "vector"
 
 
 class FlatParameters:
     """The parameters of a model, moved into one tensor; the model goes on to see them as before.
 
-    They are ordered by group, shape and role.
+    They are ordered by group, shape and, if they are matrices, role.
 
     Attributes:
         weights: (W,) fp32, the storage of all parameters.
@@ -39,11 +36,11 @@ class FlatParameters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        def place(item: tuple[str, nn.Parameter]) -> tuple[int, tuple[int, ...], str]:
-            name, parameter = item
-            return GROUPS.index(group_of(name, parameter.ndim)), tuple(parameter.shape), role_of(name, parameter.ndim)
+        def place(item: tuple[Part, nn.Parameter]) -> tuple[int, tuple[int, ...], str]:
+            part, parameter = item
+            return GROUPS.index(group_of(part)), tuple(parameter.shape), part.role if part.is_matrix else ""
 
-        self._ordered = sorted(model.named_parameters(), key=place)
+        self._ordered = sorted(((part, model.get_parameter(name)) for name, part in parts_of(model).items()), key=place)
         self._parameters = [parameter for _, parameter in self._ordered]
         self._in_model_order = [name for name, _ in model.named_parameters()]
         self.weights = torch.cat([parameter.detach().flatten() for parameter in self._parameters])
@@ -63,22 +60,22 @@ class FlatParameters:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def parts(self, key: Callable[[str, nn.Parameter], K | None]) -> dict[K, slice]:
+    def slices(self, key: Callable[[Part, nn.Parameter], K | None]) -> dict[K, slice]:
         """Where in the flat tensors the parameters lie to which `key` gives the same answer; those that get None are left out."""
         found: dict[K, slice] = {}
         end = 0
-        for name, parameter in self._ordered:
+        for part, parameter in self._ordered:
             start, end = end, end + parameter.numel()
-            if (part := key(name, parameter)) is not None:
-                first = found[part].start if part in found else start
-                assert part not in found or found[part].stop == start, f"{part}: not side by side"
-                found[part] = slice(first, end)
+            if (group := key(part, parameter)) is not None:
+                first = found[group].start if group in found else start
+                assert group not in found or found[group].stop == start, f"{group}: not side by side"
+                found[group] = slice(first, end)
         return found
 
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:
         """Copies of the parts of `flat` (W,) by name of their parameters, in the order and shapes of the model."""
-        parts = {name: view for (name, _), view in zip(self._ordered, self._views(flat), strict=True)}
-        return {name: parts[name].clone() for name in self._in_model_order}
+        views = {part.name: view for (part, _), view in zip(self._ordered, self._views(flat), strict=True)}
+        return {name: views[name].clone() for name in self._in_model_order}
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         sizes = [parameter.numel() for parameter in self._parameters]

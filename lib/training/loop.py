@@ -126,7 +126,7 @@ class Run:
         """One optimizer step on the next global batch."""
         optimizer = self.params.optimizer
         fraction = self.budget.plan.fraction(self.num_steps)
-        multiplier = lr_multiplier(fraction, optimizer.warmdown)
+        multiplier = lr_multiplier(fraction, optimizer.warmdown, optimizer.lr_floor)
         with self.fake_quantization.applied(self.fake_quantization.is_on(multiplier)):
             loss = self.backward()
         self.parameters.collect()

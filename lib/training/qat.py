@@ -10,11 +10,17 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from lib.model.roles import MATRIX_ROLES, role_of
-from lib.quantization.grid import fake_quantize
+from lib.quantization.grid import find_quantiles, make_scales, round_to_grid
 from lib.quantization.grid_config import FLOAT_BITS
 from lib.training.config import QatParams
 from lib.training.flat import FlatParameters, group_of
+
+
+def fake_quantize(weight: Tensor, bits: int, params: QatParams) -> Tensor:
+    """The weights after rounding to the grid and back: (R, C) fp32 -> (R, C) fp32."""
+    clips, = find_quantiles(weight, [params.clip_quantile])
+    scales = make_scales(clips, bits, params.floor)[:, None]
+    return round_to_grid(weight, scales, bits, params.full_range).mul_(scales)
 
 
 class FakeQuantization:
@@ -23,10 +29,10 @@ class FakeQuantization:
     def __init__(self, parameters: FlatParameters, params: QatParams) -> None:
         self._params = params
         self._matrices: list[tuple[Tensor, int]] = []  # rows (N*R, C) of all matrices of one shape and role, bits
-        kinds = parameters.parts(lambda name, p: (group_of(name, p.ndim), role_of(name, p.ndim), tuple(p.shape)))
-        for (_, role, shape), part in kinds.items():
-            if role in MATRIX_ROLES and (bits := getattr(params.bits, role)) != FLOAT_BITS:
-                self._matrices.append((parameters.weights[part].view(-1, shape[-1]), bits))
+        alike = parameters.slices(lambda part, p: (group_of(part), part.role, tuple(p.shape)) if part.is_matrix else None)
+        for (_, role, shape), where in alike.items():
+            if (bits := params.bits[role]) != FLOAT_BITS:
+                self._matrices.append((parameters.weights[where].view(-1, shape[-1]), bits))
 
     def is_on(self, lr_multiplier: float) -> bool:
         """Whether this step trains on the grid."""
@@ -38,7 +44,7 @@ class FakeQuantization:
         originals = [rows.clone() for rows, _ in self._matrices] if on else []
         if on:
             for rows, bits in self._matrices:
-                rows.copy_(fake_quantize(rows, bits, self._params.clip, self._params.full_range))
+                rows.copy_(fake_quantize(rows, bits, self._params))
         try:
             yield
         finally:

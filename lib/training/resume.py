@@ -23,9 +23,9 @@ def resume_file(folder: Path, params: TrainParams, model: ModelParams, seed: int
 
     Args:
         folder: where such files lie.
-        params: of the run; which of the averages is selected at its end does not matter.
+        params: parameters of the run; which of the averages is selected at its end does not matter.
         model: the architecture.
-        seed: of initialisation and data order.
+        seed: seed of initialisation and data order.
         data_sha256: checksum of the description of the training split, which has those of its shards.
     """
     identity = {"train": params.model_dump(mode="json", exclude={"averaging": {"select"}}), "model": model.model_dump(mode="json"),

@@ -1,9 +1,9 @@
 """Schedules as pure functions of the fraction of the training budget that is done, 0 <= fraction < 1."""
 
 
-def lr_multiplier(fraction: float, warmdown: float) -> float:
-    """Factor on every learning rate: 1, then linear to 0 over the last `warmdown` of the budget."""
-    return min(1.0, (1 - fraction) / warmdown) if warmdown > 0 else 1.0
+def lr_multiplier(fraction: float, warmdown: float, floor: float) -> float:
+    """Factor on every learning rate: 1, then linear to 0 over the last `warmdown` of the budget, but never below `floor`."""
+    return max(floor, min(1.0, (1 - fraction) / warmdown)) if warmdown > 0 else 1.0
 
 
 def muon_momentum(fraction: float, start: float, end: float, warmup: float) -> float:

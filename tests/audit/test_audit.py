@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib.artifacts.files import read_json, write_bytes, write_json
 from lib.artifacts.tokens import SplitWriter, load_split
-from lib.audit.chronology import Check, check_score_before_update, check_single_pass
+from lib.audit.chronology import Finding, check_score_before_update, check_single_pass
 from lib.audit.probe import geometry, make_probe
 from lib.audit.provenance import MANIFEST, PIPELINE, check_data, check_readers
 from lib.audit.replay import Runner, Scores, score_again
@@ -42,7 +42,7 @@ from tests.processes import run_processes
 TEXTS = [ENGLISH[first:].lstrip() for first in range(0, 150, 25)]
 TOKENS = make_tokens(150, starts=(0, 5, 31, 60, 83, 107))
 LEGAL = [name for name in NAMES if name != "two_phase"]
-PASSED: dict[str, Check] = {"checked": {"passed": True}}
+PASSED: dict[str, Finding] = {"checked": {"passed": True}}
 
 
 def audit(name: StrategyName, model: GPT | None = None, params: EvaluateParams | None = None, process: Process = SINGLE_CPU, *,
@@ -267,7 +267,7 @@ def test_a_strategy_adapts_within_the_piece_before_the_places_where_it_is_cut(na
 def _audit_in_processes(process: Process) -> None:
     report = audit("phased", process=process)
     assert report["legal"]
-    other: dict[str, Check] = {"checked": {"passed": False, "rank": 1}} if process.rank else PASSED
+    other: dict[str, Finding] = {"checked": {"passed": False, "rank": 1}} if process.rank else PASSED
     model, params = make_model(), make_params()
     outcome = run_strategy("plain", make_job(model, TOKENS, params, process))
     report = audit_scores(model, make_text(TOKENS), params, {"plain": outcome}, replay=replayer(model, params, process), data=PASSED,

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from lib.artifacts.hessians import Hessians, Moments
 from lib.artifacts.quantized import QuantizedModel
 from lib.artifacts.tokens import Split
-from lib.calibration.moments import PRIOR_OCCURRENCES, check_reserve, collect_moments, draw_sequences, matrix_inputs
+from lib.calibration.moments import PRIOR_OCCURRENCES, check_reserve, collect_moments, draw_sequences
+from lib.calibration.sums import matrix_inputs
 from lib.distributed import SINGLE_CPU, Process
 from lib.model.gpt import GPT
+from lib.model.parts import parts_of
 from lib.params import Precision
 from lib.quantization.gptq import row_errors
 from lib.quantization.quantizer import Quantizer
@@ -37,8 +39,12 @@ def make_sequences(num_sequences: int = 6, num_tokens: int = 8) -> Tensor:
 
 def collect(model: GPT, sequences: Tensor, *, num_gradient_sequences: int | None = None, batch_sequences: int = 4, seed: int = 0,
             precision: Precision = "fp32", process: Process = SINGLE_CPU) -> Moments:
-    return collect_moments(model, sequences, num_gradient_sequences=num_gradient_sequences or len(sequences),
+    return collect_moments(model, model.logits, sequences, num_gradient_sequences=num_gradient_sequences or len(sequences),
                            batch_sequences=batch_sequences, precision=precision, seed=seed, process=process, description="test")
+
+
+def linear_inputs(model: GPT) -> dict[str, tuple[str, ...]]:
+    return {source: names for source, names in matrix_inputs(parts_of(model)).items() if source not in TABLES}
 
 
 def likeliest(probabilities: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
@@ -85,8 +91,8 @@ def test_hessians_give_the_squared_outputs_of_every_linear_layer() -> None:
     model, sequences = make_model(tied_head=False), make_sequences()
     moments, (_, outputs, _) = collect(model, sequences), record_outputs(model, sequences)
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert sorted(name for names in model.linear_inputs().values() for name in names) == sorted(f"{name}.weight" for name in linear_names)
-    for source, names in model.linear_inputs().items():
+    assert sorted(name for names in linear_inputs(model).values() for name in names) == sorted(f"{name}.weight" for name in linear_names)
+    for source, names in linear_inputs(model).items():
         for name in names:
             found = quadratic_error(model.get_parameter(name).detach(), moments.hessians[source])
             expected = float(outputs[name.removesuffix(".weight")].double().square().sum()) / sequences.numel()
@@ -97,7 +103,7 @@ def test_hessians_give_the_squared_outputs_of_every_linear_layer() -> None:
 def test_gradients_are_those_of_the_outputs_of_every_linear_layer() -> None:
     model, sequences = make_model(tied_head=False), make_sequences()
     moments, (_, _, gradients) = collect(model, sequences), record_outputs(model, sequences)
-    for names in model.linear_inputs().values():
+    for names in linear_inputs(model).values():
         for name in names:
             expected = gradients[name.removesuffix(".weight")].double().square().mean((0, 1)).float()
             torch.testing.assert_close(moments.gradients[name], expected, rtol=1e-4, atol=1e-9)
@@ -142,7 +148,7 @@ def test_a_tied_head_adds_what_it_costs_as_an_output_layer() -> None:
             apart.get_parameter(name).copy_(parameter)
         apart.get_parameter("head.weight").copy_(tied.token_embedding.weight)
     both, each = collect(tied, sequences), collect(apart, sequences)
-    assert both.hessians.keys() == each.hessians.keys() - {"head"} == matrix_inputs(tied).keys()
+    assert both.hessians.keys() == each.hessians.keys() - {"head"} == matrix_inputs(parts_of(tied)).keys()
     assert both.gradients.keys() == each.gradients.keys() - {"head.weight"}
     parts = [(each.hessians[source], each.gradients[f"{source}.weight"]) for source in ("token_embedding", "head")]
     hessian, gradients = both.hessians["token_embedding"], both.gradients["token_embedding.weight"]
@@ -156,7 +162,7 @@ def test_a_tied_head_adds_what_it_costs_as_an_output_layer() -> None:
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_every_matrix_has_its_moments(tied_head: bool) -> None:
     model = make_model(tied_head=tied_head)
-    moments, inputs = collect(model, make_sequences()), matrix_inputs(model)
+    moments, inputs = collect(model, make_sequences()), matrix_inputs(parts_of(model))
     matrices = {name: parameter for name, parameter in model.named_parameters() if name.endswith(".weight")}
     assert sorted(name for names in inputs.values() for name in names) == sorted(matrices)
     assert moments.hessians.keys() == inputs.keys() and moments.gradients.keys() == matrices.keys()
@@ -234,7 +240,7 @@ def test_the_predicted_loss_is_the_divergence(tied_head: bool) -> None:
     ratios: dict[str, float] = {}
     with torch.no_grad():
         before = model.logits(sequences).double().log_softmax(-1)
-        for source, names in matrix_inputs(model).items():
+        for source, names in matrix_inputs(parts_of(model)).items():
             for name in names:
                 parameter = model.get_parameter(name)
                 original, logs = parameter.clone(), 0.0
@@ -270,12 +276,12 @@ def test_moments_in_bf16_are_those_in_fp32_up_to_rounding(monkeypatch: pytest.Mo
 def test_moments_in_bf16_give_a_quantized_model_that_is_as_good() -> None:
     """KL divergence from the float model, on the text of calibration and on other text, within 10 %, and better than without moments."""
     model, sequences = mild_model(), make_sequences(48)
-    weights = {name: model.get_parameter(name).detach().clone() for names in matrix_inputs(model).values() for name in names}
+    weights = {name: model.get_parameter(name).detach().clone() for names in matrix_inputs(parts_of(model)).values() for name in names}
     reference = model.logits(sequences).log_softmax(-1).detach()
 
     def divergences(moments: Moments) -> Tensor:
-        quantizer = Quantizer(weights, Hessians(matrix_inputs(model), moments, moments), dict.fromkeys(weights, 4), make_quantize(),
-                              SINGLE_CPU)
+        hessians = Hessians(matrix_inputs(parts_of(model)), moments, moments)
+        quantizer = Quantizer(weights, hessians, dict.fromkeys(weights, 4), make_quantize(), SINGLE_CPU)
         quantized = mild_model()
         with torch.no_grad():
             for name, weight in QuantizedModel({}, {}, quantizer.round_clipped(), {}).weights().items():
@@ -295,7 +301,7 @@ def test_moments_in_bf16_give_a_quantized_model_that_is_as_good() -> None:
 def test_sums_of_bf16_inputs_are_not_rounded_to_bf16() -> None:
     model, sequences = mild_model(), make_sequences(24)
     for moments in (collect(model, sequences, precision="bf16").hessians, collect(model, sequences).hessians):
-        name = next(iter(model.linear_inputs()))
+        name = next(iter(linear_inputs(model)))
         assert not torch.equal(moments[name], moments[name].bfloat16().float())
         assert torch.linalg.eigvalsh(moments[name].double())[0] > -1e-6 * moments[name].diagonal().max()
 

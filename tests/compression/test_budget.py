@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, QuantizedTensor, clip_range
-from lib.compression.budget import BudgetError, Part, check_limit, list_parts, summarize
+from lib.compression.budget import BudgetError, SizeRow, check_limit, list_parts, summarize
 from lib.compression.container import pack
 from tests.artifacts.quantized_models import make_quantized_tensor
 
@@ -20,7 +20,7 @@ def make_matrix(num_rows: int, bits: int | None, seed: int) -> QuantizedTensor:
     return QuantizedTensor(codes, torch.arange(num_rows).short(), torch.zeros(200).short(), bits)
 
 
-def make_parts(mlp_bits: int | None = 5, attention_bits: int | None = 5, down_bits: int | None = None, rank: int = 0) -> list[Part]:
+def make_parts(mlp_bits: int | None = 5, attention_bits: int | None = 5, down_bits: int | None = None, rank: int = 0) -> list[SizeRow]:
     matrices = {"up": make_matrix(200, mlp_bits, 0), "down": make_matrix(100, down_bits or mlp_bits, 1),
                 "query": make_matrix(60, attention_bits, 2)}
     if rank:
@@ -33,11 +33,11 @@ def make_parts(mlp_bits: int | None = 5, attention_bits: int | None = 5, down_bi
     return parts
 
 
-def artifact_bytes(parts: list[Part]) -> int:
+def artifact_bytes(parts: list[SizeRow]) -> int:
     return summarize(parts)["artifact_bytes"]
 
 
-def failure(parts: list[Part], limit_bytes: int) -> str:
+def failure(parts: list[SizeRow], limit_bytes: int) -> str:
     with pytest.raises(BudgetError) as caught:
         check_limit(parts, limit_bytes)
     return str(caught.value)

@@ -1,6 +1,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,14 +11,14 @@ from lib.compression.contents import describe_artifact
 from tests.artifacts.quantized_models import make_quantized_model, make_quantized_tensor
 
 
-def role_of(name: str, num_dims: int) -> str:
-    return {"a.weight": "mlp", "b.weight": "head"}[name] if num_dims == 2 else "vector"
+def roles_of(model: dict[str, Any]) -> dict[str, str]:
+    return {"a.weight": "mlp", "b.weight": "head"}
 
 
 def describe(path: Path, quantized: QuantizedModel, codec: str) -> tuple[str, bytes]:
     packed = pack(quantized, codec, 7)
     path.write_bytes(packed.blob)
-    return describe_artifact(path, role_of), packed.blob
+    return describe_artifact(path, roles_of), packed.blob
 
 
 @pytest.mark.parametrize("codec", ["zstd", "range"])
@@ -59,4 +60,4 @@ def test_damaged_files_are_container_errors(tmp_path: Path) -> None:
     path = tmp_path / "model.ptz"
     path.write_bytes(pack(make_quantized_model(), "range", 7).blob[:-1])
     with pytest.raises(ContainerError, match=r"model\.ptz: the checksum does not fit"):
-        describe_artifact(path, role_of)
+        describe_artifact(path, roles_of)

@@ -5,7 +5,7 @@ import pytest
 from lib.evaluation.adapter import OPTIMIZERS
 from lib.evaluation.config import AdaptationParams, EvaluateParams, LayerName, ScoreFirstParams, StrategyName
 from lib.evaluation.lora import adapted_layers
-from lib.evaluation.strategies import STRATEGIES
+from lib.evaluation.strategies import CHUNK_WINDOWS, STRATEGIES
 from lib.params import ParamsError, parse_params
 from tests.evaluation.tiny import EVALUATE, make_model, make_params
 
@@ -13,8 +13,7 @@ from tests.evaluation.tiny import EVALUATE, make_model, make_params
 def test_every_name_that_the_file_may_hold_is_registered() -> None:
     assert set(get_args(StrategyName)) == set(STRATEGIES)
     assert set(get_args(AdaptationParams.model_fields["optimizer"].annotation)) == set(OPTIMIZERS)
-    assert set(get_args(ScoreFirstParams.model_fields["windows"].annotation)) <= {
-        name for name, strategy in STRATEGIES.items() if strategy.windows}
+    assert set(get_args(ScoreFirstParams.model_fields["windows"].annotation)) == CHUNK_WINDOWS.keys() <= STRATEGIES.keys()
     assert adapted_layers(make_model(), get_args(LayerName))
 
 

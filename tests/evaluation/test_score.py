@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,6 @@ from tests.model.test_gpt import reference_logits, weights_of
 from tests.processes import run_processes
 
 CPU = torch.device("cpu")
-Known = Sequence[tuple[Windows, ScoreSheet]]
 
 
 def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -52,9 +51,9 @@ def make_scorer(num_targets: int, model: nn.Module | None = None, *, batch_token
                   advance=advance), sheet
 
 
-def scored(windows: Windows, num_targets: int, model: nn.Module | None = None, known: Known = ()) -> ScoreSheet:
+def scored(windows: Windows, num_targets: int, model: nn.Module | None = None) -> ScoreSheet:
     scorer, sheet = make_scorer(num_targets, model)
-    scorer.score(windows, known)
+    scorer.score(windows)
     return sheet
 
 
@@ -127,57 +126,6 @@ def count_rows(model: GPT) -> list[int]:
     return rows
 
 
-def test_what_is_known_is_taken_over_bit_for_bit_and_not_computed_again() -> None:
-    model, reported = make_model(), list[int]()
-    plain, sliding = plain_windows(61, 8), sliding_windows(61, 8, 2)
-    known = scored(plain, 61, model)
-    expected = scored(sliding, 61, model).collect(SINGLE_CPU)
-    known._nats += 0.25  # so that it shows where they come from
-    rows = count_rows(model)
-    scorer, sheet = make_scorer(61, model, advance=reported.append)
-    scorer.score(sliding, [(plain, known)])
-    nats, context = sheet.collect(SINGLE_CPU)
-    taken = np.zeros(61, bool)
-    for start, length, num_scored in zip(*sliding[:3], strict=True):
-        if start % 8 == 0 and length == 8:
-            taken[start + length - num_scored:start + length] = True
-    assert taken.sum() == 8 + 2 * 6
-    np.testing.assert_array_equal(nats[taken], known.collect(SINGLE_CPU)[0][taken])
-    assert nats[~taken] == pytest.approx(expected[0][~taken], abs=1e-6)
-    assert context.tolist() == expected[1].tolist()
-    assert sum(rows) == len(sliding.start) - 7  # windows
-    assert sum(reported) == sliding.work
-    assert sheet.ledger.events == [Event(0, "scored", SHARED, 0, 60)]
-
-
-def test_the_same_windows_are_not_computed_at_all() -> None:
-    model, windows = make_model(), one_pass_windows(61, 8, 16)
-    known = scored(windows, 61, model)
-    rows = count_rows(model)
-    again = scored(windows, 61, model, [(windows, known)])
-    assert rows == []
-    for ours, theirs in zip(again.collect(SINGLE_CPU), known.collect(SINGLE_CPU), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_windows_whose_attention_goes_less_far_are_something_else() -> None:
-    model, windows = make_model(), one_pass_windows(61, 8, 16)
-    known = scored(windows._replace(attention_tokens=None), 61, model)
-    rows = count_rows(model)
-    scored(windows, 61, model, [(windows._replace(attention_tokens=None), known), (windows._replace(attention_tokens=7), known)])
-    assert sum(rows) == len(windows.start)
-
-
-def test_several_known_sheets_complete_each_other() -> None:
-    model, windows = make_model(), sliding_windows(61, 8, 2)
-    parts = [windows.select(slice(0, 10)), windows.select(slice(8, 20))]
-    sheets = [scored(part, 61, model) for part in parts]
-    rows = count_rows(model)
-    sheet = scored(windows, 61, model, list(zip(parts, sheets, strict=True)))
-    assert sum(rows) == len(windows.start) - 20
-    assert sheet.collect(SINGLE_CPU)[0] == pytest.approx(scored(windows, 61, model).collect(SINGLE_CPU)[0], abs=1e-6)
-
-
 @pytest.mark.parametrize(("windows", "message"), [
     (sliding_windows(20, 8, 2).select(slice(0, 4)), "6 were not, the first is target 14, scored 0 times"),
     (Windows(np.array([0, 8, 12]), np.array([8, 8, 8]), np.array([8, 8, 8])), "4 were not, the first is target 12, scored 2 times"),
@@ -238,17 +186,17 @@ def test_full_batches_and_only_they_are_compiled(windows: Windows, monkeypatch: 
 def score_in_process(process: Process, folder: Path) -> None:
     plain, sliding = plain_windows(61, 8), sliding_windows(61, 8, 2)
     reported: list[int] = []
-    scorer, known = make_scorer(61, process=process, batch_tokens=20)  # other batches: known losses are elsewhere
+    scorer, plain_sheet = make_scorer(61, process=process, batch_tokens=20)
     scorer.score(plain)
     model = make_model()
     rows = count_rows(model)
     scorer, sheet = make_scorer(61, model, process=process, advance=reported.append, wants_last=True)
-    scorer.score(sliding, [(plain, known)])
+    scorer.score(sliding)
     unfinished, done = sheet.collect_unfinished(process)
     short, short_sheet = make_scorer(5, process=process, wants_last=True)  # one batch: the other processes have none
     short.score(plain_windows(5, 8))
     torch.save({
-        "plain": known.collect(process), "sliding": sheet.collect(process), "last": sheet.collect_distribution(process), "rows": rows,
+        "plain": plain_sheet.collect(process), "sliding": sheet.collect(process), "last": sheet.collect_distribution(process), "rows": rows,
         "work": sum(reported), "unfinished": (unfinished, done), "short": short_sheet.collect(process)[0],
         "short_last": short_sheet.collect_distribution(process)},
         folder / f"{process.rank}.pt")

@@ -64,34 +64,6 @@ def test_what_is_unfinished_says_which_targets_were_scored() -> None:
     assert nats[scored].tolist() == [1, 3]
 
 
-def test_losses_and_their_context_are_taken_over_from_another_sheet() -> None:
-    other, sheet = ScoreSheet(4, CPU), ScoreSheet(4, CPU)
-    fill(other, [0, 1, 2, 3], added=0.25)
-    fill(sheet, [0, 3])
-    sheet.copy(torch.tensor([[1, 2]]), other)
-    nats, context = sheet.collect(SINGLE_CPU)
-    assert nats.tolist() == [0, 1.25, 2.25, 3]
-    assert context.tolist() == [0, 10, 20, 30]
-    assert other.collect(SINGLE_CPU)[0].tolist() == [0.25, 1.25, 2.25, 3.25]
-
-
-def test_taking_over_what_was_never_scored_does_not_count_as_scored() -> None:
-    other, sheet = ScoreSheet(2, CPU), ScoreSheet(2, CPU)
-    fill(other, [0])
-    sheet.copy(torch.tensor([[0, 1]]), other)
-    with pytest.raises(RuntimeError, match="1 were not, the first is target 1, scored 0 times"):
-        sheet.collect(SINGLE_CPU)
-
-
-def test_what_is_taken_over_counts_as_scored_once_more() -> None:
-    other, sheet = ScoreSheet(2, CPU), ScoreSheet(2, CPU)
-    fill(other, [0, 1])
-    fill(sheet, [0, 1])
-    sheet.copy(torch.tensor([[1]]), other)
-    with pytest.raises(RuntimeError, match="1 were not, the first is target 1, scored 2 times"):
-        sheet.collect(SINGLE_CPU)
-
-
 def test_the_last_distribution_is_kept_in_fp32_and_must_be_there_once() -> None:
     sheet = ScoreSheet(2, CPU, wanted=1)
     with pytest.raises(RuntimeError, match="expected the distribution of the wanted target once, found it 0 times"):
@@ -107,16 +79,11 @@ def _share(process: Process) -> None:
     fill(sheet, mine)
     nats, context = sheet.collect(process)
     assert nats.tolist() == [0, 1, 2, 3, 4, 5] and context.tolist() == [0, 10, 20, 30, 40, 50]
-    copied = ScoreSheet(6, process.device)  # each process takes over what it has, and writes what it likes of the rest
-    copied.copy(torch.tensor([[0, 1, 2]]), sheet)
-    if process.rank == 1:
-        fill(copied, [3, 4, 5], added=0.5)
-    assert copied.collect(process)[0].tolist() == [0, 1, 2, 3.5, 4.5, 5.5]
-    fill(copied, [process.rank])
-    unfinished, scored = copied.collect_unfinished(process)
-    assert scored.tolist() == [False, False, True, True, True, True] and unfinished[2:].tolist() == [2, 3.5, 4.5, 5.5]
+    fill(sheet, [process.rank])
+    unfinished, scored = sheet.collect_unfinished(process)
+    assert scored.tolist() == [False, False, True, True, True, True] and unfinished[2:].tolist() == [2, 3, 4, 5]
     with pytest.raises(RuntimeError, match="2 were not, the first is target 0, scored 2 times"):
-        copied.collect(process)
+        sheet.collect(process)
     if process.rank == 1:
         sheet.write_distribution(torch.tensor([-1.0, -2.0]))
     assert sheet.collect_distribution(process).tolist() == [-1, -2]

@@ -1,12 +1,10 @@
 from typing import Any
 
 import pytest
-import torch
 
 from lib.evaluation.trainable import GROUPS, describe_groups, match_groups
-from lib.model.config import ModelParams
-from lib.model.gpt import GPT
-from lib.params import parse_params
+from lib.model.gpt import outline
+from lib.model.parts import parts_of
 from tests.evaluation.tiny import MODEL
 
 PR585 = {"vocab_size": 1024, "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 8, "mlp_hidden_dim": 1792, "rope_dims": 16,
@@ -15,9 +13,11 @@ PR410 = PR585 | {"num_kv_heads": 4, "mlp_hidden_dim": 1536, "bigram_rows": 2048,
 
 
 def sizes_of(model: dict[str, Any]) -> dict[str, int]:
-    with torch.device("meta"):
-        gpt = GPT(parse_params(MODEL | model, ModelParams, "model."))
-    return {name: parameter.numel() for name, parameter in gpt.named_parameters()}
+    return {name: parameter.numel() for name, parameter in outline(MODEL | model).named_parameters()}
+
+
+def find(groups: list[str], model: dict[str, Any]) -> dict[str, list[str]]:
+    return match_groups(groups, parts_of(outline(MODEL | model)))
 
 
 @pytest.mark.parametrize(("model", "groups", "expected"), [
@@ -27,14 +27,14 @@ def sizes_of(model: dict[str, Any]) -> dict[str, int]:
 ])
 def test_counts_of_the_reference_systems(model: dict[str, Any], groups: list[str], expected: int) -> None:
     sizes = sizes_of(model)
-    members = match_groups(groups, sizes)
+    members = find(groups, model)
     assert sum(sizes[name] for name in set().union(*members.values())) == expected
     assert f"{expected:,} parameters" in describe_groups(members, sizes)
 
 
 def test_each_group_has_its_parameters() -> None:
     sizes = sizes_of({"tied_head": False})
-    members = match_groups([*GROUPS, "last_3_blocks"], sizes)
+    members = find([*GROUPS, "last_3_blocks"], {"tied_head": False})
     assert {group: len(names) for group, names in members.items()} == {
         "scales": 2 * 3 + 1 + 2, "block_scales": 6, "residual_mix": 3, "q_gain": 3, "skip_weights": 1, "smear_gate": 1, "embedding": 1,
         "head": 1, "bigram": 3, "value_embedding": 4, "all": len(sizes), "last_3_blocks": 3 * 10}
@@ -46,21 +46,21 @@ def test_what_is_trained_is_said_with_exact_numbers_and_no_parameter_twice() -> 
     sizes = sizes_of({})
     block = 16 * (16 + 8 + 8 + 16) + 2 * 16 * 24 + 2 + 2 * 16 + 2 * 16  # attention, MLP, gains, scales, residual mix
     scales = 3 * 2 * 16 + 1 + 1 + 2  # of the blocks, the bigram and the value embedding
-    assert describe_groups(match_groups(["last_1_blocks", "scales"], sizes), sizes) == (
+    assert describe_groups(find(["last_1_blocks", "scales"], {}), sizes) == (
         f"17 tensors, {block + scales - 32:,} parameters (last_1_blocks {block:,}, scales {scales})")
 
 
 def test_last_one_of_eleven_blocks_is_the_eleventh_only() -> None:
-    assert {name.split(".")[1] for name in match_groups(["last_1_blocks"], sizes_of(PR585))["last_1_blocks"]} == {"10"}
+    assert {name.split(".")[1] for name in find(["last_1_blocks"], PR585)["last_1_blocks"]} == {"10"}
 
 
 @pytest.mark.parametrize("group", ["head", "last_4_blocks"])  # a tied head is the embedding; the model has 3 blocks
 def test_a_group_without_parameters_is_an_error_that_names_those_that_have_some(group: str) -> None:
     with pytest.raises(ValueError, match=f"{group}: matches no parameter of this model, which has 3 blocks .*embedding, bigram"):
-        match_groups([group], sizes_of({}))
+        find([group], {})
 
 
 @pytest.mark.parametrize("group", ["norm", "last_0_blocks", "last__blocks"])
 def test_an_unknown_group_is_an_error_that_lists_the_names(group: str) -> None:
     with pytest.raises(ValueError, match=rf"{group}: expected one of scales, .*last_N_blocks"):
-        match_groups([group], sizes_of({}))
+        find([group], {})

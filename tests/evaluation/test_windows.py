@@ -110,29 +110,6 @@ def test_segments_of_one_pass_start_with_what_their_first_target_attends_to(
         assert target - start >= min(target, attention - 1)  # it and the inputs before it that it attends to
 
 
-RANGES = st.tuples(st.sampled_from([0, 0, 4, 8, 16]), st.integers(1, 40))
-
-
-@given(RANGES, RANGES, st.integers(1, 8), st.data())
-def test_windows_include_those_with_the_same_inputs_that_score_no_more(
-        known_range: tuple[int, int], other_range: tuple[int, int], window: int, data: st.DataObject) -> None:
-    """By comparing all pairs; of several windows with the same start, only the first need be found."""
-    known, others = (sliding_windows(first + num_targets, window, data.draw(st.integers(1, window)), first=first)
-                     for first, num_targets in (known_range, other_range))
-    found = known.include(others)
-    assert found.shape == others.start.shape
-    for (start, length, num_scored), included in zip(as_tuples(others), found.tolist(), strict=True):
-        pairs = [known_start == start and known_length == length and known_scored >= num_scored
-                 for known_start, known_length, known_scored in as_tuples(known)]
-        assert included == any(pairs) or (not included and known.start.tolist().count(start) > 1)
-
-
-def test_plain_windows_include_every_fourth_sliding_window_of_stride_a_quarter() -> None:
-    plain, sliding = plain_windows(45, 8), sliding_windows(45, 8, 2)
-    assert plain.include(sliding).tolist() == [start % 8 == 0 for start in sliding.start]
-    assert sliding.include(plain).tolist() == [True, *[False] * 5]  # they score more
-
-
 @given(st.lists(st.tuples(st.sampled_from([(2, 1), (8, 1), (8, 8), (30, 8)]), st.integers(1, 9)), min_size=1, max_size=6),
        st.none() | st.just(5), st.integers(1, 70))
 def test_batches_hold_all_windows_in_order_and_one_shape_each(

@@ -16,16 +16,15 @@ from lib.evaluation.limit import TimeLimit
 from lib.evaluation.score import Forward, load_stream
 from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.windows import find_documents
-from lib.model.config import ModelParams
+from lib.model.config import NEUTRAL, parse_model
 from lib.model.gpt import GPT
 from lib.params import parse_params
 
-MODEL: dict[str, Any] = {
+MODEL: dict[str, Any] = NEUTRAL | {
     "vocab_size": 32, "num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_hidden_dim": 24, "rope_dims": 4,
     "rope_base": 10000.0, "rope_trained_tokens": 8, "q_gain_init": 1.5, "num_xsa_layers": 1, "smear_gate": True, "bigram_rows": 16,
     "bigram_dim": 4, "value_embedding_dim": 4, "value_embedding_layers": [1, 2], "unet_skips": True, "residual_mix": True,
     "ln_scale": True, "tied_head": True, "logit_softcap": 30.0, "embedding_init_std": 0.005,
-    "bos_id": 1, "document_mask": False,
 }
 ADAPTATION: dict[str, Any] = {
     "epochs": 2, "lr": 0.01, "lr_schedule": "cosine", "optimizer": "adamw", "momentum": 0.9, "weight_decay": 0.01, "grad_clip": 1.0,
@@ -55,7 +54,7 @@ def make_params(**changes: Any) -> EvaluateParams:
 
 def make_model(**changes: Any) -> GPT:
     """Every parameter random and large enough to matter."""
-    model = GPT(parse_params(MODEL | changes, ModelParams, "model."))
+    model = GPT(parse_model(MODEL | changes, "model."))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

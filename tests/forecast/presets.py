@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lib.params import parse_params, read_params
+from lib.params import parse_params
+from lib.presets import read_preset
 from lib.schema import PipelineParams
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +16,7 @@ FIXED: dict[str, Any] = {
 def make_pipeline(preset: str = "default", quantize: dict[str, Any] | None = None,
                   compress: dict[str, Any] | None = None) -> PipelineParams:
     """A preset with other values in two of its sections."""
-    values = read_params(ROOT / f"presets/{preset}.yaml")
+    values = read_preset(preset, ROOT / "presets")
     values["quantize"] |= quantize or {}
     values["compress"] |= compress or {}
     return parse_params(values, PipelineParams, f"{preset}: ")

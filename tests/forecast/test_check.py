@@ -10,6 +10,7 @@ import pytest
 
 import lib.forecast.size
 from lib.forecast.check import ForecastError, check_size
+from lib.presets import list_presets
 from lib.schema import PipelineParams
 from tests.forecast.presets import FIXED, ROOT, make_pipeline
 
@@ -20,7 +21,7 @@ def check(params: PipelineParams) -> str:
     return check_size(params.model.architecture, params.quantize, params.compress)
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
+@pytest.mark.parametrize("preset", list_presets(ROOT / "presets"))
 def test_presets_meet_their_limit(preset: str) -> None:
     assert check(make_pipeline(preset)).startswith("forecast: ")
 

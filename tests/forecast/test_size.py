@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from bench.forecast import make_weights, pack_nearest
-from lib.compression.budget import Part, summarize
+from lib.compression.budget import SizeRow, summarize
 from lib.forecast.size import MIN_ROWS, SPREAD, forecast_parts, sample_gaussian, sample_weights
-from lib.model.gpt import GPT
+from lib.model.gpt import outline
 from lib.schema import PipelineParams
 from tests.forecast.presets import FIXED, make_pipeline
 
 
-def gaussian_parts(params: PipelineParams, factor: float = 1.0) -> dict[str, Part]:
+def gaussian_parts(params: PipelineParams, factor: float = 1.0) -> dict[str, SizeRow]:
     model = params.model.architecture
     parts = forecast_parts(sample_gaussian(model).scaled(factor), model, params.quantize, params.compress)
     return {part.part: part for part in parts}
@@ -41,7 +41,7 @@ def test_weights_are_forecast_at_what_they_take_when_they_are_packed(codec: str,
     params = make_pipeline(quantize=FIXED | changes, compress={"codec": codec, "level": 19})
     model = params.model.architecture
     weights = make_weights(model, "rows")
-    parts = forecast_parts(sample_weights(weights), model, params.quantize, params.compress)
+    parts = forecast_parts(sample_weights(outline(model.model_dump(mode="json")), weights), model, params.quantize, params.compress)
     packed = pack_nearest(weights, model, params.quantize, params.compress)
     assert summarize(parts)["blob_bytes"] == pytest.approx(packed, rel=tolerance)
     assert {part.part: part.num_weights for part in parts if part.num_weights}["mlp"] == 4 * 128 * 512
@@ -65,8 +65,9 @@ def test_pruning_bits_and_low_rank_corrections_change_the_forecast() -> None:
 
 
 def test_samples_are_rows_of_every_matrix_and_whole_vectors() -> None:
-    weights = make_weights(make_pipeline().model.architecture, "normal")
-    samples = sample_weights(weights)
+    model = make_pipeline().model.architecture
+    weights = make_weights(model, "normal")
+    samples = sample_weights(outline(model.model_dump(mode="json")), weights)
     assert samples.num_rows == {name: len(weight) for name, weight in weights.items() if "weight" in name and weight.ndim == 2
                                 and "skip_weights" not in name}
     for name, sample in samples.weights.items():
@@ -79,5 +80,5 @@ def test_samples_are_rows_of_every_matrix_and_whole_vectors() -> None:
 def test_gaussian_samples_have_the_shapes_of_a_model_and_the_usual_spread() -> None:
     model = make_pipeline().model.architecture
     samples = sample_gaussian(model)
-    assert samples.num_rows == sample_weights(dict(GPT(model).named_parameters())).num_rows
+    assert samples.num_rows == sample_weights(outline(model.model_dump(mode="json"))).num_rows
     assert math.isclose(float(samples.weights["blocks.0.mlp.up.weight"].std()), SPREAD, rel_tol=0.05)

@@ -20,9 +20,9 @@ from lib.data.shards import Stream
 from lib.evaluation.config import StrategyName
 from lib.evaluation.evaluation import run_strategy
 from lib.evaluation.trainable import match_groups
-from lib.model.config import ModelParams
-from lib.model.gpt import build_model
-from lib.params import parse_params
+from lib.model.config import parse_model
+from lib.model.gpt import build_model, outline
+from lib.model.parts import parts_of
 from lib.published.conversion import convert_artifact
 from lib.published.reader import Published, read_published
 from tests.evaluation.tiny import make_job, make_params
@@ -52,7 +52,7 @@ def published() -> Published:
 
 @pytest.fixture(scope="module")
 def quantized(published: Published) -> QuantizedModel:
-    return convert_artifact(published, parse_params(MODEL, ModelParams, "model."), 1024)
+    return convert_artifact(published, parse_model(MODEL, "model."), 1024)
 
 
 def score(quantized: QuantizedModel, strategy: StrategyName, num_targets: int) -> tuple[float, npt.NDArray[np.float32]]:
@@ -92,7 +92,7 @@ def test_parameters_are_those_of_the_script(published: Published, quantized: Qua
     two_phase = SETTINGS["two_phase"]
     for settings, expected in ((SETTINGS["score_first"], EXPECTED["score_first"]),
                                *((two_phase[phase], EXPECTED["two_phase"][phase]) for phase in two_phase)):
-        members = match_groups(settings["trainable"], sizes)
+        members = match_groups(settings["trainable"], parts_of(outline(quantized.model)))
         assert sum(sizes[name] for name in {name for names in members.values() for name in names}) == expected["trained_parameters"]
 
 

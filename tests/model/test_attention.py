@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from lib.model.attention import Rotation, make_rotation, remove_own_value, rotate
-from lib.model.config import ModelParams
-from lib.params import parse_params
+from lib.model.config import parse_model
 from tests.model.test_gpt import FULL
 
 CPU = torch.device("cpu")
-PUBLISHED = parse_params({**FULL, "model_dim": 512, "num_heads": 8, "rope_dims": 16, "rope_trained_tokens": 1024}, ModelParams, "")
+PUBLISHED = parse_model({**FULL, "model_dim": 512, "num_heads": 8, "rope_dims": 16, "rope_trained_tokens": 1024}, "")
 
 
 def base_of(rotation: Rotation) -> float:
@@ -36,7 +35,7 @@ def test_without_a_trained_length_the_base_is_the_same_at_every_length() -> None
 
 
 def test_scores_depend_on_distance_only_and_norms_are_kept() -> None:
-    params = parse_params({**FULL, "rope_trained_tokens": 64}, ModelParams, "")
+    params = parse_model({**FULL, "rope_trained_tokens": 64}, "")
     rotation = make_rotation(params, 32, None, CPU)
     q, k = torch.randn(2, 1, 1, 1, 6, generator=torch.Generator().manual_seed(0)).expand(2, 1, 32, 1, 6)
     q_rotated, k_rotated = rotate(q, rotation), rotate(k, rotation)

@@ -11,10 +11,9 @@ from torch.fx import GraphModule
 from lib.model import compilation
 from lib.model.attention import ALL_POSITIONS
 from lib.model.compilation import compile_seconds
-from lib.model.config import ModelParams
+from lib.model.config import parse_model
 from lib.model.gpt import GPT
 from lib.model.linear import Linear
-from lib.params import parse_params
 from tests.model.test_gpt import FULL, PLAIN
 
 Result = tuple[Tensor, ...]
@@ -40,7 +39,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
 
 
 def make_model(**changes: Any) -> GPT:
-    model = GPT(parse_params(FULL | changes, ModelParams, "model."))
+    model = GPT(parse_model(FULL | changes, "model."))
     model.initialize(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

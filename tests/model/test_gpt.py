@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lib.errors import UserError
-from lib.model.config import ModelParams
+from lib.model.config import parse_model
 from lib.model.gpt import GPT, Block, TiedHead, build_model
 from lib.model.sdpa import SDPA, Attend, Kernel, Sight
-from lib.params import ParamsError, parse_params
+from lib.params import ParamsError
 
 Array = npt.NDArray[np.float64]
 
@@ -30,7 +30,7 @@ PLAIN = {**FULL, "num_kv_heads": 4, "rope_dims": 6, "num_xsa_layers": 0, "smear_
 
 def make_model(options: dict[str, Any], seed: int = 0) -> GPT:
     """A model whose every parameter is random, so that no option hides behind a zero or a one."""
-    model = GPT(parse_params(options, ModelParams, ""))
+    model = GPT(parse_model(options, ""))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -265,7 +265,7 @@ def test_no_gradient_flows_to_a_masked_document(attention_tokens: int | None, do
 
 
 def test_initialisation_is_published_and_trainable() -> None:
-    model = GPT(parse_params(FULL, ModelParams, ""))
+    model = GPT(parse_model(FULL, ""))
     model.initialize(seed=3)
     for block in model.blocks:
         assert not block.get_submodule("attention.output").get_parameter("weight").any()
@@ -289,26 +289,11 @@ def test_initialisation_depends_on_the_seed_only() -> None:
     weights = []
     for seed, noise in ((3, 0), (3, 1), (4, 1)):
         torch.manual_seed(noise)
-        model = GPT(parse_params(FULL, ModelParams, ""))
+        model = GPT(parse_model(FULL, ""))
         model.initialize(seed)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-
-
-def test_linear_inputs_name_every_linear_layer_once_and_are_what_it_reads() -> None:
-    model = make_model({**FULL, "tied_head": False})
-    inputs = model.linear_inputs()
-    named = [weight for weights in inputs.values() for weight in weights]
-    linears = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert sorted(named) == sorted(linears)
-    seen: dict[str, torch.Tensor] = {}
-    for name in named:
-        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-            lambda module, arguments, name=name: seen.__setitem__(name, arguments[0]))
-    model.logits(torch.arange(6)[None])
-    for weights in inputs.values():
-        assert all(torch.equal(seen[weight], seen[weights[0]]) for weight in weights)
 
 
 def test_a_tied_head_is_the_embedding_and_has_no_weight_of_its_own() -> None:
@@ -373,7 +358,7 @@ def test_build_model_restores_a_model_and_refuses_other_weights() -> None:
 ])
 def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ParamsError, match=message):
-        parse_params({**FULL, **change}, ModelParams, "")
+        parse_model({**FULL, **change}, "")
 
 
 def test_under_autocast_the_residual_stream_is_bf16_and_losses_are_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.model import compilation, flash
-from lib.model.config import KernelName, ModelParams, ModelSection
+from lib.model.config import KernelName, ModelParams, ModelSection, parse_model
 from lib.model.flash import find_documents
 from lib.model.gpt import GPT
 from lib.model.kernels import LIBRARIES, KernelError, choose_kernel
@@ -26,7 +26,7 @@ from tests.model.test_gpt import FULL
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES: tuple[KernelName, ...] = ("flash2", "flash3", "flash4")
-MODEL = parse_params({**FULL, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2}, ModelParams, "")  # head dimension 8
+MODEL = parse_model({**FULL, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2}, "")  # head dimension 8
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -298,9 +298,9 @@ def test_auto_on_a_cpu_is_one_sentence() -> None:
 
 def test_the_section_holds_the_kernel_and_the_architecture_does_not() -> None:
     section = parse_params({**FULL, "attention": "flash3"}, ModelSection, "model.")
-    assert (section.attention, section.architecture) == ("flash3", parse_params(FULL, ModelParams, ""))
+    assert (section.attention, section.architecture) == ("flash3", parse_model(FULL, ""))
     assert type(section.architecture) is ModelParams and "attention" not in section.architecture.model_dump()
     with pytest.raises(ParamsError, match=r"model\.attention: .*sdpa.*found \"flash\""):
         parse_params({**FULL, "attention": "flash"}, ModelSection, "model.")
     with pytest.raises(ParamsError, match="attention: unknown key"):
-        parse_params({**FULL, "attention": "sdpa"}, ModelParams, "")
+        parse_model({**FULL, "attention": "sdpa"}, "")

@@ -14,9 +14,9 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.quantized import QuantizedModel, load_quantized, save_quantized
 from lib.compression.coding import CODECS
 from lib.compression.container import pack, unpack
-from lib.model.config import ModelParams
+from lib.model.config import ModelParams, parse_model
 from lib.model.gpt import build_model
-from lib.params import ParamsError, parse_params
+from lib.params import ParamsError
 from lib.published.conversion import check_seed, convert_artifact, convert_checkpoint
 from lib.published.reader import Published, read_published
 from tests.artifacts.quantized_models import assert_same
@@ -39,7 +39,7 @@ from tests.training import plain
 
 
 def params_of(**changes: Any) -> ModelParams:
-    return parse_params(MODEL | changes, ModelParams, "model.")
+    return parse_model(MODEL | changes, "model.")
 
 
 def read(folder: Path, content: bytes) -> Published:

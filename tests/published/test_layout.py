@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lib.artifacts.files import ArtifactError
-from lib.model.config import ModelParams
-from lib.params import parse_params
+from lib.model.config import ModelParams, parse_model
 from lib.published.layout import check_model, infer_model
 from lib.published.reader import LAYER_SCALES
 from tests.evaluation.tiny import MODEL
@@ -28,7 +27,7 @@ def shapes_of(**changes: Any) -> dict[str, tuple[int, ...]]:
 
 
 def params_of(**changes: Any) -> ModelParams:
-    return parse_params(MODEL | changes, ModelParams, "model.")
+    return parse_model(MODEL | changes, "model.")
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

@@ -7,9 +7,11 @@ import torch
 
 from lib.artifacts.checkpoint import Checkpoint
 from lib.artifacts.hessians import Hessians
-from lib.calibration.moments import collect_moments, matrix_inputs
+from lib.calibration.moments import collect_moments
+from lib.calibration.sums import matrix_inputs
 from lib.distributed import SINGLE_CPU
-from lib.model.gpt import build_model
+from lib.model.gpt import build_model, outline
+from lib.model.parts import Part, parts_of
 from tests.evaluation.tiny import MODEL, make_model
 
 MODEL_CHANGES: dict[str, Any] = {"tied_head": False}
@@ -22,9 +24,15 @@ def checkpoint() -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
+def parts(checkpoint: Checkpoint) -> dict[str, Part]:
+    return parts_of(outline(checkpoint.model))
+
+
+@pytest.fixture(scope="session")
 def hessians(checkpoint: Checkpoint) -> Hessians:
     model = build_model(checkpoint.model, checkpoint.weights)
     sequences = torch.randint(0, MODEL["vocab_size"], (64, 16), generator=torch.Generator().manual_seed(0))
-    calibration, verification = (collect_moments(model, part, num_gradient_sequences=32, batch_sequences=32, precision="fp32", seed=0,
-                                                 process=SINGLE_CPU, description="test") for part in (sequences[:32], sequences[32:]))
-    return Hessians(matrix_inputs(model), calibration, verification)
+    calibration, verification = (
+        collect_moments(model, model.logits, part, num_gradient_sequences=32, batch_sequences=32, precision="fp32", seed=0,
+                        process=SINGLE_CPU, description="test") for part in (sequences[:32], sequences[32:]))
+    return Hessians(matrix_inputs(parts_of(model)), calibration, verification)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lib.artifacts.hessians import Hessians, Moments
 from lib.artifacts.quantized import QuantizedTensor, exponents_of, scales_of
+from lib.quantization.config import ClipParams
 from lib.quantization.gptq import Problem, factorize, row_errors
-from lib.quantization.grid_config import ClipParams
 
 DAMPING = 0.01
 SHAPES = {"blocks.0.attention.input": {"query": (24, 48), "key": (12, 48), "value": (12, 48)},

@@ -1,6 +1,6 @@
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -19,17 +19,25 @@ from lib.quantization.allocation import (
     ROW_LIMIT,
     SAMPLE_ROWS,
     TOLERANCE,
-    Curve,
+    SizeSearch,
+    StepCurve,
     TargetError,
     allocate,
     bits_per_octave,
     column_exponents,
     measure_curve,
-    meet_target,
     row_exponents,
 )
 from lib.quantization.gptq import Problem, factorize, round_gptq
 from tests.quantization.power_law import DAMPING, entropy_bits, make_hessian, make_problem, make_weight
+
+
+def meet_target(measure: Callable[[int], int], target_bytes: int, bytes_per_unit: float) -> int:
+    search = SizeSearch(target_bytes, bytes_per_unit)
+    while search.next_units is not None:
+        search.tell(measure(search.next_units))
+    assert search.best_units is not None
+    return search.best_units
 
 
 def octaves(exponents: torch.Tensor) -> torch.Tensor:
@@ -74,7 +82,7 @@ def test_no_step_is_further_from_the_mean_than_the_limit() -> None:
     assert not row_exponents(torch.zeros(4)).any()  # no gradient at all: all rows alike
 
 
-def make_curves(num_rows: int = 40) -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor, Curve]:
+def make_curves(num_rows: int = 40) -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor, StepCurve]:
     problem = make_problem(num_rows, 48)
     problem = Problem(problem.weight.float(), problem.factor)
     gradients = torch.rand(num_rows, generator=torch.Generator().manual_seed(1)) + 0.1
@@ -159,26 +167,26 @@ def test_the_curve_predicts_the_loss_of_gptq() -> None:
     assert entropy_bits(codes[0]) == pytest.approx(3.5, abs=0.1)
 
 
-def make_curve(seed: int, num_points: int = 6) -> Curve:
+def make_curve(seed: int, num_points: int = 6) -> StepCurve:
     """Convex, and not: some points lie above the line between their neighbours."""
     generator = torch.Generator().manual_seed(seed)
     bits, losses = torch.rand(2, num_points, generator=generator, dtype=torch.float64).add(0.05)
     losses = losses**3 * 10
-    return Curve(torch.arange(num_points) * 64 - 100, bits.cumsum(0).flip(0) * 100, losses.cumsum(0))
+    return StepCurve(torch.arange(num_points) * 64 - 100, bits.cumsum(0).flip(0) * 100, losses.cumsum(0))
 
 
-def totals(curves: list[Curve], indices: Sequence[int]) -> tuple[float, float]:
+def totals(curves: list[StepCurve], indices: Sequence[int]) -> tuple[float, float]:
     """Bits and loss of all matrices together."""
     chosen = list(zip(curves, indices, strict=True))
     return sum(float(curve.num_bits[index]) for curve, index in chosen), sum(float(curve.losses[index]) for curve, index in chosen)
 
 
-def cheapest(curve: Curve, price: float) -> int:
+def cheapest(curve: StepCurve, price: float) -> int:
     costs = [float(loss + price * bits) for bits, loss in zip(curve.num_bits, curve.losses, strict=True)]
     return costs.index(min(costs))
 
 
-def hull(curves: list[Curve]) -> list[tuple[float, float]]:
+def hull(curves: list[StepCurve]) -> list[tuple[float, float]]:
     """Bits and loss of what is cheapest at some price of a bit, tried at a price between any two at which a choice can change."""
     slopes = sorted(float((curve.losses[m] - curve.losses[n]) / (curve.num_bits[n] - curve.num_bits[m]))
                     for curve in curves for m, n in itertools.combinations(range(len(curve.exponents)), 2))
@@ -243,10 +251,6 @@ class Sizes:
         return max(1e-6, self.size(0) - self.size(self.units_per_octave)) / self.units_per_octave
 
 
-def ignore(number: int, size: int) -> None:
-    pass
-
-
 @settings(max_examples=150)
 @given(st.builds(Sizes, st.integers(10**5, 10**8), st.integers(1, 60).map(OCTAVE.__mul__), st.floats(1.0, 8.0), st.integers(0, 10**5),
                  st.sampled_from([0.0, 2e-4])), st.floats(0.7, 1.4), st.floats(0.5, 2.0))
@@ -255,7 +259,7 @@ def test_the_target_is_met_from_below(sizes: Sizes, ratio: float, misjudged: flo
     target = round(sizes.size(0) * ratio)
     if target < sizes.fixed_bytes + sizes.num_weights // 16:
         return
-    units = meet_target(sizes.measure, target, sizes.slope() * misjudged, ignore)
+    units = meet_target(sizes.measure, target, sizes.slope() * misjudged)
     assert target * (1 - TOLERANCE) <= sizes.size(units) <= target
     assert units in sizes.calls and len(sizes.calls) <= MAX_PROBES
 
@@ -272,7 +276,7 @@ def test_steep_and_uneven_sizes_are_never_above_the_target(steps: list[int], tar
         return calls[units]
 
     try:
-        units = meet_target(measure, target, 2000, ignore)
+        units = meet_target(measure, target, 2000)
     except TargetError:
         assert all(size > target for size in calls.values()) and len(calls) == MAX_PROBES
     else:
@@ -280,12 +284,6 @@ def test_steep_and_uneven_sizes_are_never_above_the_target(steps: list[int], tar
     assert len(calls) <= MAX_PROBES
 
 
-def test_every_probe_is_reported() -> None:
-    sizes, reported = Sizes(10**6, OCTAVE, 3.0), list[tuple[int, int]]()
-    meet_target(sizes.measure, sizes.size(300), sizes.slope(), lambda number, size: reported.append((number, size)))
-    assert reported == [(number, sizes.size(units)) for number, units in enumerate(sizes.calls)]
-
-
 def test_a_target_below_every_size_is_an_error_that_names_the_smallest() -> None:
     with pytest.raises(TargetError, match=r"quantize\.target_bytes: expected to reach 999, the smallest size found is 1,000"):
-        meet_target(lambda units: 1000 + (units < 50), 999, 1.0, ignore)
+        meet_target(lambda units: 1000 + (units < 50), 999, 1.0)

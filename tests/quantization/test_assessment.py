@@ -10,9 +10,11 @@ from lib.artifacts.checkpoint import Checkpoint
 from lib.artifacts.hessians import Hessians, Moments
 from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel
 from lib.distributed import SINGLE_CPU
-from lib.model.roles import role_of
+from lib.model.gpt import outline
+from lib.model.parts import parts_of
 from lib.quantization.assessment import TensorRow, list_tensors, summarize
-from lib.quantization.grid import fake_quantize
+from lib.quantization.clipping import row_scales
+from lib.quantization.grid import round_to_grid
 from lib.quantization.policy import quantize_model
 from tests.quantization.test_config import FREE_BITS
 from tests.quantization.test_policy import make_quantize, measure
@@ -21,13 +23,12 @@ FREE: dict[str, Any] = {"bits": FREE_BITS, "target_bytes": 4000}
 
 
 def make_table(checkpoint: Checkpoint, hessians: Hessians, **changes: Any) -> tuple[QuantizedModel, dict[str, TensorRow]]:
-    params = make_quantize(**changes)
-    quantized, dampings = quantize_model(checkpoint, hessians, params, SINGLE_CPU, measure)
+    params, parts = make_quantize(**changes), parts_of(outline(checkpoint.model))
+    quantized, dampings = quantize_model(checkpoint, parts, hessians, params, process=SINGLE_CPU, measure=measure)
     coded_bytes = {name: number + 7 for number, name in enumerate(sorted(quantized.matrices))}
-    rows = list_tensors(checkpoint.weights, hessians, quantized, params, dampings=dampings, coded_bytes=coded_bytes,
+    rows = list_tensors(checkpoint.weights, parts, hessians, quantized, params, dampings=dampings, coded_bytes=coded_bytes,
                         device=SINGLE_CPU.device)
-    matrices = (name for name, weight in checkpoint.weights.items() if role_of(name, weight.ndim) != "vector")
-    assert [row.name for row in rows] == sorted(matrices)
+    assert [(row.name, row.role) for row in rows] == sorted((name, part.role) for name, part in parts.items() if part.is_matrix)
     for row in rows:
         its_bytes = [coded_bytes[row.name + suffix] for suffix in ("", LEFT, RIGHT) if row.name + suffix in coded_bytes]
         assert row.coded_bytes == (sum(its_bytes) if its_bytes else None)
@@ -46,7 +47,7 @@ def test_errors_are_those_of_the_verification_moments(checkpoint: Checkpoint, he
         for name in names:
             row, weight, hessian = table[name], checkpoint.weights[name].double(), hessians.verification.hessians[source].double()
             gradients, error = hessians.verification.gradients[name].double(), weight - results[name]
-            assert (row.rows, row.columns) == tuple(weight.shape) and row.role == role_of(name, 2)
+            assert (row.rows, row.columns) == tuple(weight.shape)
             assert row.relative_error == pytest.approx(squared(error, hessian) / squared(weight, hessian))
             assert row.sensitivity == pytest.approx(float(gradients.mean()) / 2)
             assert row.predicted_loss == pytest.approx(float(gradients @ (error @ hessian @ error.T).diagonal()) / 2)
@@ -76,7 +77,8 @@ def test_round_to_nearest_of_grids_that_clip_has_the_scales_of_the_rule(checkpoi
     _, nearest = make_table(checkpoint, hessians, method="rtn")
     name = "blocks.1.mlp.up.weight"
     weight, hessian = checkpoint.weights[name], hessians.verification.hessians["blocks.1.mlp.up"]
-    expected = squared(weight - fake_quantize(weight, 4, make_quantize().clip), hessian) / squared(weight, hessian)
+    scales = row_scales(weight, 4, make_quantize().clip)[:, None]
+    expected = squared(weight - round_to_grid(weight, scales, 4) * scales, hessian) / squared(weight, hessian)
     assert table[name].relative_error_rtn == pytest.approx(expected, rel=1e-4)
     for each, row in nearest.items():
         assert row.relative_error == row.relative_error_rtn == table[each].relative_error_rtn == plain[each].relative_error_rtn

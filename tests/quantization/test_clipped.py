@@ -5,8 +5,9 @@ from torch import Tensor
 
 from lib.artifacts.quantized import clip_range
 from lib.quantization.clipped import refit_scales, round_clipped
+from lib.quantization.clipping import row_scales
 from lib.quantization.gptq import Problem, factorize, round_gptq, row_errors
-from lib.quantization.grid import round_scales, round_to_grid, row_scales
+from lib.quantization.grid import round_scales, round_to_grid
 from tests.quantization.power_law import DAMPING, damped, make_clip, make_hessian, make_problem, make_weight, quadratic_error
 from tests.quantization.test_config import make_quantize
 

@@ -7,8 +7,8 @@ from lib.artifacts.quantized import MAX_BITS, MIN_BITS
 from lib.calibration.config import CalibrateParams
 from lib.params import ParamsError, parse_params
 from lib.quantization.clipping import CLIP_RULES
-from lib.quantization.config import QuantizeParams
-from lib.quantization.grid_config import FLOAT_BITS, Bits, ByRole, ClipParams
+from lib.quantization.config import ClipParams, QuantizeParams
+from lib.quantization.grid_config import FLOAT_BITS
 
 BITS: dict[str, Any] = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8}
 QUANTIZE: dict[str, Any] = {
@@ -29,7 +29,7 @@ def test_accepts_exactly_the_integer_bits_and_fp16() -> None:
     accepted = set()
     for bits in range(-1, 40):
         with contextlib.suppress(ParamsError):
-            accepted.add(parse_params(BITS | {"mlp": bits}, ByRole[Bits], "bits.").mlp)
+            accepted.add(make_quantize(bits=BITS | {"mlp": bits}).bits["mlp"])
     assert accepted == {*range(MIN_BITS, MAX_BITS + 1), FLOAT_BITS}
 
 

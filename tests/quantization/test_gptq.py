@@ -10,8 +10,9 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from lib.artifacts.quantized import clip_range
+from lib.quantization.clipping import row_scales
 from lib.quantization.gptq import Problem, factorize, round_gptq, row_errors
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import round_to_grid
 from tests.quantization.power_law import (
     DAMPING,
     damped,

@@ -11,8 +11,8 @@ from lib.artifacts.checkpoint import Checkpoint
 from lib.artifacts.hessians import Hessians, Moments
 from lib.artifacts.quantized import QuantizedModel
 from lib.distributed import SINGLE_CPU, Process
-from lib.model.gpt import build_model
-from lib.model.roles import role_of
+from lib.model.gpt import build_model, outline
+from lib.model.parts import Part, parts_of
 from lib.params import parse_params
 from lib.quantization.allocation import TOLERANCE, TargetError
 from lib.quantization.config import QuantizeParams
@@ -36,32 +36,32 @@ def measure(model: QuantizedModel) -> int:
 
 
 def quantize(checkpoint: Checkpoint, hessians: Hessians, process: Process = SINGLE_CPU, **changes: Any) -> QuantizedModel:
-    return quantize_model(checkpoint, hessians, make_quantize(**changes), process, measure)[0]
+    return quantize_model(checkpoint, parts_of(outline(checkpoint.model)), hessians, make_quantize(**changes), process=process,
+                          measure=measure)[0]
 
 
-def test_roles_decide_bits(checkpoint: Checkpoint, hessians: Hessians) -> None:
+def test_roles_decide_bits(checkpoint: Checkpoint, parts: dict[str, Part], hessians: Hessians) -> None:
     params = make_quantize()
-    quantized, dampings = quantize_model(checkpoint, hessians, params, SINGLE_CPU, measure)
+    quantized, dampings = quantize_model(checkpoint, parts, hessians, params, process=SINGLE_CPU, measure=measure)
     assert dampings == dict.fromkeys(quantized.matrices, params.damping)
     assert quantized.matrices.keys() | quantized.vectors.keys() == checkpoint.weights.keys()
     assert (quantized.model, quantized.training) == (checkpoint.model, checkpoint.training)
     for name, weight in checkpoint.weights.items():
-        role = role_of(name, weight.ndim)
-        if role == "vector":
-            assert torch.equal(quantized.vectors[name], weight.half())
+        if parts[name].is_matrix:
+            assert quantized.matrices[name].bits == params.bits[parts[name].role]
         else:
-            assert quantized.matrices[name].bits == getattr(params.bits, role)
+            assert torch.equal(quantized.vectors[name], weight.half())
     assert "bigram.projection.weight" in quantized.matrices  # small, and quantized all the same
 
 
-def test_exceptions_have_the_name_of_a_matrix(checkpoint: Checkpoint) -> None:
+def test_exceptions_have_the_name_of_a_matrix(checkpoint: Checkpoint, parts: dict[str, Part]) -> None:
     exceptions = {"blocks.1.mlp.up.weight": 16, "token_embedding.weight": 2}
-    plain, changed = (choose_bits(checkpoint.weights, make_quantize(bits_of=bits_of)) for bits_of in ({}, exceptions))
+    plain, changed = (choose_bits(parts, make_quantize(bits_of=bits_of)) for bits_of in ({}, exceptions))
     assert changed == plain | exceptions and plain["blocks.1.mlp.up.weight"] == 4
-    assert set(plain) == {name for name, weight in checkpoint.weights.items() if role_of(name, weight.ndim) != "vector"}
+    assert set(plain) == {name for name, part in parts.items() if part.is_matrix}
     for unknown in ("blocks.9.mlp.up.weight", "blocks.0.mlp_scale"):  # a vector is no matrix
         with pytest.raises(ValueError, match=rf"quantize\.bits_of: {unknown}: expected the name of a matrix, one of bigram\.projection"):
-            choose_bits(checkpoint.weights, make_quantize(bits_of={unknown: 16}))
+            choose_bits(parts, make_quantize(bits_of={unknown: 16}))
 
 
 def test_quantized_weights_are_close_and_build_the_model(checkpoint: Checkpoint, hessians: Hessians) -> None:
@@ -72,16 +72,17 @@ def test_quantized_weights_are_close_and_build_the_model(checkpoint: Checkpoint,
         assert float((parameter.detach() - weight).norm()) < 0.03 * float(weight.norm()), name
 
 
-def test_sixteen_bits_are_fp16(checkpoint: Checkpoint, hessians: Hessians) -> None:
+def test_sixteen_bits_are_fp16(checkpoint: Checkpoint, parts: dict[str, Part], hessians: Hessians) -> None:
     quantized = quantize(checkpoint, hessians, bits=BITS | {"mlp": 16})
     name = "blocks.0.mlp.up.weight"
     assert torch.equal(quantized.vectors[name], checkpoint.weights[name].half()) and name not in quantized.matrices
-    everything, dampings = quantize_model(checkpoint, hessians, make_quantize(bits=dict.fromkeys(BITS, 16)), SINGLE_CPU, measure)
+    params = make_quantize(bits=dict.fromkeys(BITS, 16))
+    everything, dampings = quantize_model(checkpoint, parts, hessians, params, process=SINGLE_CPU, measure=measure)
     assert not everything.matrices and not dampings and everything.vectors.keys() == checkpoint.weights.keys()
 
 
 @pytest.mark.parametrize("target", [3000, 5500])
-def test_free_steps_meet_the_target(checkpoint: Checkpoint, hessians: Hessians, target: int) -> None:
+def test_free_steps_meet_the_target(checkpoint: Checkpoint, parts: dict[str, Part], hessians: Hessians, target: int) -> None:
     sizes: list[int] = []
 
     def record(model: QuantizedModel) -> int:
@@ -90,7 +91,7 @@ def test_free_steps_meet_the_target(checkpoint: Checkpoint, hessians: Hessians, 
         return sizes[-1]
 
     params = make_quantize(bits=FREE_BITS, target_bytes=target)
-    quantized, dampings = quantize_model(checkpoint, hessians, params, SINGLE_CPU, record)
+    quantized, dampings = quantize_model(checkpoint, parts, hessians, params, process=SINGLE_CPU, measure=record)
     assert measure(quantized) in sizes and dampings.keys() == quantized.matrices.keys()
     assert (1 - 3 * TOLERANCE) * target <= measure(quantized) <= target
 
@@ -106,8 +107,9 @@ def test_one_input_may_be_read_by_free_clipped_and_fp16_matrices(checkpoint: Che
             assert torch.equal(quantized.matrices[name].codes, matrix.codes)
 
 
-def test_an_impossible_target_is_an_error_that_names_the_smallest_size(checkpoint: Checkpoint, hessians: Hessians) -> None:
-    smallest = sum(2 * weight.numel() for name, weight in checkpoint.weights.items() if role_of(name, weight.ndim) == "vector")
+def test_an_impossible_target_is_an_error_that_names_the_smallest_size(checkpoint: Checkpoint, parts: dict[str, Part],
+                                                                       hessians: Hessians) -> None:
+    smallest = sum(2 * weight.numel() for name, weight in checkpoint.weights.items() if not parts[name].is_matrix)
     with pytest.raises(TargetError, match=rf"quantize\.target_bytes: expected at least {smallest:,}, found {smallest - 1:,}"):
         quantize(checkpoint, hessians, bits=FREE_BITS, target_bytes=smallest - 1)
 
@@ -130,11 +132,11 @@ def test_ten_bits_are_all_of_fp16() -> None:
     assert torch.equal(truncate(torch.tensor([1.3, -2.9, 0.0]), 0), torch.tensor([1, -2, 0]).half())  # 2.9 is nearest to 2 and 4
 
 
-def test_vectors_have_the_mantissa_that_was_asked_for(checkpoint: Checkpoint, hessians: Hessians) -> None:
+def test_vectors_have_the_mantissa_that_was_asked_for(checkpoint: Checkpoint, parts: dict[str, Part], hessians: Hessians) -> None:
     quantized = quantize(checkpoint, hessians, vector_mantissa_bits=3, bits_of={"blocks.0.mlp.up.weight": 16})
     for name, vector in quantized.vectors.items():
         weight = checkpoint.weights[name]
-        whole = role_of(name, weight.ndim) != "vector"  # a matrix at fp16 keeps all its bits
+        whole = parts[name].is_matrix  # a matrix at fp16 keeps all its bits
         assert torch.equal(vector, weight.half() if whole else truncate(weight, 3))
         assert whole or float((vector.float() / weight - 1).abs().max()) <= 2.0**-4 * 1.01
 

@@ -9,8 +9,9 @@ from lib.artifacts.hessians import Hessians, Moments
 from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, clip_range, exponents_of, scales_of
 from lib.distributed import SINGLE_CPU
 from lib.quantization.allocation import TOLERANCE, TargetError, column_exponents, row_exponents
+from lib.quantization.clipping import row_scales
 from lib.quantization.gptq import Problem, factorize, round_gptq, row_errors
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import round_to_grid
 from lib.quantization.quantizer import Matrices, Quantizer, smallest
 from tests.quantization.power_law import SHAPES, entropy_bits, make_layers
 from tests.quantization.test_config import FREE_BITS, make_quantize

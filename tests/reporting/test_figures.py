@@ -1,8 +1,9 @@
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
 
-from lib.reporting.figures import COLORS, plot_curves, plot_dots, plot_panels, plot_steps
+from lib.reporting.figures import COLORS, DARK, follow_color_scheme, plot_curves, plot_dots, plot_panels, plot_steps
 
 CURVES = {"sliding": [(0.0, 3.0), (1e6, 2.0)], "ttt": [(0.0, 3.0), (1e6, 1.9)]}
 
@@ -65,6 +66,18 @@ def test_dots_stand_in_their_row_where_their_value_is() -> None:
     assert y2 < y0 < y1
     assert x1 - x2 == pytest.approx(x2 - x0, abs=1e-3)
     assert x2 > x0
+
+
+def test_every_colour_has_another_one_for_dark_pages() -> None:
+    figure = plot_panels({"nats": {f"curve {n}": [(1.0, 1.0), (2.0, 2.0)] for n in range(len(COLORS))}}, "bytes")
+    used = set(re.findall(r"#[0-9a-f]{6}(?=[;\"])", figure))
+    assert used >= {"#ffffff", *COLORS}
+    assert used <= DARK.keys()
+    assert len(set(DARK.values())) == len(DARK)
+    followed = follow_color_scheme(figure)
+    ET.fromstring(followed)
+    assert re.sub(r"\n@media.*(?=</style>)", "", followed) == figure
+    assert all(f'[style*="fill: {light}"] {{ fill: {dark} !important }}' in followed for light, dark in DARK.items())
 
 
 def test_the_unsettled_part_does_not_set_the_vertical_range() -> None:

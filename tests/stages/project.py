@@ -1,6 +1,9 @@
 """A folder in which the stages from calibrate on can run: tokenizer, shards, a checkpoint of random weights, params.yaml."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from ruamel.yaml import YAML
 from lib.artifacts.checkpoint import Checkpoint, save_checkpoint
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import SplitWriter
+from lib.audit import isolation
 from lib.data.encoder import encode_documents
 from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
@@ -64,3 +68,39 @@ def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
                     Checkpoint(weights, MODEL | {"vocab_size": VOCAB_SIZE}, training))
     (folder / "lib/submission").mkdir(parents=True)
     (folder / "lib/submission/program.py").write_text("import sys\n", encoding="utf-8")
+
+
+def landlock() -> bool:
+    try:
+        return isolation._call(isolation.CREATE_RULESET, None, 0, isolation.VERSION_FLAG) > 0  # asks for its version
+    except OSError:
+        return False
+
+
+def check_confined(folder: Path, stage: str, seed: int, reads: str) -> None:
+    """Run a stage that the validation text is withheld from, in a process of its own, and try to read that text afterwards.
+
+    Args:
+        folder: of the project.
+        stage: that runs, and writes its results.
+        seed: of the stage.
+        reads: a split that it may read.
+    """
+    secret = folder / "artifacts/tokenize/val/val_000000.bin"
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_bytes(b"secret")
+    script = f"""if True:
+        from pathlib import Path
+        from lib.audit.isolation import withhold_validation
+        from stages import {stage}
+        withhold_validation("{stage}", {seed})
+        {stage}.main({seed})
+        next(Path("artifacts/tokenize/{reads}").glob("*.bin")).read_bytes()
+        try:
+            Path("{secret}").read_bytes()
+        except PermissionError:
+            print("refused")
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    outcome = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert outcome.stdout.endswith("refused\n")

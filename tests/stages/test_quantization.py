@@ -1,9 +1,6 @@
 """Calibrate, quantize and compress, one after the other, on a checkpoint of random weights."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,13 @@ from lib.artifacts.hessians import load_hessians
 from lib.artifacts.metrics import load_metrics, load_timing
 from lib.artifacts.paths import stage_folder
 from lib.artifacts.quantized import load_quantized
-from lib.audit import isolation
 from lib.compression.budget import BudgetError
 from lib.compression.container import load_artifact
 from lib.quantization.allocation import TargetError
 from lib.submission.bundle import code_bytes
 from stages import calibrate, compress, quantize
 from tests.artifacts.quantized_models import assert_same
-from tests.stages.project import PARAMS, SEED, write_inputs, write_params
+from tests.stages.project import PARAMS, SEED, check_confined, landlock, write_inputs, write_params
 
 METRIC_KEYS = {"heldout_bpb", "heldout_bpb_float", "heldout_kl", "heldout_loss_increase", "heldout_tokens", "entropy_bits", "coded_bits",
                "relative_error", "relative_error_rtn", "predicted_loss"}
@@ -131,18 +127,12 @@ def test_an_artifact_above_the_limit_fails_and_writes_nothing(project: Path) -> 
 def test_a_checkpoint_trained_for_another_grid_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                               capsys: pytest.CaptureFixture[str], qat: str | None) -> None:
     monkeypatch.chdir(tmp_path)
-    export: dict[str, Any] = {"below_lr": 0.1, "full_range": False, **{key: PARAMS["quantize"][key] for key in ("bits", "clip")}}
+    export: dict[str, Any] = {"below_lr": 0.1, "full_range": False, "bits": PARAMS["quantize"]["bits"], "clip_quantile": 1.0, "floor": 0.0}
     write_inputs(tmp_path, {None: None, "same": export, "other": export | {"bits": export["bits"] | {"mlp": 6}}}[qat])
+    write_params(tmp_path, "quantize", clip=PARAMS["quantize"]["clip"] | {"rule": "max"})
     calibrate.main(SEED)
     quantize.main(SEED)
     assert ("bits.mlp 6 in training, 5 here" in capsys.readouterr().err) == (qat == "other")
-
-
-def landlock() -> bool:
-    try:
-        return isolation._call(isolation.CREATE_RULESET, None, 0, isolation.VERSION_FLAG) > 0  # asks for its version
-    except OSError:
-        return False
 
 
 @pytest.mark.skipif(not landlock(), reason="Landlock cannot be used here")
@@ -150,22 +140,5 @@ def landlock() -> bool:
 def test_a_confined_stage_works_and_cannot_read_the_validation_text(stage: str, reads: str, project: Path) -> None:
     if stage == "quantize":
         calibrate.main(SEED)
-    secret = project / "artifacts/tokenize/val/val_000000.bin"
-    secret.parent.mkdir(exist_ok=True)
-    secret.write_bytes(b"secret")
-    script = f"""if True:
-        from pathlib import Path
-        from lib.audit.isolation import withhold_validation
-        from stages import {stage}
-        withhold_validation("{stage}", {SEED})
-        {stage}.main({SEED})
-        next(Path("artifacts/tokenize/{reads}").glob("*.bin")).read_bytes()
-        try:
-            Path("{secret}").read_bytes()
-        except PermissionError:
-            print("refused")
-    """
-    environment = os.environ | {"PYTHONPATH": str(Path(calibrate.__file__).parents[1])}
-    outcome = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert outcome.stdout.endswith("refused\n")
+    check_confined(project, stage, SEED, reads)
     assert list(stage_folder(stage, SEED).glob("*.safetensors"))

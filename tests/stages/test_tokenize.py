@@ -15,13 +15,14 @@ from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.tokens import SPLITS, load_split
 from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
-from lib.params import ParamsError, read_params
+from lib.params import ParamsError
+from lib.presets import read_preset
 from tests.data.fake_hub import FakeHub
 from tests.data.shard_files import tokens_of, write_shards
 from tests.data.texts import ENGLISH, SCRIPTS, TINY_PARAMS, TINY_VOCAB_SIZE
 
 ROOT = Path(__file__).parents[2]
-SECTIONS_OF_TINY = read_params(ROOT / "presets/default.yaml")
+SECTIONS_OF_TINY = read_preset("default", ROOT / "presets")
 SECTIONS_OF_TINY["train"] |= {"sequence_tokens": 8, "batch_sequences": 2}
 SECTIONS_OF_TINY["calibrate"] |= {"num_sequences": 4, "num_gradient_sequences": 4}
 
@@ -64,7 +65,7 @@ def test_stage_names_a_bad_key(project: Path) -> None:
 
 
 def test_all_that_later_stages_lack_is_named_before_the_manifest_is_written(project: Path) -> None:
-    params = read_params(ROOT / "presets/default.yaml") | {"tokenize": TINY_PARAMS}
+    params = read_preset("default", ROOT / "presets") | {"tokenize": TINY_PARAMS}
     params["train"]["sequence_tokens"] = 4096
     YAML().dump(params, project / "params.yaml")
     with pytest.raises(ValueError, match=r"train\.batch_sequences: 6 sequences of train\.sequence_tokens 4096 .*; calibrate\.num_sequences "

@@ -19,6 +19,7 @@ from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.training.loop import Run, TrainingError
 from lib.training.resume import load_resume
 from stages import train
+from tests.stages.project import check_confined, landlock
 from tests.stages.train_project import (
     NUM_STEPS,
     RESULT,
@@ -341,3 +342,10 @@ def test_one_process_ends_with_the_error_as_its_last_line(folder: Path) -> None:
         assert "Traceback" not in command.printed
     assert read_results(folder).keys() == {find_state(folder).name}
     assert saved_steps(folder) == NUM_STEPS
+
+
+@pytest.mark.skipif(not landlock(), reason="Landlock cannot be used here")
+def test_the_confined_stage_works_and_cannot_read_the_validation_text(folder: Path) -> None:
+    write_params(folder, "train", budget_steps=FEW_STEPS)
+    check_confined(folder, "train", SEED, "train")
+    assert read_results(folder).keys() == RESULT_FILES

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lib.errors import UserError
-from lib.params import read_params
+from lib.presets import list_presets, read_preset
 from lib.submission.bundle import SECTIONS, SETTINGS_BYTES, bundle_sources, code_bytes, list_packages, make_bundle, minify
 from lib.submission.closure import import_closure
 from lib.submission.program import ProgramParams
@@ -127,10 +127,11 @@ def test_the_same_sources_give_the_same_bytes_whenever_and_wherever(project: Pat
     assert make_bundle(SETTINGS, copy) != bundle
 
 
-@pytest.mark.parametrize("path", ["params.yaml", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "presets").glob("*.yaml")))])
-def test_the_size_is_the_same_for_all_settings(path: str) -> None:
-    bundle = make_bundle(read_params(ROOT / path), ROOT)
-    assert len(bundle) == code_bytes(ROOT) <= read_params(ROOT / "presets/default.yaml")["compress"]["code_bytes"]
+@pytest.mark.parametrize("preset", list_presets(ROOT / "presets"))
+def test_the_size_is_the_same_for_all_settings(preset: str) -> None:
+    params = read_preset(preset, ROOT / "presets")
+    bundle = make_bundle(params, ROOT)
+    assert len(bundle) == code_bytes(ROOT) <= params["compress"]["code_bytes"]
     compile(bundle, "train_gpt.py", "exec")
 
 

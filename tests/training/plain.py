@@ -113,17 +113,10 @@ def bits_of(name: str, qat: Settings) -> int | None:
 
 
 def quantize(weight: Tensor, bits: int, qat: Settings) -> Tensor:
-    """Each row of (R, C) on the grid -c .. c, or -c - 1 .. c, times its scale to 1/64 octave.
-
-    The scale is that of the clip with the least squared error, and no clip is below the floor.
-    """
-    limit, clip = 2 ** (bits - 1) - 1, qat["clip"]
-    quantiles = weight.new_tensor([1.0] if clip["rule"] == "max" else clip["percentiles"])
-    scales = torch.quantile(weight.abs(), quantiles, dim=1).clamp(min=max(1e-30, clip["floor"])) / limit  # (candidates, R)
-    errors = torch.stack([((weight / scale[:, None]).round().clamp(-limit, limit) * scale[:, None] - weight).square().sum(1)
-                          for scale in scales])
-    best = scales.gather(0, errors.argmin(0)[None])[0].clamp(min=2.0**-24)
-    rounded = 2 ** ((64 * best.log2()).round() / 64)[:, None]
+    """Each row of (R, C) on the grid -c .. c, or -c - 1 .. c, times its scale to 1/64 octave; no row reaches less far than the floor."""
+    limit = 2 ** (bits - 1) - 1
+    scales = (torch.quantile(weight.abs(), qat["clip_quantile"], dim=1).clamp(min=qat["floor"]) / limit).clamp(min=2.0**-24)
+    rounded = 2 ** ((64 * scales.log2()).round() / 64)[:, None]
     return (weight / rounded).round().clamp(-limit - qat["full_range"], limit) * rounded
 
 
@@ -181,14 +174,14 @@ def train_plainly(start: Weights, batches: Sequence[Tensor], model: Settings, tr
             lr = multiplier * settings[f"{group_of(name)}_lr"]
             if group_of(name) == "matrix":
                 first[name] = momentum * first[name] + gradient
-                update = newton_schulz(gradient + momentum * first[name], settings["newton_schulz_steps"])
+                update = newton_schulz(gradient + momentum * first[name], settings["orthogonalization_steps"])
                 update = update * math.sqrt(max(1.0, weight.shape[0] / weight.shape[1]))
             else:
                 first[name] = beta1 * first[name] + (1 - beta1) * gradient
                 second[name] = beta2 * second[name] + (1 - beta2) * gradient.square()
                 mean, square = first[name] / (1 - beta1 ** (k + 1)), second[name] / (1 - beta2 ** (k + 1))
                 update = mean / (square.sqrt() + settings["adam_eps"])
-            w[name] = weight - lr * settings["weight_decay"] * weight - lr * update
+            w[name] = weight - lr * settings["weight_decay"][group_of(name)] * weight - lr * update
 
         if (k + 1) % averaging["ema_every_steps"] == 0:
             ema = {name: averaging["ema_decay"] * ema[name] + (1 - averaging["ema_decay"]) * w[name] for name in w}

@@ -51,7 +51,7 @@ def test_without_snapshots_there_is_no_swa() -> None:
 def test_choosing_swa_needs_a_snapshot_in_the_budget(changes: dict[str, float], fits: bool) -> None:
     taken = Averages(torch.zeros(3), make_params(averaging=changes).averaging)
     for step in range(30):
-        taken.update(step + 1, lr_multiplier(step / 30, 0.5))
+        taken.update(step + 1, lr_multiplier(step / 30, 0.5, 0.0))
     assert ("swa" in taken.candidates()) == fits
     if fits:
         make_params(averaging=changes | {"select": "swa"})

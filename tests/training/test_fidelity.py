@@ -11,9 +11,10 @@ import torch
 from lib.artifacts.tokens import SplitWriter, load_split
 from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU
-from lib.model.config import ModelParams
+from lib.model.config import ModelParams, parse_model
 from lib.model.gpt import GPT
-from lib.params import parse_params, read_params
+from lib.params import parse_params
+from lib.presets import read_preset
 from lib.training.config import TrainParams
 from lib.training.loop import train
 from lib.training.schedule import lr_multiplier, muon_momentum
@@ -33,7 +34,7 @@ WIDTH_RATIO, HEADS_RATIO, CADENCE_RATIO = 8, 2, 25
 
 def shrink(preset: str, changes: dict[str, Any]) -> tuple[Settings, Settings]:
     """Sections model and train of a preset: sizes smaller in its proportions, a budget of `NUM_STEPS`; all else is the preset's."""
-    params = read_params(ROOT / f"presets/{preset}.yaml")
+    params = read_preset(preset, ROOT / "presets")
     model = {key: value for key, value in params["model"].items() if key in ModelParams.model_fields} | changes.get("model", {})
     settings = params["train"]
     num_layers = 4 + model["num_layers"] % 2
@@ -65,7 +66,7 @@ def make_loader(folder: Path) -> Loader:
 
 
 def make_model(model: Settings) -> GPT:
-    gpt = GPT(parse_params(model, ModelParams, "model."))
+    gpt = GPT(parse_model(model, "model."))
     gpt.initialize(1337)
     return gpt
 
@@ -81,7 +82,7 @@ def test_losses_weights_and_averages_of_every_step_are_those_of_the_plain_implem
     optimizer = params.optimizer
     for step, (multiplier, momentum) in enumerate(zip(expected.multipliers, expected.momenta, strict=True)):
         fraction = step / NUM_STEPS
-        assert lr_multiplier(fraction, optimizer.warmdown) == pytest.approx(multiplier, rel=1e-12)
+        assert lr_multiplier(fraction, optimizer.warmdown, optimizer.lr_floor) == pytest.approx(multiplier, rel=1e-12)
         assert muon_momentum(fraction, optimizer.momentum_start, optimizer.momentum, optimizer.momentum_warmup) == pytest.approx(momentum)
     # Without quantization fp32 stays within 2e-6 of float64. With it the two differ by codes that a rounding error has flipped, each
     # by a step of the grid, and by more of them with each step on the grid.
@@ -134,12 +135,13 @@ def test_the_start_is_the_published_one(variant: str) -> None:
                          [("pr585", 3500, 0.5, (5, 5), 0.2), ("pr410", 3000, 0.1, (6, 6), 0.2), ("pr410-qat", 3000, 2.0, (6, 5), 0.4)])
 def test_presets_have_the_published_settings(preset: str, warmdown_steps: int, qat_below_lr: float, qat_bits: tuple[int, int],
                                              swa_below_lr: float) -> None:
-    params = read_params(ROOT / f"presets/{preset}.yaml")
+    params = read_preset(preset, ROOT / "presets")
     model, optimizer, averaging, qat = params["model"], *(params["train"][key] for key in ("optimizer", "averaging", "qat"))
     matrix_lr, embedding_lr = (0.02, 0.03) if preset == "pr410-qat" else (0.025, 0.035)
-    published = {"matrix_lr": matrix_lr, "embedding_lr": embedding_lr, "vector_lr": matrix_lr, "head_lr": 0.008, "weight_decay": 0.04,
-                 "momentum": 0.99, "momentum_start": 0.92, "newton_schulz_steps": 5, "adam_betas": [0.9, 0.95], "adam_eps": 1e-8,
-                 "grad_clip": 0.3}
+    published = {"matrix_lr": matrix_lr, "embedding_lr": embedding_lr, "vector_lr": matrix_lr, "head_lr": 0.008, "momentum": 0.99,
+                 "weight_decay": dict.fromkeys(("matrix", "embedding", "vector", "head"), 0.04), "cautious_decay": False,
+                 "momentum_start": 0.92, "orthogonalization": "newton_schulz", "orthogonalization_steps": 5, "normalize_rows": "none",
+                 "lr_floor": 0.0, "adam_betas": [0.9, 0.95], "adam_eps": 1e-8, "grad_clip": 0.3}
     assert {key: optimizer[key] for key in published} == published
     assert (averaging["ema_decay"], averaging["ema_every_steps"], averaging["swa_every_steps"]) == (0.997, 1, 50)
     assert averaging["swa_below_lr"] == swa_below_lr
@@ -150,7 +152,7 @@ def test_presets_have_the_published_settings(preset: str, warmdown_steps: int, q
     assert model["rope_base"] == pytest.approx(10000 * scaling, rel=1e-9)
     num_steps = 6100
     for step in range(0, num_steps, 50):
-        multiplier = lr_multiplier(step / num_steps, optimizer["warmdown"])
+        multiplier = lr_multiplier(step / num_steps, optimizer["warmdown"], optimizer["lr_floor"])
         assert multiplier == pytest.approx(min(1, (num_steps - step) / warmdown_steps), abs=0.005)
         momentum = muon_momentum(step / num_steps, optimizer["momentum_start"], optimizer["momentum"], optimizer["momentum_warmup"])
         assert momentum == pytest.approx(0.92 + 0.07 * min(1, step / 1500), abs=1e-4)

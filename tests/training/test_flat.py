@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lib.model.parts import parts_of
 from lib.training.flat import FlatParameters, group_of
 from tests.training.tiny import make_model
 
@@ -48,16 +49,17 @@ def test_a_parameter_without_a_gradient_gets_zero() -> None:
 def test_groups_and_shapes_lie_side_by_side(tied_head: bool) -> None:
     model = make_model(tied_head=tied_head)
     parameters = FlatParameters(model)
-    groups = parameters.parts(lambda name, parameter: group_of(name, parameter.ndim))
+    groups = parameters.slices(lambda part, parameter: group_of(part))
     assert sum(part.stop - part.start for part in groups.values()) == model.num_parameters
     expected: dict[str, int] = dict.fromkeys(groups, 0)
+    groups_by_name = {name: group_of(part) for name, part in parts_of(model).items()}
     for name, parameter in model.named_parameters():
-        expected[group_of(name, parameter.ndim)] += parameter.numel()
+        expected[groups_by_name[name]] += parameter.numel()
     assert {group: part.stop - part.start for group, part in groups.items()} == expected
-    shapes = parameters.parts(lambda name, parameter: tuple(parameter.shape) if group_of(name, parameter.ndim) == "matrix" else None)
+    shapes = parameters.slices(lambda part, parameter: tuple(parameter.shape) if group_of(part) == "matrix" else None)
     for shape, part in shapes.items():
         stack = parameters.weights[part].view(-1, *shape)
-        matrices = [parameter for name, parameter in model.named_parameters() if group_of(name, parameter.ndim) == "matrix"]
+        matrices = [parameter for name, parameter in model.named_parameters() if groups_by_name[name] == "matrix"]
         alike = [matrix for matrix in matrices if matrix.shape == shape]
         assert len(stack) == len(alike)
         assert all(any(torch.equal(matrix, parameter) for parameter in alike) for matrix in stack)
@@ -65,4 +67,4 @@ def test_groups_and_shapes_lie_side_by_side(tied_head: bool) -> None:
 
 def test_parameters_that_are_not_side_by_side_are_refused() -> None:
     with pytest.raises(AssertionError, match="not side by side"):
-        FlatParameters(make_model()).parts(lambda name, parameter: name.startswith("blocks.1."))
+        FlatParameters(make_model()).slices(lambda part, parameter: part.layer == 1)

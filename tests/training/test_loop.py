@@ -183,8 +183,7 @@ class Waiting(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_nothing_waits_for_the_device_within_a_step(tmp_path: Path, precision: str, document_mask: bool) -> None:
-    clip = {"rule": "percentile", "percentiles": [0.9, 1.0], "num_candidates": 8, "num_std": 4.0, "floor": 0.0}
-    params = make_params(precision=precision, micro_batch_sequences=3, qat={"below_lr": 2.0, "clip": clip})
+    params = make_params(precision=precision, micro_batch_sequences=3, qat={"below_lr": 2.0, "clip_quantile": 0.9})
     loader = Loader(make_split(tmp_path / "train"), params.sequence_tokens, params.batch_sequences, seed=5)
     run = Run(make_model(document_mask=document_mask), params, loader, SINGLE_CPU)
     with Waiting():  # type: ignore[no-untyped-call]

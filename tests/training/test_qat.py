@@ -7,7 +7,7 @@ import torch
 
 from lib.artifacts.quantized import QuantizedTensor, exponents_of
 from lib.model import compilation
-from lib.quantization.grid import round_to_grid, row_scales
+from lib.quantization.grid import make_scales, round_to_grid
 from lib.training.flat import FlatParameters
 from lib.training.qat import FakeQuantization
 from tests.training.tiny import make_model, make_params
@@ -40,7 +40,7 @@ def test_weights_are_exactly_those_of_the_export_and_come_back_bit_for_bit() -> 
     with FakeQuantization(FlatParameters(model), params).applied(True):
         for name, bits in (("blocks.0.attention.query.weight", 5), ("blocks.1.mlp.up.weight", 5), ("token_embedding.weight", 8)):
             weight = originals[name]
-            scales = row_scales(weight, bits, params.clip)
+            scales = make_scales(weight.abs().quantile(params.clip_quantile, dim=1), bits, params.floor)
             codes = round_to_grid(weight, scales[:, None], bits).to(torch.int16)
             expected = QuantizedTensor(codes, exponents_of(scales), torch.zeros(weight.shape[1], dtype=torch.int16), bits).weight()
             assert torch.equal(model.get_parameter(name), expected)
@@ -55,11 +55,10 @@ def test_the_floor_and_the_full_range_are_those_of_the_parameters() -> None:
     weight = model.get_parameter(name)
     with torch.no_grad():
         weight[0, 0] = -0.5 * 16 / 15
-    clip = params.clip.model_copy(update={"rule": "std", "num_std": 1e-3, "floor": 0.5})
     for full_range, lowest in ((False, -15), (True, -16)):
-        changed = params.model_copy(update={"clip": clip, "full_range": full_range})
+        changed = params.model_copy(update={"clip_quantile": 1e-3, "floor": 0.5, "full_range": full_range})
         with FakeQuantization(FlatParameters(model), changed).applied(True):
-            codes = model.get_parameter(name).detach() / row_scales(torch.zeros(1, 1), 5, clip)
+            codes = model.get_parameter(name).detach() / make_scales(torch.zeros(1), 5, 0.5)
             torch.testing.assert_close(codes, codes.round())
             assert round(float(codes.min())) == lowest
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lib.artifacts.tokens import Split, SplitWriter, load_split
-from lib.model.config import ModelParams
+from lib.model.config import parse_model
 from lib.model.gpt import GPT
 from lib.params import parse_params
 from lib.training.config import TrainParams
@@ -15,12 +15,16 @@ from tests.evaluation.tiny import MODEL
 TRAIN: dict[str, Any] = {
     "budget_steps": 30, "budget_seconds": None, "reserve_seconds": None, "sequence_tokens": 8, "batch_sequences": 4,
     "micro_batch_sequences": 4, "precision": "fp32", "compile": False,
-    "optimizer": {"matrix_lr": 0.02, "embedding_lr": 0.02, "vector_lr": 0.01, "head_lr": 0.01, "weight_decay": 0.04, "momentum": 0.95,
-                  "momentum_start": 0.85, "momentum_warmup": 0.3, "newton_schulz_steps": 5, "adam_betas": [0.9, 0.95], "adam_eps": 1e-8,
-                  "grad_clip": 0.3, "warmdown": 0.5},
+    "optimizer": {"matrix_lr": 0.02, "embedding_lr": 0.02, "vector_lr": 0.01, "head_lr": 0.01,
+                  "weight_decay": {"matrix": 0.04, "embedding": 0.03, "vector": 0.02, "head": 0.01}, "cautious_decay": False,
+                  "momentum": 0.95,
+                  "momentum_start": 0.85, "momentum_warmup": 0.3,
+                  "orthogonalization": "newton_schulz", "orthogonalization_steps": 5, "normalize_rows": "none", "row_beta": 0.9,
+                  "adam_betas": [0.9, 0.95], "adam_eps": 1e-8,
+                  "grad_clip": 0.3, "warmdown": 0.5, "lr_floor": 0.0},
     "averaging": {"ema_decay": 0.9, "ema_every_steps": 1, "swa_below_lr": 0.5, "swa_every_steps": 2, "select": "heldout"},
     "qat": {"below_lr": 0.4, "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8},
-            "full_range": False, "clip": {"rule": "mse", "percentiles": [1.0], "num_candidates": 8, "num_std": 4.0, "floor": 0.0}},
+            "full_range": False, "clip_quantile": 0.95, "floor": 0.0},
 }
 
 
@@ -32,7 +36,7 @@ def make_params(**changes: Any) -> TrainParams:
 
 def make_model(seed: int = 0, **changes: Any) -> GPT:
     """An initialised model."""
-    model = GPT(parse_params({**MODEL, **changes}, ModelParams, "model."))
+    model = GPT(parse_model({**MODEL, **changes}, "model."))
     model.initialize(seed)
     return model
 

@@ -12,7 +12,7 @@ from lib.artifacts.tokens import SPLITS, load_split
 from lib.data import corpus
 from lib.data.corpus import Source, batch_texts, open_source
 from lib.data.encoder import encode_documents
-from lib.data.encoding import make_manifest, provide_tokenizer, summarize, write_splits
+from lib.data.tokenization import make_manifest, provide_tokenizer, summarize, write_splits
 from lib.data.tokenizer import OPERATORS, Tokenizer, load_tokenizer
 from tests.data.test_tokenizer import train
 from tests.data.texts import ENGLISH, SCRIPTS, TINY_VOCAB_SIZE, tiny_params, tiny_tokenizer
