@@ -20,8 +20,8 @@ def load_training(folder: Path, tokenizer: Tokenizer, heldout_tokens: int) -> tu
 
     Args:
         folder: with folders ``train`` and ``heldout``, or with published shards.
-        tokenizer: that they were made with.
-        heldout_tokens: of published shards, as many tokens at least; whole documents.
+        tokenizer: the one that they were made with.
+        heldout_tokens: tokens that published shards hold out, at least; whole documents.
 
     Raises:
         ArtifactError: no shards, or some that are damaged or of another vocabulary.

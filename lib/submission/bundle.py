@@ -22,7 +22,7 @@ from lib.submission.closure import import_closure, imported_packages
 ENTRY = Path("lib/submission/program.py")
 """What the submitted program runs."""
 SECTIONS = ("model", "train", "calibrate", "quantize", "compress", "evaluate")
-"""Of params.yaml, that the program needs."""
+"""Sections of params.yaml that the program needs."""
 SETTINGS_BYTES = 1536
 """Room for the settings, compressed with the sources that have their names; those of the presets take 820 to 1,210."""
 

@@ -35,7 +35,7 @@ def describe(report: ReportParams, params: Mapping[str, Any], metrics: Metrics) 
     Args:
         report: the section ``report``.
         params: all of params.yaml.
-        metrics: of the seeds.
+        metrics: figures of the seeds.
     """
     seeds, strategy = params["seeds"], metrics[0]["evaluate"]["strategy"]
     rows = {key: Row(key, tuple(of_seed["evaluate"][key] for of_seed in metrics), 8) for key in ("val_loss", "val_bpb")}
@@ -82,7 +82,7 @@ def _check_compliance(seeds: Sequence[int], metrics: Metrics) -> dict[str, Any]:
 
 
 def _largest_seconds(seeds: Sequence[int], stages: Sequence[str]) -> float | None:
-    """Of some stages together, of the seed that took longest; None where a time was not measured."""
+    """Seconds of some stages together, of the seed that took longest; None where a time was not measured."""
     of_seeds = [[load_timing(stage_folder(stage, seed)) for stage in stages] for seed in seeds]
     totals = [sum(timing["seconds"] for timing in timings if timing) if None not in timings else None for timings in of_seeds]
     known = [total for total in totals if total is not None]

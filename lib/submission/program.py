@@ -61,8 +61,8 @@ class Log:
     """What the main process reports: on the terminal, and in a file.
 
     Args:
-        path: of the file, which is written anew; None for the terminal alone.
-        process: that reports.
+        path: the file, which is written anew; None for the terminal alone.
+        process: the main one reports.
     """
 
     def __init__(self, path: Path | None, process: Process) -> None:
@@ -123,10 +123,10 @@ def make_artifact(params: ProgramParams, data: Path, tokenizer: Tokenizer, *, se
     """Train, calibrate, quantize and pack; what is interrupted before the end goes on from the last saved state of training.
 
     Args:
-        params: of all that.
+        params: settings of all that.
         data: folder of the shards, of which those for training are read.
-        tokenizer: that they were made with.
-        seed: of the run.
+        tokenizer: the one that they were made with.
+        seed: seed of the run.
         program: the file that counts as code; the artifact is written beside it.
         process: every process calls this and gets the whole result.
         log: gets the figures.

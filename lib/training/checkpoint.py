@@ -47,8 +47,8 @@ def train_checkpoint(section: ModelSection, params: TrainParams, text: Split, he
         params: the section ``train``.
         text: the training tokens.
         heldout: held-out documents, by which the weights are chosen.
-        tokenizer: that the tokens were made with.
-        seed: of initialisation and data order.
+        tokenizer: the one that the tokens were made with.
+        seed: seed of initialisation and data order.
         process: every process calls this and gets the whole result.
         resume_path: where the state of the run is kept; it stays until the caller has saved the result.
         watch: makes, from the model, what gives further figures for the progress line.
