@@ -21,7 +21,7 @@ def main() -> None:
     metrics = read_metrics(params["seeds"])
     write_bytes(REPORT_FOLDER / "report.html", make_report(report, params, metrics, recorded=recorded).encode())
     write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(report, metrics))
-    program = Program(make_bundle(params["evaluate"], Path()), list_packages(Path()))
+    program = Program(make_bundle(params, Path()), list_packages(Path()))
     write_submission(REPORT_FOLDER / "submission", report, params, metrics, program)
 
 

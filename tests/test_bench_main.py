@@ -13,7 +13,7 @@ import pytest
 import bench.curve
 import bench.evaluate
 import bench.quantize
-from lib.artifacts.files import read_csv, write_json
+from lib.artifacts.files import read_csv, write_bytes, write_json
 from lib.model import compilation
 from lib.params import read_params
 from lib.presets import read_preset
@@ -34,8 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        (folder / "lib/submission").mkdir(parents=True)
-        (folder / "lib/submission/program.py").write_text("import sys\n")
+        write_bytes(folder / "lib/submission/program.py", b"import sys\n")
         words = (ROOT / "lib/training/loop.py").read_text().split()
         documents = [" ".join(words[n:n + 40] + words[:n % 7]) for n in range(0, len(words) - 40, 3)]
         (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))

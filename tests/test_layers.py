@@ -25,7 +25,8 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "published": {"errors", "params", "artifacts", "model", "compression"},
     "forecast": BASE | {"artifacts", "data", "model", "calibration", "training", "quantization", "compression"},
     "reporting": {"errors", "params", "artifacts"},
-    "submission": BASE | {"artifacts", "data", "compression", "evaluation", "reporting"},
+    "submission": BASE | {"artifacts", "data", "model", "calibration", "training", "quantization", "compression", "evaluation",
+                          "reporting"},
 }
 ALLOWED["schema"] = set(ALLOWED)
 ALLOWED["presets"] = {"params", "problems", "schema"}

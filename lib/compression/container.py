@@ -11,7 +11,7 @@ Layout, integers little-endian:
     vectors         zstandard frame: all fp16 vectors, then all fp32 vectors; of each kind the lowest bytes of all values first
     checksum        16 bytes, BLAKE2b of everything before
 
-Matrices and vectors are sorted by name, and the same model gives the same bytes.
+Matrices and vectors are sorted by name, keys of the header too, and the same model gives the same bytes.
 """
 
 import hashlib
@@ -173,7 +173,7 @@ def _pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
                        for name, matrix in matrices),
         vectors=tuple(Vector.model_validate({"name": name, "shape": tuple(vector.shape), "dtype": str(vector.dtype).removeprefix("torch.")})
                       for name, vector in vectors))
-    header_frame = compress_bytes(header.model_dump_json().encode(), level)
+    header_frame = compress_bytes(json.dumps(header.model_dump(), sort_keys=True, separators=(",", ":")).encode(), level)
     planes = []
     for kind, dtype in VECTOR_TYPES.items():
         values = [vector.flatten().numpy().astype(dtype) for _, vector in vectors if vector.dtype == getattr(torch, kind)]

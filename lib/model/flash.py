@@ -92,14 +92,16 @@ def attend_with_flash4(_: ModuleType) -> FlashAttend:
     return lambda q, k, v, window, documents: _flash4(q, k, v, window, documents)[0]
 
 
-@torch.library.custom_op("albatross::flash4", mutates_args=())
+@torch.library.custom_op("albatross::flash4", mutates_args=(), schema=(  # not inferred: the submitted program lacks annotations
+    "(Tensor q, Tensor k, Tensor v, int? window, Tensor? documents) -> (Tensor, Tensor)"))
 def _flash4(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output (B, P, H, E), and for the backward pass log-sum-exp of the scores: (B, H, P), with documents (H, B * P), fp32."""
     y, lse, *_ = importlib.import_module(FLASH4)._flash_attn_fwd(**_flash4_arguments(q, k, v, window, documents), return_lse=True)
     return y.view(q.shape), lse
 
 
-@torch.library.custom_op("albatross::flash4_backward", mutates_args=())
+@torch.library.custom_op("albatross::flash4_backward", mutates_args=(), schema=(
+    "(Tensor dy, Tensor[] saved, int? window, Tensor? documents) -> (Tensor, Tensor, Tensor)"))
 def _flash4_backward(dy: Tensor, saved: list[Tensor], window: int | None, documents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; `saved` are these three, and both outputs of `_flash4`."""
     q, k, v, y, lse = saved

@@ -1,10 +1,10 @@
 """The submission: a folder with what the challenge asks for, from which anybody can repeat the score.
 
-``train_gpt.py`` scores ``model.ptz``, that of the first seed, with ``tokenizer.model``; ``README.md``, ``submission.json`` and ``logs/``
-have the results of all seeds, ``params.yaml`` all parameters. Numbers come from the files of the stages only.
+``train_gpt.py`` makes ``model.ptz`` and scores it, that of the first seed, with ``tokenizer.model``; ``README.md``, ``submission.json``
+and ``train_seed<seed>.log`` have the results of all seeds, ``params.yaml`` all parameters, ``requirements.txt`` the packages. Numbers come
+from the files of the stages only.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lib.artifacts.files import ArtifactError, read_csv, write_bytes, write_json
-from lib.artifacts.metrics import load_timing
+from lib.artifacts.metrics import load_environment, load_timing
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.scores import load_curve
 from lib.params import PARAMS_FILE
@@ -21,6 +21,8 @@ from lib.reporting.audit import CONDITIONS, Audit, Check, format_verdicts, load_
 from lib.reporting.config import ReportParams
 from lib.reporting.strategy_table import format_strategies
 from lib.reporting.table import Row, column_names
+from lib.submission.description import describe, list_missing
+from lib.submission.log import format_section, log_name
 
 TEMPLATE = "submission.md.j2"
 PROGRAM = "train_gpt.py"
@@ -55,39 +57,24 @@ def write_submission(folder: Path, report: ReportParams, params: Mapping[str, An
         _check_size(PROGRAM, len(program.content), seed, of_seed["compress"]["code_bytes"])
     _check_size("model.ptz", len(artifact), seeds[0], metrics[0]["compress"]["blob_bytes"])
     logs = {seed: make_log(seed, of_seed) for seed, of_seed in zip(seeds, metrics, strict=True)}
-    readme = make_readme(report, seeds, metrics, program)
+    description = describe(report, params, metrics)
+    readme = make_readme(report, seeds, metrics, program, list_missing(description))
+    requirements = "".join(f"{name}=={version}\n" for name, version in program.packages.items())
     shutil.rmtree(folder, ignore_errors=True)
     write_bytes(folder / PROGRAM, program.content)
     write_bytes(folder / "model.ptz", artifact)
     write_bytes(folder / "tokenizer.model", _read(TOKENIZE_FOLDER / "tokenizer.model"))
     write_bytes(folder / "params.yaml", _read(PARAMS_FILE))
-    write_json(folder / "submission.json", describe(report, seeds, metrics))
+    write_bytes(folder / "requirements.txt", requirements.encode())
+    write_json(folder / "submission.json", description)
     write_bytes(folder / "README.md", readme.encode())
     for seed, log in logs.items():
-        write_bytes(folder / f"logs/seed{seed}.log", log.encode())
+        write_bytes(folder / log_name(seed), log.encode())
 
 
-def describe(report: ReportParams, seeds: Sequence[int], metrics: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """What ``submission.json`` says, under the names that the challenge's records use; arguments as of `write_submission`.
-
-    Scores are means over the seeds, with several seeds beside their standard deviation; ``bytes_total`` is that of the largest artifact.
-    """
-    rows = {key: Row(key, tuple(of_seed["evaluate"][key] for of_seed in metrics), 8) for key in ("val_loss", "val_bpb")}
-    statistics = {key: row.mean for key, row in rows.items()} | {f"{key}_std": row.std for key, row in rows.items()}
-    return {
-        "author": report.submission.author, "github_id": report.submission.github_id, "name": report.title,
-        "blurb": report.submission.blurb, **{key: round(value, 8) for key, value in statistics.items() if value is not None},
-        "bytes_total": max(of_seed["compress"]["artifact_bytes"] for of_seed in metrics),
-        "bytes_code": metrics[0]["compress"]["code_bytes"],
-        "seeds": list(seeds),
-        "seed_results": {str(seed): {"val_loss": of_seed["evaluate"]["val_loss"], "val_bpb": of_seed["evaluate"]["val_bpb"],
-                                     "artifact_bytes": of_seed["compress"]["artifact_bytes"], "steps": of_seed["train"]["num_steps"]}
-                         for seed, of_seed in zip(seeds, metrics, strict=True)},
-    }
-
-
-def make_readme(report: ReportParams, seeds: Sequence[int], metrics: Sequence[dict[str, dict[str, Any]]], program: Program) -> str:
-    """``README.md``; arguments as of `write_submission`."""
+def make_readme(report: ReportParams, seeds: Sequence[int], metrics: Sequence[dict[str, dict[str, Any]]], program: Program,
+                missing: Sequence[str]) -> str:
+    """``README.md``; arguments as of `write_submission`, and what submission.json leaves open."""
     evaluations = [of_seed["evaluate"] for of_seed in metrics]
     timings = {stage: [load_timing(stage_folder(stage, seed)) for seed in seeds] for stage in LOGGED}
     audits = [load_audit(stage_folder("evaluate", seed)) for seed in seeds]
@@ -104,7 +91,7 @@ def make_readme(report: ReportParams, seeds: Sequence[int], metrics: Sequence[di
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True, keep_trailing_newline=True)
     return environment.get_template(TEMPLATE).render(
-        report=report, seeds=seeds, columns=column_names(seeds), rows=rows, packages=program.packages,
+        report=report, missing=missing, seeds=seeds, columns=column_names(seeds), rows=rows, log_name=log_name,
         train=metrics[0]["train"], compress=metrics[0]["compress"], evaluate=evaluations[0],
         sizes=read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS),
         strategies=format_strategies(evaluations, timings["evaluate"]),
@@ -124,15 +111,11 @@ def make_log(seed: int, metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _log_lines(seed: int, metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     timings = {stage: load_timing(stage_folder(stage, seed)) for stage in LOGGED}
-    yield f"seed {seed}"
+    yield f"seed {seed}, {', '.join(load_environment(stage_folder('train', seed)) or ['from cache'])}"
+    yield f"recorded by the stages of Albatross; {PROGRAM}, when it trains with this seed, writes this file anew"
     for stage in LOGGED:
-        yield f"\n== {stage}"
-        if stage == "train":
-            for tokens, loss in load_curve(stage_folder(stage, seed) / "loss.csv", ("tokens", "loss")):
-                yield f"tokens:{tokens:.0f} train_loss:{loss:.4f}"
-        figures: dict[str, Any] = {**metrics.get(stage, {}), **(timings[stage] or {"seconds": "not measured, from cache"})}
-        for key, value in figures.items():
-            yield f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
+        curve = load_curve(stage_folder(stage, seed) / "loss.csv", ("tokens", "loss")) if stage == "train" else ()
+        yield format_section(stage, {**metrics.get(stage, {}), **(timings[stage] or {"seconds": "not measured, from cache"})}, curve)
     yield f"\n== strategies\n{format_strategies([metrics['evaluate']], [timings['evaluate']])}"
     audit = load_audit(stage_folder("evaluate", seed))
     yield f"\n== audit\n{format_verdicts([audit])}"

@@ -1,18 +1,20 @@
-"""Scores the language model in model.ptz, in bits per byte of a validation text.
+"""Trains a language model, packs it into model.ptz and scores it, in bits per byte of a validation text; one file, all code.
 
-    python train_gpt.py --data FOLDER                                   # validation shards: *val_[0-9]*.bin
-    torchrun --standalone --nproc_per_node=8 train_gpt.py --data FOLDER # the same on 8 GPUs
-    python train_gpt.py --extract FOLDER                                # write out the sources in ARCHIVE
+    SEED=42 DATA_PATH=FOLDER TOKENIZER_PATH=FILE python train_gpt.py     # one process
+    SEED=42 DATA_PATH=FOLDER TOKENIZER_PATH=FILE torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs
+    DATA_PATH=FOLDER python train_gpt.py --score [ARTIFACT]              # score only; torchrun does, too
+    python train_gpt.py --extract FOLDER                                 # write out what is in ARCHIVE
 
-SETTINGS says how the text is scored. ARCHIVE holds the sources of Albatross that do it: paths and texts, separated by NUL, Brotli, base
-85. Comments and docstrings are left out, line numbers are those of the repository. How the model was trained: see README.md.
+FOLDER has shards of tokens, *train_[0-9]*.bin and *val_[0-9]*.bin; TOKENIZER_PATH is tokenizer.model beside this file if nothing is given.
+model.ptz and train_seed42.log are written beside this file. A run that was interrupted goes on when it is started again.
+ARCHIVE holds the sources of Albatross and settings.json, what is trained and scored how: names and texts, separated by NUL, bzip2, one
+character a byte. Sources are minified, so that line numbers of errors are theirs, not the repository's.
 """
 
-import base64
+import bz2
 import importlib
 import json
 import sys
-import traceback
 from argparse import ArgumentParser
 from importlib.abc import MetaPathFinder, SourceLoader
 from importlib.machinery import ModuleSpec
@@ -20,10 +22,7 @@ from importlib.util import spec_from_loader
 from pathlib import Path
 from typing import Any
 
-import brotli
-
 FILE = __file__  # which is gone when functions of atexit import
-SETTINGS = "{}"
 
 
 class Archive(MetaPathFinder, SourceLoader):  # type: ignore[misc]  # which the standard library does itself
@@ -50,19 +49,19 @@ class Archive(MetaPathFinder, SourceLoader):  # type: ignore[misc]  # which the 
 
 
 def main() -> None:
-    """Write the sources out, or import them and score."""
+    """Write the files out, or import the program and run it."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--extract", type=Path)
-    parts = brotli.decompress(base64.b85decode(ARCHIVE)).decode().split("\0")
-    sources = dict(zip(parts[::2], parts[1::2], strict=True))
+    parts = bz2.decompress(ARCHIVE.encode("latin-1")).decode().split("\0")
+    files = dict(zip(parts[::2], parts[1::2], strict=True))
     if folder := parser.parse_known_args()[0].extract:
-        for path, source in sources.items():
+        for path, source in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(source.encode())
         return
-    sys.meta_path.insert(0, Archive(sources))
-    sys.excepthook = traceback.print_exception  # unlike the built-in one, it shows lines that are in no file
-    importlib.import_module("lib.submission.program").main(json.loads(SETTINGS), Path(FILE).parent, __doc__)
+    sys.meta_path.insert(0, Archive(files))
+    importlib.import_module("lib.errors").report_errors()
+    importlib.import_module("lib.submission.program").main(json.loads(files["settings.json"]), Path(FILE), __doc__)
 
 
 ARCHIVE = ""

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.artifacts.files import ArtifactError, write_json
+from lib.artifacts.files import ArtifactError, write_bytes, write_json
 from lib.artifacts.metrics import load_metrics
 from lib.artifacts.paths import stage_folder
 from lib.submission.bundle import code_bytes
@@ -19,8 +19,7 @@ def outputs() -> dict[str, bytes]:
 def test_the_stage_writes_the_same_files_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_results([1, 2])
-    Path("stages").mkdir()
-    Path("lib/submission/program.py").write_text("import sys\n", encoding="utf-8")
+    write_bytes(Path("lib/submission/program.py"), b"import sys\n")
     Path("artifacts/tokenize/tokenizer.model").touch()
     for folder in (stage_folder("compress", seed) for seed in (1, 2)):
         (folder / "model.ptz").touch()
