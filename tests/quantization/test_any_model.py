@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from lib.artifacts.checkpoint import Checkpoint
@@ -19,8 +20,6 @@ from lib.model.parts import parts_of, read_weights, write_weights
 from lib.quantization.gptq import row_errors
 from lib.quantization.policy import quantize_model
 from tests.quantization.test_config import make_quantize
-
-transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE, TARGET_BYTES = 97, 9000
