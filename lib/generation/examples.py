@@ -51,7 +51,7 @@ def _write(model: GPT, tokenizer: Tokenizer, evaluation: Evaluation, sampling: S
 
 
 def _choose_passage(tokenizer: Tokenizer, evaluation: Evaluation) -> dict[str, Any]:
-    """A passage with as much before it as it is long, so that a strategy can have adapted, of the first such document; else of the longest."""
+    """A passage with as much before it as it is long, so that a strategy can adapt, of the first such document; else of the longest."""
     starts, lengths = evaluation.text.documents
     document = int((lengths > 2 * PASSAGE_TOKENS).argmax() if lengths.max() > 2 * PASSAGE_TOKENS else lengths.argmax())
     end = min(2 * PASSAGE_TOKENS, int(lengths[document]) - 1)  # the last target is the BOS of the next document
