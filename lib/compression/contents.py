@@ -60,7 +60,7 @@ def describe_matrices(path: Path, wanted: str, table: Path) -> str:
     """What happened to some matrices, a paragraph for each: grid, steps, bytes, and what quantizing them cost.
 
     Args:
-        path: of the ``model.ptz``.
+        path: path of the ``model.ptz``.
         wanted: neighbouring parts of their names: ``blocks.3``, ``mlp.up``, or a whole name.
         table: ``tensors.csv`` of the stage quantize, which knows errors and losses; where it is missing or of another model, that is said.
 

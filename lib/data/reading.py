@@ -24,8 +24,8 @@ def split_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Span]:
     A token is a span, but for bytes, of which a character is one, and the case transform, where a word with its operators is one.
 
     Args:
-        tokenizer: of the tokens.
-        tokens: of one document, without BOS in front.
+        tokenizer: the one that made the tokens.
+        tokens: tokens of one document, without BOS in front.
     """
     cuts = [0, *(number for number, pair in enumerate(pairwise(tokens), 1) if not _goes_on(tokenizer, *pair)), len(tokens)]
     mark = tokenizer.processor.piece_to_id(f"<0x{ord(MARK):02X}>")

@@ -29,7 +29,7 @@ class KeyValueCache:
     grow without end. NTK scaling, which depends on the distance that attention spans, never sets in.
 
     Args:
-        model: that computes; it stays as it is.
+        model: the model that computes; it stays as it is.
         attention_tokens: how many tokens a position attends to at most.
 
     Raises:

@@ -15,7 +15,7 @@ from lib.generation.sampling import Sampling, write_tokens
 from lib.model.gpt import GPT
 
 SAMPLINGS = (Sampling(0.8, 0.95, 0), Sampling(0.8, 0.95, 1))
-"""Of the documents that are written."""
+"""How the documents that are written are drawn."""
 SAMPLE_TOKENS = 200  # of each, at most
 PASSAGE_TOKENS = 300
 MAX_POINTS = 1000  # documents, evenly spaced where there are more
@@ -27,8 +27,8 @@ def make_examples(model: GPT, tokenizer: Tokenizer, evaluation: Evaluation) -> d
 
     Args:
         model: the artifact's, with its own weights.
-        tokenizer: of the text.
-        evaluation: of all strategies.
+        tokenizer: the one that made the text's tokens.
+        evaluation: what all strategies gave.
 
     Returns:
         ``written``: documents, each with ``text``, ``num_tokens``, whether it ``ended``, and how it was drawn. ``passage``: where it is,
@@ -51,7 +51,7 @@ def _write(model: GPT, tokenizer: Tokenizer, evaluation: Evaluation, sampling: S
 
 
 def _choose_passage(tokenizer: Tokenizer, evaluation: Evaluation) -> dict[str, Any]:
-    """Of the first document that has so much before it as the passage is long, so that a strategy can have adapted; else of the longest."""
+    """A passage with as much before it as it is long, so that a strategy can adapt, of the first such document; else of the longest."""
     starts, lengths = evaluation.text.documents
     document = int((lengths > 2 * PASSAGE_TOKENS).argmax() if lengths.max() > 2 * PASSAGE_TOKENS else lengths.argmax())
     end = min(2 * PASSAGE_TOKENS, int(lengths[document]) - 1)  # the last target is the BOS of the next document

@@ -14,9 +14,9 @@ class Sampling(NamedTuple):
     """How tokens are drawn.
 
     Attributes:
-        temperature: that logits are divided by; 0 always takes the most probable token.
+        temperature: what logits are divided by; 0 always takes the most probable token.
         top_p: only the most probable tokens that together have this probability can be drawn (nucleus sampling, arXiv:1904.09751).
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     temperature: float
@@ -46,11 +46,11 @@ def write_tokens(cache: KeyValueCache, prompt: npt.NDArray[np.uint16], bos_id: i
     """Tokens that go on from a prompt, as they are drawn, to the end of the document: until the model draws BOS, which is not given.
 
     Args:
-        cache: of the model, with no text yet.
+        cache: cache of the model, with no text yet.
         prompt: (n,) tokens, BOS first.
         bos_id: the BOS token.
         sampling: how tokens are drawn; the same seed gives the same text.
-        device: of the model.
+        device: where the model is.
     """
     uniforms = np.random.default_rng(sampling.seed)
     latest = prompt.astype(np.int64)

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 HIGHEST = 9
 """The last of the levels 0, 1, 2, ...: so many bits for each token, or more; the legend says so."""
 BACKGROUNDS = (None, 230, 229, 228, 222, 221, 215, 209, 203, 196)
-"""Of the levels in a terminal of 256 colours: none, then pale yellow to red, under black."""
+"""Colours of the levels in a terminal of 256 colours: none, then pale yellow to red, under black."""
 RESET = "\x1b[0m"
 
 
@@ -18,8 +18,8 @@ class Part(NamedTuple):
     """Neighbouring tokens that have a text together.
 
     Attributes:
-        text: of the tokens.
-        bits: of all of them together.
+        text: text of the tokens.
+        bits: bits of all of them together.
         num_tokens: their number.
     """
 
@@ -48,9 +48,9 @@ def make_page(title: str, summary: str, parts: Sequence[Part]) -> str:
     """A coloured text as an HTML file that needs no other, for light and dark screens.
 
     Args:
-        title: of the page.
+        title: title of the page.
         summary: bits per byte of the whole text, in words.
-        parts: of the text.
+        parts: parts of the text.
     """
     return templates().get_template("text.html.j2").render(title=title, summary=summary, parts=parts, highest=HIGHEST)
 
@@ -59,7 +59,7 @@ def color_text(parts: Sequence[Part], *, colored: bool) -> str:
     """A text for a terminal, with a legend.
 
     Args:
-        parts: of the text.
+        parts: parts of the text.
         colored: whether escape sequences may be used; without them only the text is left.
     """
     if not colored:
