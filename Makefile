@@ -27,7 +27,7 @@ lint: $(INSTALLED)
 
 lowest: $(LOWEST)/installed  ## the tests that depend on versions, with the lowest ones that requirements/ claims; ARGS as for test
 	@$(THREADS) $(LOWEST)/bin/python $(PYTEST) \
-		$(addprefix tests/,artifacts audit calibration compression data evaluation model published quantization training) $(ARGS)
+		$(addprefix tests/,artifacts audit calibration compression data evaluation generation model published quantization training) $(ARGS)
 
 bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; see bench/RESULTS.md
 	@for script in $(BENCH); do echo "bench.$$script" && python -m bench.$$script || exit 1; done

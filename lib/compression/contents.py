@@ -29,12 +29,14 @@ def describe_artifact(path: Path, roles_of: Callable[[dict[str, Any]], Mapping[s
 
     Raises:
         ContainerError: as `load_artifact`.
-        UserError: a configuration that is not valid.
+        UserError: a configuration that is not valid, or that has no such matrices.
     """
     blob = read_artifact(path)
     header, quantized = read_header(blob, str(path)), unpack(blob, str(path))
-    packed = pack(quantized, header.codec, header.level)
-    parts = [part for part in list_parts(quantized, packed, roles_of(quantized.model), 0) if part.part != CODE]
+    packed, roles = pack(quantized, header.codec, header.level), roles_of(quantized.model)
+    if foreign := sorted({*map(parameter_of, quantized.matrices)} - roles.keys()):
+        raise UserError(f"{path}: expected matrices of the model that its configuration describes, found {_printable(foreign[0])}")
+    parts = [part for part in list_parts(quantized, packed, roles, 0) if part.part != CODE]
     name_width = 2 + max(map(len, [*map(_printable, quantized.matrices), *(part.part for part in parts), "vectors"]))
     lines = [
         f"file      {path}, {len(blob):,} bytes",
