@@ -10,7 +10,7 @@ THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # Tools are run as modules: their scripts in the environment have its path inside, which is another one after the folder was moved.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint lowest audit bench compare deps preset sweep gpu-bundle clean
+.PHONY: repro test lint lowest audit bench compare deps preset sweep talk gpu-bundle clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
 	@python -m tools.check_params
@@ -43,6 +43,9 @@ compare: $(INSTALLED)  ## parameters that differ, and figures: make compare REVS
 
 sweep: $(INSTALLED)  ## rate-distortion curve: make sweep TARGETS="400000 600000"
 	@python -m tools.sweep $(TARGETS)
+
+talk: $(INSTALLED)  ## text from the artifact: make talk PROMPT="The"; more options: make talk ARGS="--hard README.md"
+	@python -m tools.talk $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
 
 deps: $(INSTALLED)  ## write the code that every stage depends on into dvc.yaml
 	@python -m tools.deps

@@ -31,7 +31,7 @@ GIVEN = ("torch", "numpy", "scipy", "dvc")
 """Packages that are left out with all that only they need: the machine has the first two, a report without a record computes no test
 (scipy, 35 MB), and the stages run without DVC."""
 TOOLS = ("pytest", "hypothesis")
-"""Of requirements/test.txt: what runs the tests of kernels."""
+"""The part of requirements/test.txt that runs the tests of kernels."""
 GLIBC = (5, 12, 17, 24, 27, 28)
 """Minor versions of glibc 2 whose wheels are taken; the last is that of Debian 10, and every machine with CUDA 13 has a newer one."""
 SUFFIXES = (".jsonl", ".gz", ".zst")

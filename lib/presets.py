@@ -39,8 +39,8 @@ def read_preset(name: str, folder: Path = PRESETS_FOLDER) -> dict[str, Any]:
     """All parameters of a preset as plain data, those of `DEFAULT` included.
 
     Args:
-        name: of a file in the folder, without its suffix.
-        folder: that holds the presets.
+        name: name of a file in the folder, without its suffix.
+        folder: where the presets are.
 
     Raises:
         ParamsError: no such preset, a file that cannot be read, or keys or values that parameters cannot have.
@@ -74,7 +74,7 @@ def load_settings(source: str, folder: Path = PRESETS_FOLDER) -> PipelineParams:
 
     Args:
         source: name of a preset, or the path of a file, which ends in ``.yaml``.
-        folder: that holds the presets.
+        folder: where the presets are.
 
     Raises:
         ParamsError: as `read_preset`.

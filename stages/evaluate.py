@@ -1,10 +1,10 @@
-"""Score the artifact: model.ptz, tokenizer, val shards -> metrics.json, timing.json, audit.json, tables, ledger/, nats/."""
+"""Score the artifact: model.ptz, tokenizer, val shards -> metrics.json, timing.json, audit.json, examples.json, tables, ledger/."""
 
 from contextlib import ExitStack
 from functools import partial
 
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
-from lib.artifacts.scores import save_audit, save_scores, save_unfinished
+from lib.artifacts.scores import save_audit, save_examples, save_scores, save_unfinished
 from lib.artifacts.tokens import load_split
 from lib.audit.determinism import deterministic
 from lib.audit.isolation import unchecked
@@ -18,6 +18,7 @@ from lib.evaluation.config import EvaluateParams
 from lib.evaluation.evaluation import evaluate
 from lib.evaluation.inputs import open_inputs
 from lib.evaluation.limit import TimeLimit
+from lib.generation.examples import make_examples
 from lib.params import load_params, parse_seed
 
 
@@ -49,6 +50,8 @@ def main(seed: int, *, confined: bool = False) -> None:
                 if process.is_main:
                     save_audit(folder, audit)
                 raise_violations(audit)
+            if process.is_main:  # after all that is timed and checked
+                save_examples(folder, make_examples(model, tokenizer, evaluation))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         documents = [" ".join(words[n:n + 40] + words[:n % 7]) for n in range(0, len(words) - 40, 3)]
         (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
         short = {"evaluate": {"strategies": ["plain", "score_first"], "strategy": "score_first", "audit": False},
-                 "quantize": {"target_bytes": 16_000}}
+                 "quantize": {"target_bytes": 16_000}, "compress": {"code_bytes": 5200}}
         write_json(folder / "params.yaml", merge(merge(read_preset("default", ROOT / "presets"), TINY), short))  # JSON is YAML
         tokenize.main()
         for stage in (train, calibrate, quantize, compress, evaluate):

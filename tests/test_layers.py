@@ -19,6 +19,7 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "calibration": BASE | {"artifacts", "data", "model"},
     "quantization": BASE | {"artifacts", "model"},
     "evaluation": BASE | {"artifacts", "data", "model"},
+    "generation": BASE | {"data", "model", "evaluation"},
     "audit": BASE | {"artifacts", "data", "model", "evaluation", "compression"},
     "training": BASE | {"artifacts", "data", "model", "quantization", "evaluation"},
     "published": {"errors", "params", "artifacts", "model", "compression"},

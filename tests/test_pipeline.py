@@ -69,6 +69,11 @@ def test_declared_params_are_the_loaded_sections(stage: str) -> None:
     assert {key.split(".")[0] for key in STAGES[stage]["params"]} == loaded
 
 
+def test_keys_that_quantize_declares_of_another_section_are_those_that_it_reads() -> None:
+    read = set(re.findall(r"\bcoding\.(\w+)", (ROOT / "stages/quantize.py").read_text()))
+    assert {key for key in STAGES["quantize"]["params"] if "." in key} == {f"compress.{key}" for key in read}
+
+
 def test_only_evaluate_reads_validation_tokens() -> None:
     tokens = {name: {path for path in paths(name, "deps") if path.startswith("artifacts/tokenize")} for name in STAGES}
     assert {name for name in STAGES if tokens[name] - TOKENS_FOR_ALL} == {"evaluate"}

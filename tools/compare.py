@@ -43,9 +43,10 @@ class Figure(NamedTuple):
 
 
 _HELDOUT = ("heldout_tokens",), ("tokenize",)
+_SCORED, _LIMITS = ("num_bytes", "num_documents"), ("evaluate.limit_seconds", "compress.limit_bytes")
+_BPB, _TRANSDUCTIVE = "_bpb", "_transductive"  # ends of the names of a strategy's figures
 FIGURES = {
-    "val_bpb": Figure("evaluate", "val_bpb", 4, ("num_bytes", "num_documents"),
-                      ("evaluate.strategy", "evaluate.limit_seconds", "compress.limit_bytes")),
+    "val_bpb": Figure("evaluate", "val_bpb", 4, _SCORED, ("evaluate.strategy", *_LIMITS)),
     "held-out bpb": Figure("quantize", "heldout_bpb", 4, *_HELDOUT),
     "held-out bpb, float": Figure("quantize", "heldout_bpb_float", 4, *_HELDOUT),
     "KL": Figure("quantize", "heldout_kl", 5, *_HELDOUT),
@@ -60,14 +61,20 @@ class Revision(NamedTuple):
     Attributes:
         name: as it was asked for.
         params: dotted key -> value.
-        figures: name in `FIGURES` -> mean over the seeds; empty where the revision has no report on its parameters.
-        metrics: stage -> figure -> mean over the seeds; the same holds.
+        metrics: stage -> figure -> mean over the seeds; empty where the revision has no report on its parameters.
     """
 
     name: str
     params: dict[str, Any]
-    figures: dict[str, float]
     metrics: dict[str, dict[str, float]]
+
+    def has(self, figure: Figure) -> bool:
+        """Whether it was measured."""
+        return figure.key in self.metrics.get(figure.stage, {})
+
+    def show(self, figure: Figure) -> str:
+        """It, or `NO_VALUE`."""
+        return f"{self.metrics[figure.stage][figure.key]:,.{figure.digits}f}" if self.has(figure) else NO_VALUE
 
 
 class RevisionError(UserError):
@@ -95,8 +102,7 @@ def read_revision(name: str, experiments: Mapping[str, str]) -> Revision:
     report = json.loads((is_reported and _read(revision, REPORT_FOLDER / METRICS_FILE)) or "{}")
     metrics = {stage: {key: value["mean"] for key, value in figures.items() if isinstance(value, dict) and "mean" in value}
                for stage, figures in report.items()}
-    figures = {label: metrics[figure.stage][figure.key] for label, figure in FIGURES.items() if figure.key in metrics.get(figure.stage, {})}
-    return Revision(name, dict(flatten(params)), figures, metrics)
+    return Revision(name, dict(flatten(params)), metrics)
 
 
 def find_experiments() -> dict[str, str]:
@@ -111,32 +117,47 @@ def changed_keys(revisions: Sequence[Revision]) -> list[str]:
     return [key for key in keys if any(_differ(revision.params.get(key), revisions[0].params.get(key)) for revision in revisions)]
 
 
-def list_obstacles(figure: Figure, before: Revision, after: Revision) -> list[str]:
-    """Why a figure of two revisions is not subtracted: keys in which they differ."""
+def strategy_figures(revision: Revision) -> dict[str, Figure]:
+    """Bits per byte of every strategy of a revision, by what they are called."""
+    keys = [key for key in revision.metrics.get("evaluate", {}) if key.endswith(_BPB) and key != FIGURES["val_bpb"].key]
+    return {f"{name.removesuffix(_TRANSDUCTIVE)} bpb{', not legal' if name.endswith(_TRANSDUCTIVE) else ''}":
+            Figure("evaluate", name + _BPB, 4, _SCORED, _LIMITS) for name in (key.removesuffix(_BPB) for key in keys)}
+
+
+def list_obstacles(figure: Figure, before: Revision, after: Revision) -> str:
+    """Why a figure of two revisions is not subtracted: keys in which they differ; empty where it can be, or where one does not have it."""
+    if not (before.has(figure) and after.has(figure)):
+        return ""
     keys = [f"{figure.stage} {key}" for key in figure.same_metrics
             if before.metrics[figure.stage].get(key) != after.metrics[figure.stage].get(key)]
-    return keys + [key for key in changed_keys([before, after])
-                   if any(key == prefix or key.startswith(f"{prefix}.") for prefix in figure.same_params)]
+    keys += [key for key in changed_keys([before, after])
+             if any(key == prefix or key.startswith(f"{prefix}.") for prefix in figure.same_params)]
+    return f"other {', '.join(keys[:2])}{', ...' if keys[2:] else ''}" if keys else ""
 
 
 def format_revisions(revisions: Sequence[Revision]) -> str:
-    """Two revisions as two columns and their difference where they can be compared, more as one line each."""
-    keys = changed_keys(revisions)
+    """Two revisions as two columns and their difference where they can be compared, more as one line each; then what cannot be compared."""
+    keys, strategies = changed_keys(revisions), [strategy_figures(revision) for revision in revisions]
+    notes = [f"{each.name}: no figures, for there is no report on these parameters; `make repro` makes it"
+             for each in revisions if not each.metrics]
     if len(revisions) == 2:
         before, after = revisions
         lines = [["", before.name, after.name, ""]]
         lines += [[key, *(_show(revision.params.get(key)) for revision in revisions), ""] for key in keys]
-        for label, figure in FIGURES.items():
-            both = label in before.figures and label in after.figures
-            obstacles = list_obstacles(figure, before, after) if both else []
-            change = f"{after.figures[label] - before.figures[label]:+,.{figure.digits}f}" if both else ""
-            lines.append([label, *(_figure(revision, label) for revision in revisions),
-                          f"other {', '.join(obstacles[:2])}{', ...' if obstacles[2:] else ''}" if obstacles else change])
-        return align(lines, "lrrr")
+        common = {label: figure for label, figure in strategies[0].items() if label in strategies[1]}
+        for label, figure in (FIGURES | common).items():
+            change = list_obstacles(figure, before, after) or _subtract(figure, before, after)
+            lines.append([label, before.show(figure), after.show(figure), change])
+        notes += [f"only {each.name}: {', '.join(label for label in own if label not in common)}"
+                  for each, own in zip(revisions, strategies, strict=True) if own.keys() - common.keys()]
+        return "\n".join([align(lines, "lrrr"), *notes])
     lines = [["", *keys, *FIGURES]]
-    lines += [[revision.name, *(_show(revision.params.get(key)) for key in keys), *(_figure(revision, label) for label in FIGURES)]
+    lines += [[revision.name, *(_show(revision.params.get(key)) for key in keys), *map(revision.show, FIGURES.values())]
               for revision in revisions]
-    return align(lines, "l" + "r" * (len(lines[0]) - 1))
+    for other in revisions[1:]:
+        obstacles = {label: found for label, figure in FIGURES.items() if (found := list_obstacles(figure, revisions[0], other))}
+        notes += [f"{other.name}: {label} is not to be compared with {revisions[0].name}: {found}" for label, found in obstacles.items()]
+    return "\n".join([align(lines, "l" + "r" * (len(lines[0]) - 1)), *notes])
 
 
 def main() -> None:
@@ -170,8 +191,11 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=True).stdout
 
 
-def _figure(revision: Revision, label: str) -> str:
-    return f"{revision.figures[label]:,.{FIGURES[label].digits}f}" if label in revision.figures else NO_VALUE
+def _subtract(figure: Figure, before: Revision, after: Revision) -> str:
+    if not (before.has(figure) and after.has(figure)):
+        return ""
+    old, new = (revision.metrics[figure.stage][figure.key] for revision in (before, after))
+    return f"{new - old:+,.{figure.digits}f}"
 
 
 def _differ(value: Any, other: Any) -> bool:
@@ -180,7 +204,6 @@ def _differ(value: Any, other: Any) -> bool:
 
 def _show(value: Any) -> str:
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Inspect: print what is inside a ``model.ptz`` or a published file. Not part of the pipeline: ``python -m tools.inspect FILE``."""
+"""Inspect: print what is inside a ``model.ptz`` or a published file: ``python -m tools.inspect FILE [--matrix blocks.3]``."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from lib.compression.contents import describe_artifact
+from lib.compression.contents import describe_artifact, describe_matrices
 from lib.errors import UserError
 from lib.model.gpt import outline
 from lib.model.parts import parts_of
@@ -22,9 +22,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the description of one file, or say why there is none and exit with status 1."""
     parser = argparse.ArgumentParser(prog="python -m tools.inspect", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="a model.ptz, which the stage compress makes, or a published file")
-    path = parser.parse_args(arguments).file
+    parser.add_argument("--matrix", metavar="NAME", help="of a model.ptz: what happened to a layer (blocks.3), a kind (mlp.up) or a matrix")
+    options = parser.parse_args(arguments)
+    path, matrix = options.file, options.matrix
     try:
-        print(describe_published(path) if is_published(path) else describe_artifact(path, list_roles))
+        if matrix is not None:
+            folder = path.absolute().parent  # compress/seed<seed>
+            print(describe_matrices(path, matrix, folder.parent.parent / "quantize" / folder.name / "tensors.csv"))
+        else:
+            print(describe_published(path) if is_published(path) else describe_artifact(path, list_roles))
     except UserError as error:
         sys.exit(str(error))
 

@@ -1,4 +1,4 @@
-"""The seam between evaluate and report: figures, curves and tables of every strategy, the record of what happened, the audit."""
+"""The seam between evaluate and report: figures, curves and tables of every strategy, the record of what happened, the audit, examples."""
 
 import io
 import shutil
@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.artifacts.files import ArtifactError, read_csv, write_bytes, write_csv, write_json
+from lib.artifacts.files import ArtifactError, read_csv, read_json, write_bytes, write_csv, write_json
 from lib.artifacts.metrics import METRICS_FILE, TIMING_FILE, save_metrics
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CURVES_FOLDER, CONTEXT_FOLDER, DOCUMENTS_FOLDER, LEDGER_FOLDER, UNFINISHED_FOLDER = "curves", "context", "documents", "ledger", "unfinished"
 NATS_FOLDER = "nats"
 AUDIT_FILE = "audit.json"
+EXAMPLES_FILE = "examples.json"
 COLUMNS = {
     CURVES_FOLDER: ("tokens", "bpb"),
     CONTEXT_FOLDER: ("context", "tokens", "loss"),
@@ -82,6 +83,21 @@ def save_unfinished(folder: Path, curves: Tables) -> None:
 def save_audit(folder: Path, audit: Mapping[str, Any]) -> None:
     """Write what was checked and found."""
     write_json(folder / AUDIT_FILE, audit)
+
+
+def save_examples(folder: Path, examples: Mapping[str, Any]) -> None:
+    """Write what `lib.generation.examples.make_examples` has made."""
+    write_json(folder / EXAMPLES_FILE, examples)
+
+
+def load_examples(folder: Path) -> dict[str, Any]:
+    """What `save_examples` wrote.
+
+    Raises:
+        ArtifactError: missing or damaged.
+    """
+    examples: dict[str, Any] = read_json(folder / EXAMPLES_FILE)
+    return examples
 
 
 def save_tables(folder: Path, tables: Tables, columns: Sequence[str]) -> None:

@@ -102,8 +102,8 @@ def check_model(shapes: Shapes, model: ModelParams) -> None:
     contradictions = [f"model.{key}: the file has {_name(key, value)}, found {_name(key, found)}"
                       for key, value in inferred.items() if _count(found := getattr(model, key)) != value]
     if contradictions:
-        raise ArtifactError("\n".join(["the file and params.yaml contradict each other; change these keys, or copy the preset of its model "
-                                       "to params.yaml:", *contradictions]))
+        raise ArtifactError("\n".join(["the file and params.yaml contradict each other; change these keys, or take the preset of its model "
+                                       "by `make preset`:", *contradictions]))
     with torch.device("meta"):
         expected = {published_name(name): tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
     differences = [f"{name}: expected {expected.get(name, 'nothing')}, found {shapes.get(name, 'nothing')}"

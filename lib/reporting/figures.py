@@ -104,19 +104,20 @@ def plot_dots(panels: Mapping[str, Mapping[str, Mapping[str, float]]], rows: Seq
         return _render(figure)
 
 
-def plot_steps(groups: Mapping[str, Mapping[str, float]], x_label: str) -> str:
-    """Values that follow from each other, top to bottom, with the change from each to the next.
+def plot_steps(ladders: Mapping[str, Mapping[str, float]], x_label: str) -> str:
+    """Values that follow from each other, top to bottom, with the change from each to the next; each ladder has an axis of its own.
 
     Args:
-        groups: name of the group -> name of the value -> value; changes are drawn within a group.
-        x_label: label of the axis of the values.
+        ladders: name of the ladder -> name of the value -> value.
+        x_label: label of the axes of the values, after the name of the ladder.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _make_axes()
-        row, labels = 0, []
-        for color, (group, values) in zip(cycle(COLORS), groups.items(), strict=False):
+        heights = [1 + len(values) for values in ladders.values()]
+        figure = Figure(figsize=(SIZE_INCHES[0], 2 * ROW_INCHES * sum(heights)), layout="constrained")
+        all_axes = figure.subplots(len(ladders), squeeze=False, height_ratios=heights)[:, 0]
+        for axes, color, (ladder, values) in zip(all_axes, cycle(COLORS), ladders.items(), strict=False):
             previous = None
-            for name, value in values.items():
+            for row, value in enumerate(values.values()):
                 text = f"{value:.4f}" if previous is None else f"{value:.4f}  ({value - previous:+.4f})"
                 if previous is not None:
                     axes.plot((previous, previous, value), (row - 1, row, row), color=color, linewidth=1, alpha=0.6)
@@ -124,11 +125,21 @@ def plot_steps(groups: Mapping[str, Mapping[str, float]], x_label: str) -> str:
                 to_left = previous is not None and value < previous  # away from the line that leads here
                 axes.annotate(text, (value, row), xytext=(-8 if to_left else 8, 0), textcoords="offset points", va="center",
                               ha="right" if to_left else "left", color="#222222")
-                labels.append(f"{group}: {name}")
-                previous, row = value, row + 1
-        axes.set(yticks=range(row), yticklabels=labels, xlabel=x_label, ylim=(row - 0.5, -0.5))
-        axes.margins(x=0.5)  # room for the numbers
-        axes.grid(visible=False, axis="y")
+                previous = value
+            axes.set(yticks=range(len(values)), yticklabels=list(values), xlabel=f"{ladder}: {x_label}", ylim=(len(values) - 0.5, -0.5))
+            axes.margins(x=0.5)  # room for the numbers
+            axes.grid(visible=False, axis="y")
+        return _render(figure)
+
+
+def plot_points(points: Curve, x_label: str, y_label: str) -> str:
+    """Single points (x, y); the horizontal axis is logarithmic, with a tick at each power of two."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _make_axes()
+        axes.plot(*zip(*points, strict=True), "o", color=COLORS[0], markersize=4, alpha=0.6)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         return _render(figure)
 
 

@@ -2,21 +2,21 @@
 
 import base64
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lib.artifacts.files import read_csv
 from lib.artifacts.paths import stage_folder
-from lib.artifacts.scores import load_curve
+from lib.artifacts.scores import load_curve, load_examples
 from lib.reporting.audit import CONDITIONS, format_verdicts, load_audit
 from lib.reporting.config import ReportParams
-from lib.reporting.figures import plot_curves, plot_dots, plot_steps
+from lib.reporting.figures import plot_curves, plot_dots, plot_points, plot_steps
+from lib.reporting.passage import HIGHEST, Part, templates
 from lib.reporting.runs import UNRECORDED, flatten
 from lib.reporting.scoring import (
     Curves,
@@ -36,8 +36,13 @@ from lib.reporting.timing import list_environments, timing_rows
 TEMPLATE = "report.html.j2"
 TENSOR_COLUMNS = ("name", "role", "method", "rows", "columns", "bits", "step", "entropy_bits", "coded_bytes", "relative_error",
                   "relative_error_rtn", "sensitivity", "predicted_loss", "rank")
-ERRORS = {"predicted_loss": "predicted loss, nats per token", "relative_error": "relative error of the outputs"}
-"""Columns of the table of matrices that are drawn -> label of the axis."""
+ERRORS: dict[str, Callable[[Mapping[str, str]], float]] = {
+    "predicted loss, nats per token": lambda tensor: float(tensor["predicted_loss"]),
+    "relative error of the outputs": lambda tensor: float(tensor["relative_error"]),
+}
+"""What is drawn of every matrix: label of the axis -> value, from its row of the table."""
+CANDIDATES = ("raw", "ema", "swa")
+"""Weights that train chooses from."""
 SIZE_COLUMNS = ("part", "num_tensors", "num_weights", "bits", "coded_bits", "num_bytes")
 
 
@@ -61,6 +66,8 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
     tensors = read_csv(stage_folder("quantize", seeds[0]) / "tensors.csv", TENSOR_COLUMNS)
     sizes = read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS)
     loss: Curves = {f"seed {seed}": load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds}
+    examples = load_examples(folders[0])
+    points = examples["documents"]["points"]
     change = f"bits per byte, difference to {REFERENCE}"
     headline, times = headline_rows(metrics), timing_rows(params)
 
@@ -69,9 +76,7 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
             return None
         return _image(plot_curves(curves, x_label, y_label, unsettled=unsettled, octaves=octaves, dashes=line_styles(strategies)))
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)
-    return environment.get_template(TEMPLATE).render(
+    return templates().get_template(TEMPLATE).render(
         title=report.title,
         unrecorded="" if recorded else UNRECORDED,
         seeds=seeds,
@@ -93,11 +98,21 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
         audit=audits[0],
         verdicts=format_verdicts(audits),
         train=metrics[0]["train"],
+        candidates=", ".join(f"{name} {metrics[0]['train'][key]:.4f}" for name in CANDIDATES
+                             if (key := f"heldout_bpb_{name}") in metrics[0]["train"]),
         evaluate=metrics[0]["evaluate"],
         quantize=metrics[0]["quantize"],
         compress=metrics[0]["compress"],
         tensors=tensors,
-        errors=_image(plot_dots(*_errors(tensors))),
+        errors=_image(plot_dots(*_by_layer(tensors, ERRORS))),
+        prices=_image(plot_dots(*_by_layer(tensors, {"bytes for each bit of predicted loss": bytes_per_bit}))),
+        not_drawn=[tensor["name"] for tensor in tensors if not float(tensor["predicted_loss"])],
+        written=examples["written"],
+        passages=list_passages(examples["passage"]),
+        place=examples["passage"],
+        highest=HIGHEST,
+        points=_image(plot_points([(length, bpb) for length, _, bpb in points], "tokens of the document", "bits per byte")),
+        num_points=(len(points), examples["documents"]["total"]),
         sizes=sizes,
         times=times,
         environments=list_environments(seeds),
@@ -131,13 +146,29 @@ def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[S
     return {"held-out": held_out, "validation": {each.name: each.bpb.mean for each in strategies if each.name in wanted and each.bpb.mean}}
 
 
+def list_passages(passage: Mapping[str, Any]) -> dict[str, tuple[list[Part], float]]:
+    """Strategy -> the parts of a passage, and its bits per token, from ``examples.json``."""
+    found = {}
+    for number, strategy in enumerate(passage["strategies"]):
+        parts = [Part(text, bits[number], num_tokens) for text, num_tokens, *bits in passage["parts"]]
+        found[strategy] = parts, sum(part.bits for part in parts) / max(1, sum(part.num_tokens for part in parts))
+    return found
+
+
+def bytes_per_bit(tensor: Mapping[str, str]) -> float:
+    """Bytes of a matrix over the bits per token that quantizing it is predicted to cost; 0 where it costs none or has no bytes."""
+    bits = float(tensor["predicted_loss"]) / math.log(2)
+    return int(tensor["coded_bytes"]) / bits if bits > 0 and tensor["coded_bytes"] else 0.0
+
+
 def _image(svg: str) -> Markup:
     return Markup("data:image/svg+xml;base64,{}").format(base64.b64encode(svg.encode()).decode())
 
 
-def _errors(tensors: Sequence[Mapping[str, str]]) -> tuple[dict[str, dict[str, dict[str, float]]], list[str]]:
-    """Figure of errors by layer and kind of matrix, and its rows: what is in no layer, then layer by layer."""
-    panels: dict[str, dict[str, dict[str, float]]] = {label: {} for label in ERRORS.values()}
+def _by_layer(tensors: Sequence[Mapping[str, str]],
+              values: Mapping[str, Callable[[Mapping[str, str]], float]]) -> tuple[dict[str, dict[str, dict[str, float]]], list[str]]:
+    """Figure of values by layer and kind of matrix, and its rows: what is in no layer, then layer by layer."""
+    panels: dict[str, dict[str, dict[str, float]]] = {label: {} for label in values}
     layers, others = set(), []
     for tensor in tensors:
         name = tensor["name"].removesuffix(".weight")
@@ -147,8 +178,8 @@ def _errors(tensors: Sequence[Mapping[str, str]]) -> tuple[dict[str, dict[str, d
         else:
             others.append(name)
             row, kind = name, "in no layer"
-        for column, label in ERRORS.items():
-            panels[label].setdefault(kind, {})[row] = float(tensor[column])
+        for label, value in values.items():
+            panels[label].setdefault(kind, {})[row] = value(tensor)
     return panels, [*others, *(f"layer {number}" for number in sorted(layers))]
 
 

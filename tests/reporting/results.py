@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from lib.artifacts.files import write_csv
 from lib.artifacts.metrics import save_metrics
-from lib.artifacts.scores import save_audit, save_scores
+from lib.artifacts.scores import save_audit, save_examples, save_scores
 from lib.params import read_params
 from lib.reporting.html import SIZE_COLUMNS, TENSOR_COLUMNS
 
@@ -35,7 +35,7 @@ INPUTS = {"train": "tokenize/tokenizer.model", "calibrate": "train/{seed}/checkp
           "compress": "quantize/{seed}/quantized", "evaluate": "compress/{seed}/model.ptz"}
 OUTPUTS = {"tokenize": ["tokenizer.model"], "train": ["checkpoint", "metrics.json", "loss.csv"], "calibrate": ["hessians", "metrics.json"],
            "quantize": ["quantized", "metrics.json", "tensors.csv"], "compress": ["model.ptz", "metrics.json", "sizes.csv"],
-           "evaluate": ["metrics.json", "audit.json", "curves", "context", "documents", "ledger"]}
+           "evaluate": ["metrics.json", "audit.json", "examples.json", "curves", "context", "documents", "ledger"]}
 """What they write; what is not a file here has a made-up checksum."""
 SECONDS = {"train": 240.0, "calibrate": 2.0, "quantize": 1.0, "compress": 3.0, "evaluate": 60.0}
 BPB = {"plain": 1.72, "sliding": 1.68, "one_pass": 1.67, "score_first": 1.65, "lora": 1.64, "two_phase": 1.6}
@@ -44,6 +44,12 @@ STRATEGY_SECONDS = {
     "score_first_adaptation_seconds": 15.0, "score_first_tokens_per_second": 999.0, "lora_seconds": 9.0, "two_phase_seconds": 30.0,
 }
 DOCUMENTS = [(256, 3, 1500), (4096, 2, 9000)]
+EXAMPLES = {
+    "written": [{"text": "It is <written>.\n", "num_tokens": 7, "ended": True, "temperature": 0.8, "top_p": 0.95, "seed": 0}],
+    "passage": {"document": 2, "first": 300, "strategies": ["plain", "score_first"],
+                "parts": [["if", 1, 3.25, 1.5], [" a<b", 2, 22.0, 0.4], [":\n", 1, 0.75, 0.1]]},
+    "documents": {"total": 5, "points": [[100, 500, 1.5], [200, 1000, 1.25], [3000, 9000, 1.125]]},
+}
 
 
 def make_metrics(number: int, names: tuple[str, ...] = tuple(BPB)) -> dict[str, dict[str, Any]]:
@@ -84,6 +90,7 @@ def write_evaluation(seed: int, number: int, names: tuple[str, ...] = tuple(BPB)
     timing = {"seconds": SECONDS["evaluate"], "peak_memory_mib": 512.0, **STRATEGY_SECONDS}
     save_scores(Path(f"artifacts/evaluate/seed{seed}"), make_metrics(number, names)["evaluate"], timing, curves=curves, context=context,
                 documents=documents, ledgers={}, nats={})
+    save_examples(Path(f"artifacts/evaluate/seed{seed}"), EXAMPLES)
 
 
 def make_lock(seeds: list[int]) -> dict[str, Any]:

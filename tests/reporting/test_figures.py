@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from lib.reporting.figures import COLORS, DARK, follow_color_scheme, plot_curves, plot_dots, plot_panels, plot_steps
+from lib.reporting.figures import COLORS, DARK, follow_color_scheme, plot_curves, plot_dots, plot_panels, plot_points, plot_steps
 
 CURVES = {"sliding": [(0.0, 3.0), (1e6, 2.0)], "ttt": [(0.0, 3.0), (1e6, 1.9)]}
 
@@ -43,7 +43,26 @@ def test_every_curve_is_drawn_with_its_line_and_its_own_colour() -> None:
 
 def test_steps_show_values_and_changes_within_their_group() -> None:
     found = texts(plot_steps({"held-out": {"float": 1.7, "quantized": 1.71}, "validation": {"plain": 1.72, "sliding": 1.68}}, "bpb"))
-    assert {"1.7000", "1.7100  (+0.0100)", "1.7200", "1.6800  (-0.0400)", "held-out: quantized", "validation: plain"} <= set(found)
+    assert {"1.7000", "1.7100  (+0.0100)", "1.7200", "1.6800  (-0.0400)", "quantized", "plain",
+            "held-out: bpb", "validation: bpb"} <= set(found)
+
+
+def test_each_ladder_has_an_axis_of_its_own() -> None:
+    svg = plot_steps({"held-out": {"float": 1.5, "quantized": 1.6}, "validation": {"plain": 150.0, "sliding": 160.0}}, "bpb")
+    marks = [float(element.get("x", "0")) for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}use")
+             if any(color in element.get("style", "") for color in COLORS)]
+    assert len(marks) == 4
+    assert marks[:2] == pytest.approx(marks[2:], abs=1e-3)
+
+
+def test_points_stand_where_their_values_are() -> None:
+    svg = plot_points([(64.0, 1.0), (256.0, 2.0), (1024.0, 3.0)], "tokens", "bpb")
+    assert {"tokens", "bpb", "64", "1,024"} <= set(texts(svg))
+    marks = [(float(element.get("x", "0")), float(element.get("y", "0"))) for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}use")
+             if COLORS[0] in element.get("style", "")]
+    (x0, y0), (x1, y1), (x2, y2) = marks
+    assert x0 < x1 < x2 and y0 > y1 > y2
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=1e-3)
 
 
 def test_panels_have_their_own_curves_and_a_common_axis() -> None:

@@ -1,18 +1,19 @@
 import base64
 import json
+import math
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from lib.artifacts.files import ArtifactError
+from lib.artifacts.files import ArtifactError, read_csv
 from lib.artifacts.metrics import save_metrics
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
 from lib.params import load_params, read_params
 from lib.reporting.config import ReportParams
-from lib.reporting.html import make_metrics, make_report
+from lib.reporting.html import TENSOR_COLUMNS, bytes_per_bit, make_metrics, make_report
 from lib.reporting.runs import UNRECORDED
 from lib.reporting.summary import read_metrics
 from tests.reporting import results
@@ -40,7 +41,7 @@ def standard_report(*seeds: int) -> str:
 
 
 def visible(html: str) -> str:
-    return " ".join(re.sub(r"(?s)<style>.*?</style>|<[^>]*>", " ", html).split())
+    return " ".join(re.sub(r"(?s)<style>.*?</style>|<script>.*?</script>|<[^>]*>", " ", html).split())
 
 
 def figures(html: str) -> dict[str, list[str]]:
@@ -59,9 +60,9 @@ def test_the_report_holds_every_result(seeds: list[int]) -> None:
     text = visible(standard_report(*seeds))
     for part in (f"Seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))} ·", "1.7086", "5.1% of the limit",
                  "812,345 of 16,000,000 bytes",
-                 "blocks.2.mlp.up.weight", "10 × 20 gptq free + rank 2 0.012 95 3.80 1500.00 0.00300 0.30",
-                 "token_embedding.weight 16 × 10 gptq 8 0.5 130 6.50 100.00 0.00010 1.00",
-                 "head.weight 4 × 10 fp16 16 0.00 0.00000", "its sum is 0.00310 nats per token", "on held-out text 0.00340",
+                 "blocks.2.mlp.up.weight", "10 × 20 gptq free + rank 2 0.012 95 3.80 1500.00 48.4% 0.00300 0.30",
+                 "token_embedding.weight 16 × 10 gptq 8 0.5 130 6.50 100.00 3.2% 0.00010 1.00",
+                 "head.weight 4 × 10 fp16 16 0.00 0.0% 0.00000", "its sum is 0.00310 nats per token", "on held-out text 0.00340",
                  "num_layers 2", "bits.mlp 5", "bits_of {}", "packages numpy, scipy", "tied_head true", "budget_steps null",
                  f"seeds {', '.join(map(str, seeds))}", "mlp 3 600 free 500,000 4.50 61.6%"):
         assert part in text
@@ -80,16 +81,17 @@ def test_figures_show_every_strategy() -> None:
     assert list(found) == [
         "Bits per byte after each step", "Training loss against training tokens", "Running bits per byte against scored tokens",
         "Difference of running bits per byte against scored tokens", "Loss against number of inputs",
-        "Difference of bits per byte against length of document", "Predicted loss and relative error of every matrix"]
+        "Difference of bits per byte against length of document", "Bits per byte of single documents against their length",
+        "Predicted loss and relative error of every matrix", "Bytes for each bit of predicted loss of every matrix"]
     for of_figure in list(found.values())[2:6]:
         assert sorted(text for text in of_figure if text in STRATEGIES) == sorted(STRATEGIES)
 
 
 def test_the_budget_goes_from_the_float_model_to_the_strategy_that_counts() -> None:
     found = figures(standard_report(1, 2))["Bits per byte after each step"]
-    assert [text for text in found if ":" in text] == [
-        "held-out: float", "held-out: quantized",
-        "validation: plain", "validation: sliding", "validation: one_pass", "validation: score_first"]
+    assert [text for text in found if text and text[0].isalpha()] == [
+        "held-out: bits per byte", "float", "quantized",
+        "validation: bits per byte", "plain", "sliding", "one_pass", "score_first"]
     assert [" ".join(text.split()) for text in found if re.fullmatch(r"\d\.\d{4}.*", text)] == [
         "1.7050", "1.7136 (+0.0086)", "1.7250", "1.6850 (-0.0400)", "1.6750 (-0.0100)", "1.6550 (-0.0200)"]
 
@@ -210,6 +212,55 @@ def test_errors_are_drawn_by_layer_and_kind() -> None:
     found = [text for text in figures(report())["Predicted loss and relative error of every matrix"] if text and text[0].isalpha()]
     assert found == ["predicted loss, nats per token", "token_embedding", "head", *(f"layer {n}" for n in range(12)),
                      "relative error of the outputs", "mlp.up", "in no layer"]
+
+
+def test_bytes_for_a_bit_of_loss_are_those_of_the_table() -> None:
+    """95 bytes for 0.0015 nats, 130 for 0.0001; the head has no loss and no bytes."""
+    write_results([1])
+    tensors = read_csv(Path("artifacts/quantize/seed1/tensors.csv"), TENSOR_COLUMNS)
+    assert [bytes_per_bit(tensor) for tensor in tensors] == pytest.approx([95 * math.log(2) / 0.0015] * 3 + [130 * math.log(2) / 0.0001, 0])
+    html = report()
+    found = figures(html)["Bytes for each bit of predicted loss of every matrix"]
+    assert {"layer 0", "layer 2", "token_embedding", "bytes for each bit of predicted loss"} <= set(found)
+    assert "Not drawn, because their predicted loss is 0: head.weight." in visible(html)
+
+
+def test_a_passage_stands_in_its_colours_beside_that_of_the_strategy_that_counts() -> None:
+    html = standard_report(1337)
+    passages = re.findall(r'(?s)<div><h3><code>(.*?)</code>, (.*?) bits per token</h3>\s*<div class="heat">(.*?)</div></div>', html)
+    assert [(name, mean) for name, mean, _ in passages] == [("plain", "6.50"), ("score_first", "0.50")]
+    parts = [re.findall(r'(?s)<i class="b(\d)" title="(.*?)">(.*?)</i>', passage) for _, _, passage in passages]
+    assert parts[0] == [("3", "3.2 bits", "if"), ("9", "22.0 bits, 2 tokens", " a&lt;b"), ("0", "0.8 bits", ":\n")]
+    assert [level for level, _, _ in parts[1]] == ["1", "0", "0"]
+    assert "Document 3 of the validation text, from token 301 on." in visible(html)
+
+
+def test_what_the_artifact_writes_is_told_with_how_it_was_drawn() -> None:
+    told = "It is &lt;written&gt;. 7 tokens, where the document ends; temperature 0.8, top-p 0.95, seed 0."
+    assert told in visible(standard_report(1337))
+
+
+def test_single_documents_are_drawn_and_how_many_there_are() -> None:
+    html = standard_report(1337)
+    assert "3 of 5 documents, evenly spaced, as a point, by score_first ." in visible(html)
+    assert {"tokens of the document", "bits per byte"} <= set(figures(html)["Bits per byte of single documents against their length"])
+
+
+def test_the_weights_that_train_chose_from_are_told_where_they_were_scored() -> None:
+    write_results([1])
+    assert "Held-out documents are scored once, at the end." in visible(report())
+    train = results.make_metrics(0)["train"] | {"heldout_bpb_raw": 1.71, "heldout_bpb_ema": 1.7}
+    save_metrics(Path("artifacts/train/seed1"), train, {"seconds": 1.0})
+    assert "at the end: raw 1.7100, ema 1.7000 bits per byte; ema was taken." in visible(report())
+
+
+def test_everything_that_is_wide_scrolls_and_what_is_folded_can_be_opened() -> None:
+    html = standard_report(1337)
+    assert len(re.findall(r'<div class="scroll">\s*<(?:img|table)', html)) == len(re.findall(r"<img |<table", html)) - html.count(
+        '<section><h3>')  # but the parameters, which wrap
+    assert re.findall(r"<details.*?><summary>(.*?)</summary>", html) == [
+        "Table by length", "Table of all matrices; a click on the head of a column sorts it", "What was found for each condition",
+        "What each stage ran on", "All of params.yaml"]
 
 
 def test_names_are_escaped() -> None:

@@ -30,4 +30,4 @@ def write_scored(artifact: Path) -> None:
     writer.close()
     model = make_model(vocab_size=VOCAB_SIZE)
     vectors = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-    write_bytes(artifact, pack(QuantizedModel(model.params.model_dump(mode="json"), {}, {}, vectors), "zstd", 3).blob)
+    write_bytes(artifact, pack(QuantizedModel(model.params.model_dump(mode="json"), {"sequence_tokens": 8}, {}, vectors), "zstd", 3).blob)

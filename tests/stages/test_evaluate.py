@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lib.artifacts.files import read_csv, write_json
 from lib.artifacts.metrics import load_metrics, load_timing
-from lib.artifacts.scores import load_curve
+from lib.artifacts.scores import load_curve, load_examples, load_nats
 from lib.artifacts.tokens import load_split
 from lib.compression.container import load_artifact
+from lib.data.encoder import decode_documents
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU
 from lib.errors import UserError
@@ -85,6 +87,27 @@ def test_every_strategy_has_its_tables() -> None:
         events = read_csv(RESULT / f"ledger/{name}.csv", ["kind", "first", "last"])
         scored = [target for event in events if event["kind"] == "scored" for target in range(int(event["first"]), int(event["last"]) + 1)]
         assert sorted(scored) == list(range(metrics["num_tokens"]))
+
+
+@pytest.mark.usefixtures("_inputs")
+def test_examples_are_of_the_same_losses_and_the_same_text() -> None:
+    evaluate.main(3)
+    metrics, examples, tokenizer = load_metrics(RESULT), load_examples(RESULT), load_tokenizer(TOKENIZE / "tokenizer.model")
+    passage, points = examples["passage"], examples["documents"]["points"]
+    tokens = load_split(TOKENIZE / "val", VOCAB_SIZE).tokens()
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)
+    nats = {name: load_nats(RESULT, name) for name in ("plain", "score_first")}
+    assert passage["strategies"] == list(nats)
+    assert passage["first"] == 0  # documents are short: the longest, whole
+    targets = slice(starts[passage["document"]], starts[passage["document"]] + sum(part[1] for part in passage["parts"]))
+    assert targets.stop - targets.start == max(np.diff(starts)) - 1
+    assert "".join(part[0] for part in passage["parts"]) == decode_documents(tokenizer, [tokens[1:][targets].tolist()])[0]
+    for number, losses in enumerate(nats.values(), 2):
+        assert sum(part[number] for part in passage["parts"]) == pytest.approx(losses[targets].sum() / np.log(2), abs=0.1)
+    assert [length for length, _, _ in points] == np.diff(starts, append=len(tokens) - 1).tolist()
+    assert sum(size * bpb for _, size, bpb in points) / metrics["num_bytes"] == pytest.approx(metrics["score_first_bpb"], abs=1e-4)
+    assert [each["seed"] for each in examples["written"]] == [0, 1]
+    assert all(0 < each["num_tokens"] <= 200 and each["text"] for each in examples["written"])
 
 
 @pytest.mark.usefixtures("_inputs")

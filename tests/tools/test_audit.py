@@ -90,4 +90,4 @@ def test_the_stage_confines_itself_and_still_writes_everything(num_processes: in
     num_shards = len(list((TOKENIZE / "train").glob("*.bin")))
     assert process["training_data"] == {"passed": True, "files_tried": num_shards, "files_refused": num_shards}
     assert process["network"]["passed"] is not False
-    assert (SCORES / "metrics.json").exists()
+    assert all((SCORES / name).exists() for name in ("metrics.json", "examples.json"))

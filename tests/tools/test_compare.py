@@ -88,6 +88,27 @@ def test_figures_of_other_texts_and_strategies_are_not_subtracted(label: str, ch
     assert next(line.split("  ")[-1].strip() for line in lines if line.startswith(label + " ")) == reason
 
 
+def write_strategies(**bpb: float) -> None:
+    report = {"val_bpb": 1.0, "num_bytes": 10.0, **{f"{name}_bpb": value for name, value in bpb.items()}}
+    write_run(PARAMS, {"evaluate": {key: {"mean": value} for key, value in report.items()}})
+
+
+def test_every_strategy_that_both_have_is_a_row_and_the_others_are_named() -> None:
+    write_strategies(plain=1.5, lora=1.25, two_phase_transductive=1.0, phased=1.0)
+    commit("before")
+    write_strategies(plain=1.25, two_phase_transductive=1.5, score_first=2.0, sliding=3.0)
+    lines = format_revisions([read_revision(name, {}) for name in ("HEAD", "workspace")]).splitlines()
+    assert [line.split() for line in lines[-4:]] == [
+        ["plain", "bpb", "1.5000", "1.2500", "-0.2500"], ["two_phase", "bpb,", "not", "legal", "1.0000", "1.5000", "+0.5000"],
+        ["only", "HEAD:", "lora", "bpb,", "phased", "bpb"], ["only", "workspace:", "score_first", "bpb,", "sliding", "bpb"]]
+
+
+def test_of_more_revisions_it_is_said_what_cannot_be_compared_with_the_first() -> None:
+    write_run({**PARAMS, "evaluate": {"strategy": "lora"}}, REPORT)
+    assert format_revisions([read_revision(name, {}) for name in ("HEAD", "HEAD~1", "workspace")]).splitlines()[4:] == [
+        "workspace: val_bpb is not to be compared with HEAD: other evaluate.strategy"]
+
+
 def test_more_are_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without arguments: HEAD, the workspace, and the experiments of HEAD only, not what DVC keeps beside them."""
     monkeypatch.setattr("sys.argv", ["revisions"])
@@ -109,9 +130,12 @@ def test_one_is_compared_with_the_workspace(capsys: pytest.CaptureFixture[str], 
 
 def test_figures_of_other_parameters_are_not_shown() -> None:
     """Parameters were changed and nothing was run since: the report on disk is not theirs."""
-    assert read_revision("workspace", {}).figures == {"val_bpb": 1.5, "bytes": 123456.0}
+    assert read_revision("workspace", {}).metrics == {"evaluate": {"val_bpb": 1.5}, "compress": {"artifact_bytes": 123456.0}}
     write_run({**PARAMS, "seeds": [1, 2]}, REPORT, recorded=PARAMS)
-    assert read_revision("workspace", {}).figures == {}
+    assert read_revision("workspace", {}).metrics == {}
+    expected = "workspace: no figures, for there is no report on these parameters; `make repro` makes it"
+    for names in (["HEAD", "workspace"], ["HEAD", "HEAD~1", "workspace"]):
+        assert format_revisions([read_revision(name, {}) for name in names]).splitlines()[-1] == expected
 
 
 def test_a_value_of_another_type_is_a_change() -> None:
