@@ -22,7 +22,7 @@ from tools import import_published, inspect
 ROOT, SEED = Path(__file__).parents[2], 5
 PARAMS: dict[str, Any] = dict.fromkeys(SECTIONS) | {
     "seeds": [3, SEED], "model": MODEL | {"attention": "auto"}, "train": TRAIN,
-    "compress": {"codec": "range", "level": 3, "limit_bytes": 1}}
+    "compress": {"codec": "range", "level": 3, "limit_bytes": 1, "code_bytes": 1}}
 STATE = make_state()
 
 
