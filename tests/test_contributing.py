@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,17 @@ def settings_to_try(chapter: str) -> list[dict[str, Any]]:
         keys, choices = [key for key, _ in changes], [[value] if value[0] == "[" else value.split(",") for _, value in changes]
         found += [dict(zip(keys, map(YAML(typ="safe", pure=True).load, values), strict=True)) for values in itertools.product(*choices)]
     return found
+
+
+@pytest.mark.parametrize(("chapter", "rerun"), [
+    ("A clip rule", {"quantize", "compress", "report"}), ("A codec", {"quantize", "compress", "evaluate", "report"}),
+    ("A strategy of test-time training", {"compress", "evaluate", "report"})])
+def test_an_example_makes_no_stage_stale_that_does_not_use_it(chapter: str, rerun: set[str]) -> None:
+    """Stages that depend on a file that is changed; compress and report depend on all submitted code."""
+    (patch,) = re.findall(rf"^## {chapter}\n.*?```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    changed = set(re.findall(r"^\+\+\+ b/(\S+)", patch, re.MULTILINE))
+    stages = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
+    assert {name for name, stage in stages.items() if changed & set(stage["deps"])} == rerun
 
 
 def test_the_worked_examples_work(tmp_path: Path) -> None:
