@@ -30,8 +30,8 @@ def metrics_of(path: str, rev: str) -> dict[str, Any]:
 def write_params(seeds: list[int], target: str) -> None:
     write_results(seeds)
     text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("quantize: {", f"quantize: {{target_bytes: {target}, ").replace(
-        "compress: {", "compress: {limit_bytes: 800000, ").replace(
+    Path("params.yaml").write_text(text.replace("target_bytes: null", f"target_bytes: {target}").replace(
+        "compress: {", "compress: {code_bytes: 60000, level: 22, limit_bytes: 800000, ").replace(
         "evaluate: {", "evaluate: {strategies: [plain, one_pass, lora], strategy: lora, "))
 
 
