@@ -300,5 +300,5 @@ def test_a_repository_of_another_kind_is_refused(tmp_path: Path, manifest: bytes
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"expected the package huggingface_hub for source hub, found none; run pip install -r requirements/hub\.txt"):
+    with pytest.raises(ValueError, match=r"huggingface_hub for source hub, found none; run pip install -r requirements/hub\.txt"):
         download_dataset(HubParams.model_validate(PARAMS))
