@@ -3,6 +3,7 @@
 Shapes: R rows, C columns.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -42,7 +43,7 @@ def count_calls(model: nn.Module, parts: Mapping[str, Part], run_pass: Callable[
     return dict(calls)
 
 
-class _Sums(ExitStack):
+class _Sums(ExitStack, ABC):
     """Within the context, hooks on modules add up what passes them in each pair of calls of a pass; all fp64.
 
     A module is called once in a pass, but for those of layers that are run through again: what two of their calls have in common counts
@@ -65,9 +66,9 @@ class _Sums(ExitStack):
         for name, module in modules.items():
             self.callback(self.watch(name, module).remove)
 
+    @abstractmethod
     def watch(self, name: str, module: nn.Module) -> RemovableHandle:
         """Put a hook on a module."""
-        raise NotImplementedError
 
     def begin_pass(self) -> None:
         """The next call of each module is the first one of a pass."""

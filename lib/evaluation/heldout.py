@@ -93,14 +93,16 @@ def window_losses(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_to
     batches = [batch for batch in (*torch.split(rows, share), stream[num_full * window_tokens:][None]) if batch.numel() > len(batch)]
     nats, done, was_training = torch.zeros(num_targets, device=process.device), 0, model.training
     model.eval()
-    for number, batch in enumerate(batches):
-        targets = batch[:, 1:]
-        if number % process.world_size == process.rank:
-            on_device = batch.to(process.device)
-            with torch.autocast(process.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                nats[done:done + targets.numel()] = model(on_device[:, :-1], on_device[:, 1:]).flatten()
-        done += targets.numel()
-    model.train(was_training)
+    try:
+        for number, batch in enumerate(batches):
+            num_losses = batch[:, 1:].numel()
+            if number % process.world_size == process.rank:
+                on_device = batch.to(process.device)
+                with torch.autocast(process.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    nats[done:done + num_losses] = model(on_device[:, :-1], on_device[:, 1:]).flatten()
+            done += num_losses
+    finally:
+        model.train(was_training)
     return process.sum(nats).cpu().numpy()
 
 
