@@ -10,7 +10,7 @@ THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # Tools are run as modules: their scripts in the environment have its path inside, which is another one after the folder was moved.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint lowest audit bench compare deps preset sweep talk gpu-bundle clean
+.PHONY: repro test quick lint lowest audit bench compare deps preset sweep talk gpu-bundle clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
 	@python -m tools.check_params
@@ -20,6 +20,9 @@ repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the res
 
 test: lint  ## lint, types and tests
 	@$(THREADS) python $(PYTEST) $(ARGS)
+
+quick: $(INSTALLED)  ## the tests that take little time; ARGS as for test
+	@$(THREADS) python $(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(INSTALLED)
 	@python -m ruff check .
