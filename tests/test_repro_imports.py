@@ -19,7 +19,7 @@ from lib.model.gpt import build_model
 from tests.clone import Clone
 from tests.published.published_files import State, dequantize, make_state, quantize_state, to_artifact, to_bytes, to_project, write
 
-pytestmark = pytest.mark.xdist_group("repro")
+pytestmark = pytest.mark.xdist_group("imports")
 
 CHECKPOINT, ARTIFACT = 585, 410  # seeds
 

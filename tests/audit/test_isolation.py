@@ -146,22 +146,20 @@ def test_a_home_that_cannot_be_written_is_no_error(project: Path, home: str) -> 
     assert run(project, "print(json.dumps([error(lambda: Path('training/file').read_text())]))", HOME=home) == ["PermissionError"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_possible")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
-@pytest.mark.parametrize("named", [True, False])
-def test_the_first_compilation_of_a_machine_works_in_confinement(project: Path, tmp_path: Path, named: bool) -> None:
-    home, temporary, cache = (tmp_path / name for name in ("home", "temporary", "cache"))
+def test_the_first_compilation_of_a_machine_works_in_confinement(project: Path, tmp_path: Path) -> None:
+    home, temporary = (tmp_path / name for name in ("home", "temporary"))
     home.mkdir()
     temporary.mkdir()
-    variables = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")} if named else {}
     assert run(project, """
         import torch
-        x = torch.randn(64, requires_grad=True)
-        y = torch.compile(lambda x: (x.sin() * x.exp()).sum(), fullgraph=True)(x)
-        y.backward()
+        x = torch.randn(64)
+        y = torch.compile(lambda x: x.sin() * x.exp(), fullgraph=True)(x)
         cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-        print(json.dumps([bool(torch.isclose(y, (x.sin() * x.exp()).sum())), any(cache.rglob("*.so"))]))
-    """, HOME=str(home), TMPDIR=str(temporary), **variables) == [True, True]
+        print(json.dumps([torch.allclose(y, x.sin() * x.exp()), any(cache.rglob("*.so"))]))
+    """, HOME=str(home), TMPDIR=str(temporary)) == [True, True]
 
 
 @pytest.mark.usefixtures("_possible")

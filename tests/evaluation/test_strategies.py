@@ -160,7 +160,8 @@ def count_events(events: list[list[Any]]) -> Counter[tuple[Any, ...]]:
     return Counter(tuple(event)[1:] for event in events)
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [3])
 def test_any_number_of_processes_gives_the_scores_and_the_record_of_one(num_processes: int, tmp_path: Path) -> None:
     run_processes(evaluate_in_process, num_processes, tmp_path)
     for number in range(len(CASES)):

@@ -32,7 +32,7 @@ ADAPTATION: dict[str, Any] = {
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 EVALUATE: dict[str, Any] = {
     "strategies": list(STRATEGIES), "strategy": "score_first", "window_tokens": 8, "stride_tokens": 2, "segment_tokens": 16,
-    "batch_tokens": 32, "precision": "fp32", "compile": False, "limit_seconds": 60.0, "when_late": "fail", "audit": True,
+    "batch_tokens": 32, "precision": "fp32", "compile": False, "limit_seconds": 3600.0, "when_late": "fail", "audit": True,
     "score_first": ADAPTATION | {"windows": "sliding", "chunk_tokens": 16},
     "lora": {"rank": 2, "layers": ["query", "value", "head"], "window_tokens": 8, "chunk_tokens": 4, "steps": 1, "lr": 0.01,
              "adam_betas": [0.9, 0.95], "batch_documents": 2},

@@ -20,6 +20,8 @@ from tests.reporting import results
 from tests.reporting.results import make_audit, write_evaluation, write_results
 from tests.reporting.test_figures import texts
 
+pytestmark = pytest.mark.xdist_group("html")  # reports are made once for all tests of this file
+
 STRATEGIES = ["plain", "sliding", "one_pass", "two_phase (not legal)", "score_first", "lora"]
 
 
