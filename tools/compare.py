@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 
 from lib.artifacts.metrics import METRICS_FILE
 from lib.artifacts.paths import REPORT_FOLDER
-from lib.errors import UserError, report_errors
+from lib.errors import UserError
 from lib.params import PARAMS_FILE
 from lib.reporting.runs import LOCK_FILE, flatten
 from lib.reporting.table import NO_VALUE, align
@@ -207,5 +207,4 @@ def _show(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    report_errors()
     main()
