@@ -23,7 +23,7 @@ METRIC_KEYS = {
                  "relative_error", "relative_error_rtn", "predicted_loss"},
     "compress": {"artifact_bytes", "code_bytes", "blob_bytes", "limit_bytes"},
     "evaluate": {"val_loss", "val_bpb", "strategy", "plain_bpb", "sliding_bpb", "one_pass_bpb", "score_first_bpb", "lora_bpb", "phased_bpb",
-                 "two_phase_transductive_bpb", "two_phase_legal", "num_tokens", "num_bytes", "num_documents"},
+                 "two_phase_transductive_bpb", "num_tokens", "num_bytes", "num_documents"},
 }
 
 

@@ -76,7 +76,7 @@ def test_submission_json_says_whether_the_limits_of_the_track_were_kept(monkeypa
     found = json.loads(write([7, 8])["submission.json"])
     assert found["compliance"] == {
         "train_seconds": 242.0, "train_under_600s": True, "artifact_under_16mb": True, "eval_seconds": 60.0, "eval_under_600s": True,
-        "audit": "legal (21 passed, 1 not checked: this kernel <cannot>)", "audit_passed": True, "three_seeds": False}
+        "audit": "NOT CHECKED (21 passed, 1 not checked: this kernel <cannot>)", "audit_passed": None, "three_seeds": False}
     assert found["track"] == "non_record_16mb"
     assert found["date"] == load_date(stage_folder("evaluate", 8))
     monkeypatch.setattr(description, "load_environment", lambda _: ["torch 2.13.0", "NVIDIA H100 80GB HBM3", "8 processes"])
@@ -107,7 +107,7 @@ def test_readme_says_how_to_repeat_the_score_and_what_it_is_made_of() -> None:
                  "| C3 | What is trained on has been scored before, and no score comes after training on its target. | passed |"):
         assert line in readme.splitlines()
     assert re.search(r"^two_phase +1\.6050 .* no: trains before scoring", readme, re.MULTILINE)
-    assert "Audit: legal (21 passed, 1 not checked: this kernel <cannot>)." in readme
+    assert "Audit: NOT CHECKED (21 passed, 1 not checked: this kernel <cannot>)." in readme
     assert "\n\n\n" not in readme and "A dash" not in readme
 
 
