@@ -120,7 +120,7 @@ def _log_lines(seed: int, metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[
     yield f"\n== strategies\n{format_strategies([metrics['evaluate']], judge_strategies([audit]), [timings['evaluate']])}"
     yield f"\n== audit\n{format_verdicts([audit])}"
     for strategy in audit.strategies if audit else ():
-        yield f"{strategy.name}: {VERDICTS[strategy.legal]}"
+        yield f"{strategy.name}: {VERDICTS[strategy.legal].lower()}"
         yield from map(_log_check, strategy.checks)
     for name, checks in audit.groups.items() if audit else ():
         yield f"{name}:"

@@ -144,7 +144,7 @@ def test_only_the_strategies_that_ran_are_shown(capsys: pytest.CaptureFixture[st
     write_lock(make_lock([1]))
     main()
     table = capsys.readouterr().out.split("\n\n")[1].splitlines()
-    assert [line.split()[:3] for line in table[1:3]] == [["plain", "1.7200", "yes"], ["score_first", "1.6500", "yes"]]  # no difference
+    assert [line.split()[:3] for line in table[1:3]] == [["plain", "1.7200", "not"], ["score_first", "1.6500", "not"]]  # no difference
     assert table[3].startswith("audit")
 
 
