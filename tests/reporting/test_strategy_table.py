@@ -23,7 +23,7 @@ two_phase    1.6200  0.0265     -0.0800  no: trains before scoring"""
 def test_times_stand_to_the_right_of_lines_that_they_do_not_change() -> None:
     metrics = [make_metrics(number)["evaluate"] for number in (0, 1)]
     slower = {key: 2 * value for key, value in STRATEGY_SECONDS.items()}
-    without, with_times = format_strategies(metrics, LEGAL).splitlines(), format_strategies(metrics, LEGAL, [STRATEGY_SECONDS, slower]).splitlines()
+    without, with_times = (format_strategies(metrics, LEGAL, timings).splitlines() for timings in (None, [STRATEGY_SECONDS, slower]))
     assert all(line.startswith(start) for start, line in zip(without, with_times, strict=True))
     assert [line[len(without[-1]):].split() for line in with_times[4:]] == [
         ["31.5", "scoring", "9.0,", "adaptation", "22.5"], ["13.5"], ["45.0"]]  # means of both seeds
