@@ -62,7 +62,7 @@ class Revision(NamedTuple):
         name: as it was asked for.
         params: dotted key -> value.
         metrics: stage -> figure -> mean over the seeds; empty where the revision has no report on its parameters.
-        verdict: of the audits of all seeds, whether the scores are legal; `NO_VALUE` where no report says it.
+        verdict: what the audits of all seeds come to; `NO_VALUE` where no report says it.
     """
 
     name: str
