@@ -10,7 +10,7 @@ THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # Tools are run as modules: their scripts in the environment have its path inside, which is another one after the folder was moved.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test quick lint lowest audit bench compare deps preset sweep talk gpu-bundle clean
+.PHONY: repro test quick lint lowest audit decode bench compare deps preset sweep talk gpu-bundle clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
 	@python -m tools.check_params
@@ -37,6 +37,9 @@ bench: $(INSTALLED)  ## ratios measured in one run, all or BENCH="train ..."; se
 
 audit: $(INSTALLED)  ## every check of a legal score, thoroughly, on the finished run
 	@python -m tools.audit
+
+decode: $(INSTALLED)  ## validation text through a strategy as a compressor, and back: make decode SEED=1337 TOKENS=300 STRATEGY=lora
+	@python -m tools.decode $(if $(SEED),--seed $(SEED)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(STRATEGY),--strategy $(STRATEGY)) $(ARGS)
 
 preset: $(INSTALLED)  ## make a preset the parameters: make preset NAME=pr585; alone: list them, and say which one is active
 	@python -m tools.preset $(NAME)

@@ -1,3 +1,3 @@
-from lib.errors import report_errors
+from lib.startup import start_program
 
-report_errors()
+start_program()

@@ -1,7 +1,4 @@
-"""Errors that users can mend, and how programs end with them: what is wrong and what to do, without a traceback.
-
-Packages of programs call `report_errors` before anything else is imported, so that Ctrl-C during the imports ends in a line, too.
-"""
+"""Errors that users can mend, and how programs end with them: what is wrong and what to do, without a traceback."""
 
 import errno
 import os
@@ -48,4 +45,4 @@ def _report(kind: type[BaseException], error: BaseException, where: TracebackTyp
     if (message := describe_error(error)) is None:
         traceback.print_exception(kind, error, where)  # unlike the built-in hook, it shows lines of modules that are in no file
     elif kind is not KeyboardInterrupt or os.environ.get("RANK", "0") == "0":  # Ctrl-C reaches every process of a run
-        print(message, file=sys.stderr, flush=True)
+        print(message, file=sys.__stderr__, flush=True)  # torch.distributed puts the rank before every line that goes to sys.stderr

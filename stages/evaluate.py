@@ -45,7 +45,7 @@ def main(seed: int, *, confined: bool = False) -> None:
                 save_audit(folder, NOT_AUDITED)
             if replayer:
                 audit = audit_scores(model, text, params, evaluation.outcomes, replay=replayer.prepare(artifact, params, split),
-                                     data=check_data(metrics, split, tokenizer), confinement=confinement, process=process,
+                                     data=check_data(metrics, split, tokenizer, process), confinement=confinement, process=process,
                                      nondeterministic=nondeterministic)
                 if process.is_main:
                     save_audit(folder, audit)

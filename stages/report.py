@@ -20,7 +20,7 @@ def main() -> None:
     recorded = check_runs(params)
     metrics = read_metrics(params["seeds"])
     write_bytes(REPORT_FOLDER / "report.html", make_report(report, params, metrics, recorded=recorded).encode())
-    write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(report, metrics))
+    write_json(REPORT_FOLDER / METRICS_FILE, make_metrics(report, params["seeds"], metrics))
     program = Program(make_bundle(params, Path()), list_packages(Path()))
     write_submission(REPORT_FOLDER / "submission", report, params, metrics, program)
 

@@ -1,13 +1,14 @@
 """Train: tokenizer, train and held-out shards -> checkpoint of float weights, loss curve."""
 
 from lib.artifacts.checkpoint import save_checkpoint
-from lib.artifacts.files import sha256_of, write_csv
+from lib.artifacts.files import read_json, sha256_of, write_csv
 from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import SPLIT_FILE, load_split
 from lib.audit.isolation import withhold_validation
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
+from lib.forecast.corpus import check_corpus
 from lib.forecast.watch import SizeWatch
 from lib.model.config import ModelSection
 from lib.params import load_params, parse_seed
@@ -22,6 +23,7 @@ def main(seed: int) -> None:
         params, section, folder = load_params("train", TrainParams), load_params("model", ModelSection), stage_folder("train", seed)
         tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model", section.architecture.bos_id)
         text, heldout = (load_split(TOKENIZE_FOLDER / name, section.architecture.vocab_size) for name in ("train", "heldout"))
+        check_corpus({name: read_json(TOKENIZE_FOLDER / name / SPLIT_FILE) for name in ("train", "heldout")})
         resume_path = resume_file(folder, params, section.architecture, seed, sha256_of(TOKENIZE_FOLDER / "train" / SPLIT_FILE))
         trained = train_checkpoint(section, params, text, heldout, tokenizer, seed=seed, process=process, resume_path=resume_path,
                                    watch=lambda model: SizeWatch(model, enabled=process.is_main).status)

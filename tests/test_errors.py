@@ -40,9 +40,18 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     ("raise KeyboardInterrupt", -2, ["interrupted"]),
 ])
 def test_packages_of_programs_report_errors_from_the_first_import_on(raised: str, status: int, last: list[str]) -> None:
-    for package in ("stages", "bench"):
+    for package in ("stages", "tools", "bench"):
         result = run("-c", f"import {package}\n{raised}")
         assert (result.returncode, result.stderr.splitlines()) == (status, last)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", ["interrupted"]), ("1", [])])
+def test_an_import_cannot_swallow_ctrl_c(tmp_path: Path, rank: str, said: list[str]) -> None:
+    """What torch does when Ctrl-C comes while it imports NumPy. Outside of imports there may be something to clean up."""
+    (tmp_path / "swallows.py").write_text("import os\ntry: os.kill(os.getpid(), 2)\nexcept BaseException: pass\n")
+    interrupted = "import os\ntry: os.kill(os.getpid(), 2)\nexcept KeyboardInterrupt: print('cleaned up', flush=True)\n"
+    result = run("-c", f"import stages\n{interrupted}import swallows", PYTHONPATH=f"{ROOT}:{tmp_path}", RANK=rank)
+    assert (result.returncode, result.stdout, result.stderr.splitlines()) == (-2, "cleaned up\n", said)
 
 
 def test_an_error_of_the_program_keeps_its_traceback() -> None:

@@ -12,6 +12,7 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "params": {"errors", "problems"},
     "progress": set(),
     "distributed": {"errors"},
+    "startup": {"errors"},
     "artifacts": {"errors"},
     "data": BASE | {"artifacts"},
     "model": {"errors", "params"},

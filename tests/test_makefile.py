@@ -50,6 +50,8 @@ def folder(tmp_path: Path) -> Path:
     (["sweep", "TARGETS=-5"], "TARGETS: expected numbers of bytes above 0, found -5"),
     (["preset"], "usage: make preset NAME=pr585\n  default "),
     (["preset", "NAME=pr584"], "NAME: expected a preset, found 'pr584'; did you mean pr585?\n  default "),
+    (["decode"], "usage: make decode SEED=1337 [STRATEGY=lora] [TOKENS=300]"),
+    (["decode", "SEED=-1"], "argument --seed: expected a whole number from 0 to"),
     (["bench", "BENCH=none"], "No module named bench.none"),
 ])
 def test_wrong_arguments_are_named(folder: Path, arguments: list[str], expected: str) -> None:

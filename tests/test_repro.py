@@ -22,7 +22,8 @@ METRIC_KEYS = {
     "quantize": {"heldout_bpb", "heldout_bpb_float", "heldout_kl", "heldout_loss_increase", "heldout_tokens", "entropy_bits", "coded_bits",
                  "relative_error", "relative_error_rtn", "predicted_loss"},
     "compress": {"artifact_bytes", "code_bytes", "blob_bytes", "limit_bytes"},
-    "evaluate": {"val_loss", "val_bpb", "strategy", "plain_bpb", "sliding_bpb", "score_first_bpb", "lora_bpb", "num_tokens", "num_bytes", "num_documents"},
+    "evaluate": {"val_loss", "val_bpb", "strategy", "plain_bpb", "sliding_bpb", "score_first_bpb", "lora_bpb", "num_tokens", "num_bytes",
+                 "num_documents"},
 }
 
 

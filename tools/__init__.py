@@ -1,0 +1,3 @@
+from lib.startup import start_program
+
+start_program()

@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None, *, confined: bool = False) -> None:
             metrics, outcomes = load_metrics(scores), {name: load_outcome(scores, name) for name in params.strategies}
             with deterministic(model, params.precision, process) as nondeterministic:
                 audit = audit_scores(model, text, params, outcomes, replay=replayers[number].prepare(artifact, params, split),
-                                     data=check_data(metrics, split, tokenizer), confinement=confinement, process=process, thorough=True,
-                                     seed_of_cuts=options.seed_of_cuts, nondeterministic=nondeterministic)
+                                     data=check_data(metrics, split, tokenizer, process), confinement=confinement, process=process,
+                                     thorough=True, seed_of_cuts=options.seed_of_cuts, nondeterministic=nondeterministic)
             if process.is_main:
                 save_audit(stage_folder("audit", number), audit)
                 print(f"seed {number}\n{describe_audit(audit)}")

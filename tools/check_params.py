@@ -6,7 +6,7 @@ Torch is imported for grids of fixed bits alone.
 import sys
 from pathlib import Path
 
-from lib.errors import UserError, report_errors
+from lib.errors import UserError
 from lib.forecast.check import check_size
 from lib.params import PARAMS_FILE, ParamsError, parse_params, read_params
 from lib.schema import PipelineParams
@@ -26,5 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_errors()
     main()

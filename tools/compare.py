@@ -16,12 +16,12 @@ from ruamel.yaml import YAML
 
 from lib.artifacts.metrics import METRICS_FILE
 from lib.artifacts.paths import REPORT_FOLDER
-from lib.errors import UserError, report_errors
+from lib.errors import UserError
 from lib.params import PARAMS_FILE
 from lib.reporting.runs import LOCK_FILE, flatten
 from lib.reporting.table import NO_VALUE, align
 
-WORKSPACE = "workspace"
+WORKSPACE, AUDIT = "workspace", "audit"
 
 
 class Figure(NamedTuple):
@@ -62,11 +62,13 @@ class Revision(NamedTuple):
         name: as it was asked for.
         params: dotted key -> value.
         metrics: stage -> figure -> mean over the seeds; empty where the revision has no report on its parameters.
+        verdict: what the audits of all seeds come to; `NO_VALUE` where no report says it.
     """
 
     name: str
     params: dict[str, Any]
     metrics: dict[str, dict[str, float]]
+    verdict: str
 
     def has(self, figure: Figure) -> bool:
         """Whether it was measured."""
@@ -102,7 +104,7 @@ def read_revision(name: str, experiments: Mapping[str, str]) -> Revision:
     report = json.loads((is_reported and _read(revision, REPORT_FOLDER / METRICS_FILE)) or "{}")
     metrics = {stage: {key: value["mean"] for key, value in figures.items() if isinstance(value, dict) and "mean" in value}
                for stage, figures in report.items()}
-    return Revision(name, dict(flatten(params)), metrics)
+    return Revision(name, dict(flatten(params)), metrics, report.get("audit", {}).get("verdict", NO_VALUE))
 
 
 def find_experiments() -> dict[str, str]:
@@ -144,6 +146,7 @@ def format_revisions(revisions: Sequence[Revision]) -> str:
         before, after = revisions
         lines = [["", before.name, after.name, ""]]
         lines += [[key, *(_show(revision.params.get(key)) for revision in revisions), ""] for key in keys]
+        lines.append([AUDIT, before.verdict, after.verdict, ""])
         common = {label: figure for label, figure in strategies[0].items() if label in strategies[1]}
         for label, figure in (FIGURES | common).items():
             change = list_obstacles(figure, before, after) or _subtract(figure, before, after)
@@ -151,8 +154,8 @@ def format_revisions(revisions: Sequence[Revision]) -> str:
         notes += [f"only {each.name}: {', '.join(label for label in own if label not in common)}"
                   for each, own in zip(revisions, strategies, strict=True) if own.keys() - common.keys()]
         return "\n".join([align(lines, "lrrr"), *notes])
-    lines = [["", *keys, *FIGURES]]
-    lines += [[revision.name, *(_show(revision.params.get(key)) for key in keys), *map(revision.show, FIGURES.values())]
+    lines = [["", *keys, AUDIT, *FIGURES]]
+    lines += [[revision.name, *(_show(revision.params.get(key)) for key in keys), revision.verdict, *map(revision.show, FIGURES.values())]
               for revision in revisions]
     for other in revisions[1:]:
         obstacles = {label: found for label, figure in FIGURES.items() if (found := list_obstacles(figure, revisions[0], other))}
@@ -207,5 +210,4 @@ def _show(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    report_errors()
     main()

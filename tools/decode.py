@@ -1,6 +1,6 @@
 """The last word on a score: write a slice of the validation text with a strategy, and read it in a process that does not have the text.
 
-python -m tools.decode --seed 1337 [--strategy lora] [--tokens 300] [--first-document 0] [--file slice.bin]
+``make decode SEED=1337``, with STRATEGY and TOKENS if need be; other options in ARGS: ``make decode SEED=1337 ARGS="--first-document 5"``.
 """
 
 import argparse
@@ -16,22 +16,23 @@ from lib.artifacts.tokens import SPLITS, load_split
 from lib.audit.compressor import HEADER, decode, encode, next_token, read_header
 from lib.audit.isolation import confine
 from lib.audit.probe import NoLimit
-from lib.compression.container import load_artifact
+from lib.compression.container import load_artifact, read_artifact
 from lib.data.encoder import decode_documents
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import start_process
 from lib.evaluation.config import EvaluateParams
 from lib.evaluation.evaluation import Text, make_jobs, run_strategy
 from lib.model.gpt import build_model
-from lib.params import PARAMS_FILE, load_params
+from lib.params import PARAMS_FILE, add_seed, load_params
 
 TOKENIZER, VAL = TOKENIZE_FOLDER / "tokenizer.model", TOKENIZE_FOLDER / "val"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write and read a slice, print the length of the file beside the score; exit with status 1 where the text is another one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, required=True, help="one of `seeds` in params.yaml")
+    parser = argparse.ArgumentParser(usage="make decode SEED=1337 [STRATEGY=lora] [TOKENS=300] [ARGS=...]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_seed(parser, required=True, help="one of `seeds` in params.yaml")
     parser.add_argument("--strategy", help="one of evaluate.strategies; evaluate.strategy if not given")
     parser.add_argument("--tokens", type=int, default=300, help="length of the slice (default: %(default)s)")
     parser.add_argument("--first-document", type=int, default=0, help="number of the document that the slice starts with (default: 0)")
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         artifact = load_artifact(artifact_path)
         model = build_model(artifact.model, artifact.weights()).to(process.device)
         if options.read:
-            content = options.file.read_bytes()
+            content = read_artifact(options.file)
             num_targets, bos_id = read_header(content)
             tokens = decode(content, next_token(name, model, params, num_targets=num_targets, bos_id=bos_id, process=process))
             print(" ".join(map(str, tokens.tolist())))

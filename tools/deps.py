@@ -13,14 +13,13 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from lib.artifacts.files import write_bytes
-from lib.errors import report_errors
 from lib.submission.bundle import ENTRY
 from lib.submission.closure import import_closure
 
 PIPELINE_FILE = Path("dvc.yaml")
 CODE_FOLDERS = ("lib/", "stages/")
-PRINTING = {"lib/errors.py", "lib/problems.py", "lib/progress.py", "stages/__init__.py"}
-"""They print, and nothing else."""
+PRINTING = {"lib/errors.py", "lib/problems.py", "lib/progress.py", "lib/startup.py", "stages/__init__.py"}
+"""They print, or end a program, and nothing else."""
 CONFINEMENT = {"lib/audit/isolation.py": ("train", "calibrate", "quantize")}
 """It takes files from the stages that make the artifact; their results are the same without it."""
 WATCH = ("lib.forecast.watch", "lib.forecast.corpus")
@@ -75,5 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_errors()
     main()

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from lib.errors import UserError, report_errors
+from lib.errors import UserError
 
 DEVICES = ("auto", "cpu", "gpu")  # torchrun counts them
 
@@ -46,5 +46,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    report_errors()
     main(sys.argv[1:])

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 from lib.artifacts.files import write_bytes
-from lib.errors import report_errors
 from lib.params import PARAMS_FILE, ParamsError, read_params
 from lib.presets import compose_preset, describe_preset, list_presets, read_preset
 from lib.reporting.runs import flatten
@@ -65,5 +64,4 @@ def _is_changed() -> bool:
 
 
 if __name__ == "__main__":
-    report_errors()
     main()

@@ -3,7 +3,6 @@
 import sys
 
 from lib.artifacts.files import ArtifactError
-from lib.errors import report_errors
 from lib.params import ParamsError, load_params, read_params
 from lib.reporting.config import ReportParams
 from lib.reporting.runs import check_runs
@@ -25,5 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_errors()
     main()

@@ -18,7 +18,6 @@ import dvc.api
 from lib.artifacts.files import write_bytes, write_csv
 from lib.artifacts.metrics import METRICS_FILE
 from lib.artifacts.paths import SWEEP_FOLDER, stage_folder
-from lib.errors import report_errors
 from lib.params import ParamsError, read_params
 from lib.reporting.figures import plot_panels
 
@@ -106,5 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_errors()
     main()

@@ -24,7 +24,7 @@ from lib.data.encoder import encode_documents
 from lib.data.reading import split_text, stream_text
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.distributed import Process, start_process
-from lib.errors import UserError, report_errors
+from lib.errors import UserError
 from lib.evaluation.bpb import make_score
 from lib.evaluation.score import Forward, Scorer, load_stream
 from lib.evaluation.sheet import Losses, ScoreSheet
@@ -172,6 +172,5 @@ def _read_text(name: str) -> str:
 
 
 if __name__ == "__main__":
-    report_errors()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends in silence where nobody reads on, as in `... | head`
     main()

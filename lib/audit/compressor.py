@@ -67,7 +67,7 @@ def read_header(content: bytes) -> tuple[int, int]:
         UserError: too short, or no whole number of words.
     """
     if len(content) < HEADER.size or len(content) % 4:
-        raise UserError(f"expected a file that `python -m tools.decode` has written, found {len(content)} bytes")
+        raise UserError(f"expected a file that `make decode` has written, found {len(content)} bytes")
     num_targets, bos_id = HEADER.unpack_from(content)
     return num_targets, bos_id
 

@@ -40,14 +40,19 @@ def confine_to_inputs(seeds: Sequence[int], stage: str, process: Process) -> Che
                    network=process.world_size > 1 and process.device.type == "cuda")
 
 
-def check_data(metrics: Mapping[str, Any], split: Split, tokenizer: Tokenizer) -> dict[str, Finding]:
+def check_data(metrics: Mapping[str, Any], split: Split, tokenizer: Tokenizer, process: Process) -> dict[str, Finding]:
     """That all of the validation text was scored, by its own bytes, that no other split has any of it, and that no other stage reads it.
 
     Args:
         metrics: figures of the evaluation: ``num_tokens`` and ``num_bytes``, scored.
         split: the validation text.
         tokenizer: the one that counted its bytes.
+        process: every process calls this and gets the findings; the main process makes them, as all text is decoded and encoded again.
     """
+    return process.broadcast(_check_data(metrics, split, tokenizer) if process.is_main else {})
+
+
+def _check_data(metrics: Mapping[str, Any], split: Split, tokenizer: Tokenizer) -> dict[str, Finding]:
     manifest = read_json(MANIFEST)
     of_val = manifest["splits"]["val"]
     num_bytes, num_targets, shared = metrics["num_bytes"], metrics["num_tokens"], manifest["shared_documents"]

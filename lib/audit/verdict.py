@@ -69,7 +69,7 @@ def audit_scores(model: GPT, text: Text, params: EvaluateParams, outcomes: Mappi
     of_process = {part: min((each[part] for each in everywhere), key=lambda check: (False, None, True).index(check["passed"]))
                   for part in confinement}
     audit: Audit = {"strategies": strategies, "data": dict(data), "process": of_process}
-    unknown = any(strategy["legal"] is None for name, strategy in strategies.items() if not STRATEGIES[name].transductive)
+    unknown = any(check["passed"] is None for _, check in _claims(audit))
     return {"legal": False if list(_violations(audit)) else None if unknown else True, **audit}
 
 
@@ -109,13 +109,20 @@ def describe_audit(audit: Audit) -> str:
 
 
 def _violations(audit: Audit) -> Iterator[str]:
-    for where, check in _checks(audit):
-        part, name, *_ = where.split(".")
-        if check["passed"] is False and not (part == "strategies" and STRATEGIES[name].transductive):  # type: ignore[index]
+    for where, check in _claims(audit):
+        if check["passed"] is False:
             yield f"{where}: {_describe(check)}"
     for name, strategy in audit["strategies"].items():
         if STRATEGIES[name].transductive and strategy["legal"]:
             yield f"strategies.{name}: declared transductive, yet every check passed; correct STRATEGIES or the checks"
+
+
+def _claims(audit: Audit) -> Iterator[tuple[str, Finding]]:
+    """The checks, but for those of strategies that are declared not to be legal."""
+    for where, check in _checks(audit):
+        part, name, *_ = where.split(".")
+        if not (part == "strategies" and STRATEGIES[name].transductive):  # type: ignore[index]
+            yield where, check
 
 
 def _checks(audit: Audit) -> Iterator[tuple[str, Finding]]:

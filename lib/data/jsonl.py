@@ -14,7 +14,9 @@ import zstandard
 from lib.errors import UserError
 
 CHUNK_BYTES = 1 << 16  # read from a file at a time
+ZSTD_BYTES = 1 << 8  # given to zstandard at a time: 4 bytes may be a block, and become 128 KiB
 BLOCK_BYTES = 1 << 20  # of lines that are parsed together
+MAX_LINE_BYTES = 1 << 26
 MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`; memory is touched only as far as the content goes
 
 
@@ -71,13 +73,17 @@ def read_blocks(files: Iterable[Path]) -> Iterator[LineBlock]:
     """All lines of every file, in order, with memory for one block; a block has about a megabyte, or one longer line.
 
     Raises:
-        ValueError: a file that is damaged or truncated.
+        ValueError: a file that is damaged or truncated, or that has a line of more than `MAX_LINE_BYTES`.
     """
     for path in files:
         with path.open("rb") as file:
             number, position = 1, 0
             try:
                 for lines in _cut(READERS[path.suffix](file)):
+                    if len(lines) - lines.rfind(b"\n") > MAX_LINE_BYTES + 1:
+                        line = number + lines.count(b"\n")
+                        raise UserError(f"{path}, line {line}: expected at most {MAX_LINE_BYTES:,} bytes, found more; split the document, "
+                                        "or see to it that lines end with line feeds")
                     yield LineBlock(path, number, lines, file.tell() - position)
                     number, position = number + lines.count(b"\n"), file.tell()
             except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
@@ -85,11 +91,13 @@ def read_blocks(files: Iterable[Path]) -> Iterator[LineBlock]:
 
 
 def _cut(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks that end at line ends."""
+    """The same bytes in blocks that end at line ends, or within a line that is too long."""
     block: list[bytes] = []
     size = 0
     for chunk in chunks:
         end = chunk.rfind(b"\n") + 1
+        if size > BLOCK_BYTES + MAX_LINE_BYTES:
+            break
         if end and size + end >= BLOCK_BYTES:
             yield b"".join([*block, chunk[:end]])
             block, size = [chunk[end:]], len(chunk) - end
@@ -125,11 +133,12 @@ def _read_gzip(file: BinaryIO) -> Iterator[bytes]:
 
 def _read_zstd(file: BinaryIO) -> Iterator[bytes]:
     frame = None
-    for chunk in _read(file):
+    for chunk in iter(partial(file.read, ZSTD_BYTES), b""):
         rest = chunk
         while rest:
             frame = frame or zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
-            yield frame.decompress(rest)
+            if content := frame.decompress(rest):
+                yield content
             rest = b""
             if frame.eof:
                 rest, frame = frame.unused_data, None

@@ -152,7 +152,7 @@ def sample_sequences(split: Split, num_sequences: int, sequence_tokens: int, see
     rows = _Rows(split, sequence_tokens)
     if rows.num_rows < num_sequences:
         raise UserError(f"{split.folder}: expected at least {num_sequences} distinct sequences of {sequence_tokens} tokens, found "
-                        f"{rows.num_rows} in {split.num_tokens} tokens; ask for fewer, or enlarge the corpus")
+                        f"{rows.num_rows} in {split.num_tokens} tokens; lower calibrate.num_sequences, or enlarge the corpus")
     generator = np.random.default_rng(seed)
     phases = generator.integers(rows.num_phases)
     bounds = np.arange(num_sequences + 1) * rows.num_rows // num_sequences

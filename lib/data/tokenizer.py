@@ -50,7 +50,9 @@ class Tokenizer:
         self.processor = processor = SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
+            pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+            self.lossless, self.case_transform = _keeps_text(model), _has_operators(model)
+        except (RuntimeError, UnicodeDecodeError, IndexError) as error:  # the second and third of damaged models only
             raise ArtifactError(f"{path}: not a SentencePiece model ({error})") from None
         self.vocab_size: int = processor.vocab_size()
         self.bos_id: int = processor.bos_id()
@@ -63,13 +65,10 @@ class Tokenizer:
             raise ArtifactError(f"{path}: expected a BOS piece, which starts every document, found none; train it with bos_id=1")
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ArtifactError(f"{path}: expected at most {MAX_VOCAB_SIZE} pieces (tokens are uint16), found {self.vocab_size}")
-        self.lossless = _keeps_text(model)
-        pieces = [processor.id_to_piece(i) for i in ids]
         if fused := [piece for piece in pieces if len(piece) > 1 and not {*piece}.isdisjoint(OPERATORS)]:
             raise ArtifactError(f"{path}: expected the case operators {OPERATORS!r} as pieces of their own, found the piece {fused[0]!r}, "
                                 "whose bytes cannot be counted; train it with the operators as user_defined_symbols, or set "
                                 "tokenize.tokenizer: null and tokenize.case_transform: true")
-        self.case_transform = _has_operators(model)
         if [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()] == processor.encode("a b")[-4:-1]:
             raise ArtifactError(f"{path}: expected a piece for the space (U+2581), found none: a space would be three byte pieces, which "
                                 "count three bytes; train it with required_chars=\u2581, or set tokenize.tokenizer: null")

@@ -104,19 +104,18 @@ class Evaluation:
         """Loss and bits per byte of one strategy."""
         return make_score(self.outcomes[name].nats, self.text.target_bytes)
 
-    def metrics(self) -> dict[str, float | int | str | bool]:
+    def metrics(self) -> dict[str, float | int | str]:
         """Figures for ``metrics.json``, losses in nats per token, with 8 digits.
 
-        ``val_loss`` and ``val_bpb`` of ``evaluate.strategy``; ``<strategy>_loss``, ``<strategy>_bpb`` and ``<strategy>_legal`` of
-        each, where a score that is not legal is called ``<strategy>_transductive_loss`` and ``_bpb``.
+        ``val_loss`` and ``val_bpb`` of ``evaluate.strategy``; ``<strategy>_loss`` and ``<strategy>_bpb`` of each, where those of a
+        strategy that is declared to train on text before it is scored are called ``<strategy>_transductive_loss`` and ``_bpb``.
         """
         chosen = self.score(self.params.strategy)
-        figures: dict[str, float | int | str | bool] = {
+        figures: dict[str, float | int | str] = {
             "val_loss": round(chosen.loss, 8), "val_bpb": round(chosen.bpb, 8), "strategy": self.params.strategy}
         for name, outcome in self.outcomes.items():
-            score, legal = self.score(name), not STRATEGIES[name].transductive
-            prefix = name if legal else f"{name}_transductive"
-            figures |= {f"{prefix}_loss": round(score.loss, 8), f"{prefix}_bpb": round(score.bpb, 8), f"{name}_legal": legal}
+            score, prefix = self.score(name), f"{name}_transductive" if STRATEGIES[name].transductive else name
+            figures |= {f"{prefix}_loss": round(score.loss, 8), f"{prefix}_bpb": round(score.bpb, 8)}
             figures |= {f"{name}_{key}": round(value, 8) for key, value in outcome.figures.items()}
         return figures | {"num_tokens": chosen.num_tokens, "num_bytes": chosen.num_bytes, "num_documents": len(self.text.documents.start)}
 

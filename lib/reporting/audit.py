@@ -95,6 +95,25 @@ def load_audit(folder: Path) -> Audit | None:
         raise ArtifactError(f"{path}: not an audit ({error!r}); `dvc repro -f evaluate` makes it anew") from None
 
 
+def judge(*passed: bool | None) -> bool | None:
+    """What several verdicts come to together: a violation, else not checked, else legal."""
+    return min(passed, key=(False, None, True).index)
+
+
+def judge_strategies(audits: Sequence[Audit | None]) -> dict[str, bool | None]:
+    """Whether the score of each strategy is legal in all seeds: its own checks, and those of data and process, which concern every one.
+
+    There is no entry where a seed has no audit.
+    """
+    verdicts: dict[str, bool | None] = {}
+    known = [audit for audit in audits if audit is not None]
+    for audit in known if len(known) == len(audits) else ():
+        common = {check.result for checks in audit.groups.values() for check in checks}
+        of_all = judge(True, *(value for value, result in RESULTS.items() if result in common))
+        verdicts |= {each.name: judge(each.legal, of_all, verdicts.get(each.name, True)) for each in audit.strategies}
+    return verdicts
+
+
 def format_verdicts(audits: Sequence[Audit | None]) -> str:
     """The verdicts on all seeds, each different one once; without an audit, what tokenize knows of the text."""
     text = load_metrics(TOKENIZE_FOLDER)["text"]

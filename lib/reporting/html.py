@@ -13,7 +13,7 @@ from markupsafe import Markup
 from lib.artifacts.files import read_csv
 from lib.artifacts.paths import stage_folder
 from lib.artifacts.scores import load_curve, load_examples
-from lib.reporting.audit import CONDITIONS, format_verdicts, load_audit
+from lib.reporting.audit import CONDITIONS, VERDICTS, format_verdicts, judge, judge_strategies, load_audit
 from lib.reporting.config import ReportParams
 from lib.reporting.figures import plot_curves, plot_dots, plot_points, plot_steps
 from lib.reporting.passage import HIGHEST, Part, templates
@@ -28,7 +28,7 @@ from lib.reporting.scoring import (
     running_curves,
 )
 from lib.reporting.statistics import compare_with_record
-from lib.reporting.strategy_table import REFERENCE, WITHOUT_ADAPTATION, Strategy, find_strategies
+from lib.reporting.strategy_table import LEGAL, REFERENCE, WITHOUT_ADAPTATION, Strategy, find_strategies
 from lib.reporting.summary import headline_rows, loss_row, seed_lines
 from lib.reporting.table import Row, column_names, statistics_names
 from lib.reporting.timing import list_environments, timing_rows
@@ -60,9 +60,9 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
     """
     seeds = params["seeds"]
     folders = [stage_folder("evaluate", seed) for seed in seeds]
-    strategies = find_strategies([of_seed["evaluate"] for of_seed in metrics])
-    running, bins = running_curves(folders, strategies), document_bins(folders, strategies)
     audits = [load_audit(folder) for folder in folders]
+    strategies = find_strategies([of_seed["evaluate"] for of_seed in metrics], judge_strategies(audits))
+    running, bins = running_curves(folders, strategies), document_bins(folders, strategies)
     tensors = read_csv(stage_folder("quantize", seeds[0]) / "tensors.csv", TENSOR_COLUMNS)
     sizes = read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS)
     loss: Curves = {f"seed {seed}": load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds}
@@ -96,6 +96,8 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
         lengths=plot(differences(document_curves(bins)), "tokens of the document, at most", change, octaves=True),
         conditions=CONDITIONS,
         audit=audits[0],
+        judged=judge_strategies(audits[:1]),
+        words=LEGAL,
         verdicts=format_verdicts(audits),
         train=metrics[0]["train"],
         candidates=", ".join(f"{name} {metrics[0]['train'][key]:.4f}" for name in CANDIDATES
@@ -121,10 +123,13 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
     )
 
 
-def make_metrics(report: ReportParams, metrics: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def make_metrics(report: ReportParams, seeds: Sequence[int], metrics: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Stage -> figure -> ``mean`` over the seeds and, with several seeds, ``std``; every figure that is a number for all seeds.
 
-    And ``record``, the test of the seeds against the record of `report`.
+    And ``record``, the test of the seeds against the record of `report`, and ``audit`` with the ``verdict`` on all seeds.
+
+    Raises:
+        ArtifactError: an audit that is missing or damaged.
     """
     summary: dict[str, dict[str, Any]] = {}
     for stage, figures in metrics[0].items():
@@ -135,7 +140,9 @@ def make_metrics(report: ReportParams, metrics: Sequence[dict[str, dict[str, Any
                 row = Row(key, tuple(values), 0)
                 statistics = {"mean": row.mean, "std": row.std}
                 summary[stage][key] = {name: round(value, 8) for name, value in statistics.items() if value is not None}
-    return summary | {"record": compare_with_record(loss_row(metrics), report.record).figures()}
+    audits = [load_audit(stage_folder("evaluate", seed)) for seed in seeds]
+    return summary | {"record": compare_with_record(loss_row(metrics), report.record).figures(),
+                      "audit": {"verdict": VERDICTS[judge(*(audit and audit.legal for audit in audits))]}}
 
 
 def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[Strategy]) -> dict[str, dict[str, float]]:

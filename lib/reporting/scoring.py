@@ -38,7 +38,7 @@ class DocumentBin(NamedTuple):
 
 def line_styles(strategies: Sequence[Strategy]) -> dict[str, str]:
     """Label -> line style: dotted without adaptation, dashed where the score is not legal, else solid."""
-    return {each.label: "--" if not each.legal else "-" if each.adapts else ":" for each in strategies}
+    return {each.label: "--" if each.legal is False else "-" if each.adapts else ":" for each in strategies}
 
 
 def running_curves(folders: Sequence[Path], strategies: Sequence[Strategy]) -> Curves:

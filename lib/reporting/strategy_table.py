@@ -10,7 +10,8 @@ WITHOUT_ADAPTATION = ("plain", "sliding", "one_pass")
 """Strategies that score with the artifact's weights as they are."""
 REFERENCE = "sliding"
 """The strategy that others are compared with."""
-_LEGAL, _SECONDS = "_legal", "_seconds"
+_BPB, _TRANSDUCTIVE, _SECONDS = "_bpb", "_transductive", "_seconds"
+LEGAL = {True: "yes", False: "no", None: "not checked"}
 
 Metrics = Sequence[Mapping[str, Any]]
 """Figures of the stage evaluate, for each seed."""
@@ -25,20 +26,20 @@ class Strategy(NamedTuple):
         name: as in ``evaluate.strategies``.
         bpb: bits per byte of each seed.
         change: difference of the mean bits per byte from that of `REFERENCE`, as text.
-        legal: whether it may be reported as a score of the text.
-        note: why it is not legal, or what was left out for want of time.
+        legal: whether it may be reported as a score of the text; None where that was not checked.
+        note: what is declared of it that is not legal, and what was left out for want of time.
     """
 
     name: str
     bpb: Row
     change: str
-    legal: bool
+    legal: bool | None
     note: str
 
     @property
     def label(self) -> str:
         """The name, marked where the score is not legal."""
-        return self.name if self.legal else f"{self.name} (not legal)"
+        return f"{self.name} (not legal)" if self.legal is False else self.name
 
     @property
     def adapts(self) -> bool:
@@ -46,39 +47,42 @@ class Strategy(NamedTuple):
         return self.name not in WITHOUT_ADAPTATION
 
 
-def find_strategies(metrics: Metrics) -> list[Strategy]:
-    """The strategies that were run, in the order of the figures."""
-    legal = {key.removesuffix(_LEGAL): value for key, value in metrics[0].items() if key.endswith(_LEGAL)}
-    reference = _bpb(REFERENCE, metrics, legal=True)
-    return [Strategy(name, row := _bpb(name, metrics, legal=is_legal), difference(row, reference) if name != REFERENCE else "", is_legal,
-                     _note(name, metrics, legal=is_legal)) for name, is_legal in legal.items()]
+def find_strategies(metrics: Metrics, verdicts: Mapping[str, bool | None]) -> list[Strategy]:
+    """The strategies that were run, in the order of the figures; arguments as of `format_strategies`.
+
+    One that is declared to train on text before it is scored is not legal, whatever the audits found.
+    """
+    reference = _bpb(REFERENCE, metrics)
+    keys = [key.removesuffix(_BPB) for key in metrics[0] if key.endswith(_BPB) and key != "val_bpb"]
+    return [Strategy(name := key.removesuffix(_TRANSDUCTIVE), row := _bpb(key, metrics),
+                     difference(row, reference) if key != REFERENCE else "", verdicts.get(name) if key == name else False,
+                     _note(name, metrics, [] if key == name else ["trains before scoring"])) for key in keys]
 
 
-def format_strategies(metrics: Metrics, timings: Timings | None = None) -> str:
+def format_strategies(metrics: Metrics, verdicts: Mapping[str, bool | None], timings: Timings | None = None) -> str:
     """The strategies as aligned lines of text.
 
     Args:
         metrics: figures of the stage evaluate.
+        verdicts: whether the score is legal, from audits, by strategy; None, or no entry, where that was not checked.
         timings: adds columns on the right, mean seconds and those of the parts that were measured; what is left of them stays as it is.
     """
     several = len(metrics) > 1
     lines = [["strategy", "bpb", *(["std"] if several else []), f"to {REFERENCE}", "legal", *([] if timings is None else ["seconds", ""])]]
-    for strategy in find_strategies(metrics):
-        legal = ("yes" if strategy.legal else "no") + (f": {strategy.note}" if strategy.note else "")
+    for strategy in find_strategies(metrics, verdicts):
+        legal = LEGAL[strategy.legal] + (f": {strategy.note}" if strategy.note else "")
         times = [] if timings is None else _time_cells(strategy.name, timings)
         lines.append([strategy.name, *strategy.bpb.statistics_cells(), strategy.change, legal, *times])
     return align(lines, "l" + "r" * (3 if several else 2) + "l" + ("" if timings is None else "rl"))
 
 
-def _bpb(name: str, metrics: Metrics, *, legal: bool) -> Row:
-    key = f"{name}_bpb" if legal else f"{name}_transductive_bpb"
-    return Row(name, tuple(of_seed.get(key) for of_seed in metrics), 4)
+def _bpb(key: str, metrics: Metrics) -> Row:
+    return Row(key.removesuffix(_TRANSDUCTIVE), tuple(of_seed.get(key + _BPB) for of_seed in metrics), 4)
 
 
-def _note(name: str, metrics: Metrics, *, legal: bool) -> str:
+def _note(name: str, metrics: Metrics, declared: list[str]) -> str:
     epochs = [of_seed[f"{name}_epochs"] for of_seed in metrics if f"{name}_epochs" in of_seed]
-    reduced = [f"{fmean(epochs):.3g} epochs, as the time allowed"] if epochs else []
-    return ", ".join(([] if legal else ["trains before scoring"]) + reduced)
+    return ", ".join(declared + ([f"{fmean(epochs):.3g} epochs, as the time allowed"] if epochs else []))
 
 
 def _time_cells(name: str, timings: Timings) -> list[str]:

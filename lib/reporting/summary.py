@@ -8,7 +8,7 @@ from typing import Any
 
 from lib.artifacts.metrics import load_metrics, load_timing
 from lib.artifacts.paths import stage_folder
-from lib.reporting.audit import format_verdicts, load_audit
+from lib.reporting.audit import format_verdicts, judge_strategies, load_audit
 from lib.reporting.config import RecordParams
 from lib.reporting.runs import UNRECORDED
 from lib.reporting.statistics import compare_with_record
@@ -88,9 +88,10 @@ def format_summary(params: Mapping[str, Any], record: RecordParams, *, recorded:
     """
     seeds = params["seeds"]
     metrics, folders = read_metrics(seeds, SUMMARIZED), [stage_folder("evaluate", seed) for seed in seeds]
-    test = compare_with_record(loss_row(metrics), record)
-    strategies = format_strategies([of_seed["evaluate"] for of_seed in metrics], [load_timing(folder) for folder in folders])
-    audit = f"audit: {format_verdicts([load_audit(folder) for folder in folders])}"
+    test, audits = compare_with_record(loss_row(metrics), record), [load_audit(folder) for folder in folders]
+    strategies = format_strategies([of_seed["evaluate"] for of_seed in metrics], judge_strategies(audits),
+                                   [load_timing(folder) for folder in folders])
+    audit = f"audit: {format_verdicts(audits)}"
     headline, times = headline_rows(metrics), timing_rows(params)
     by_seed = seed_lines([*headline, *times], seeds)[:1 + len(seeds)] if len(seeds) > 1 else []
     return "\n\n".join([

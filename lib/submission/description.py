@@ -5,12 +5,13 @@ from typing import Any
 
 from lib.artifacts.metrics import load_date, load_environment, load_timing
 from lib.artifacts.paths import stage_folder
-from lib.reporting.audit import format_verdicts, load_audit
+from lib.reporting.audit import format_verdicts, judge, load_audit
 from lib.reporting.config import ReportParams
 from lib.reporting.table import Row
 
 LIMIT_SECONDS, LIMIT_BYTES, RECORD_SEEDS = 600.0, 16_000_000, 3  # of the challenge: training, evaluation; code and artifact; seeds
 RECORD_HARDWARE = ("H100", "8 processes")
+AUDIT_PASSED = "audit_passed"  # a condition that may stay open, for a person to decide; one that failed may not
 TRACK, OTHER_TRACK = "10min_16mb", "non_record_16mb"  # the challenge's names
 SOURCES: dict[str, tuple[str, Callable[[Mapping[str, Any], str], bool]]] = {
     "architecture": ("entries #585 and #410", lambda params, strategy: True),
@@ -43,7 +44,8 @@ def describe(report: ReportParams, params: Mapping[str, Any], metrics: Metrics) 
     environment = load_environment(stage_folder("train", seeds[0]))
     *versions, device, processes = environment or ["", ""]
     compliance = _check_compliance(seeds, metrics)
-    is_record = all(compliance.values()) and all(part in f"{device}, {processes}" for part in RECORD_HARDWARE)
+    is_kept = all(kept for condition, kept in compliance.items() if condition != AUDIT_PASSED) and compliance[AUDIT_PASSED] is not False
+    is_record = is_kept and all(part in f"{device}, {processes}" for part in RECORD_HARDWARE)
     return {
         "author": report.submission.author, "github_id": report.submission.github_id, "name": report.title,
         "blurb": report.submission.blurb, "date": load_date(stage_folder("evaluate", seeds[-1])),
@@ -76,7 +78,7 @@ def _check_compliance(seeds: Sequence[int], metrics: Metrics) -> dict[str, Any]:
         "train_seconds": train, "train_under_600s": train and train <= LIMIT_SECONDS,
         "artifact_under_16mb": max(of_seed["compress"]["artifact_bytes"] for of_seed in metrics) <= LIMIT_BYTES,
         "eval_seconds": evaluate, "eval_under_600s": evaluate and evaluate <= LIMIT_SECONDS,
-        "audit": format_verdicts(audits), "audit_passed": all(audit is not None and audit.legal for audit in audits),
+        "audit": format_verdicts(audits), AUDIT_PASSED: judge(*(audit and audit.legal for audit in audits)),
         "three_seeds": len(seeds) >= RECORD_SEEDS,
     }
 

@@ -17,7 +17,7 @@ from lib.artifacts.metrics import load_environment, load_timing
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.scores import load_curve
 from lib.params import PARAMS_FILE
-from lib.reporting.audit import CONDITIONS, Audit, Check, format_verdicts, load_audit
+from lib.reporting.audit import CONDITIONS, VERDICTS, Audit, Check, format_verdicts, judge_strategies, load_audit
 from lib.reporting.config import ReportParams
 from lib.reporting.strategy_table import format_strategies
 from lib.reporting.table import Row, column_names
@@ -94,7 +94,7 @@ def make_readme(report: ReportParams, seeds: Sequence[int], metrics: Sequence[di
         report=report, missing=missing, seeds=seeds, columns=column_names(seeds), rows=rows, log_name=log_name,
         train=metrics[0]["train"], compress=metrics[0]["compress"], evaluate=evaluations[0],
         sizes=read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS),
-        strategies=format_strategies(evaluations, timings["evaluate"]),
+        strategies=format_strategies(evaluations, judge_strategies(audits), timings["evaluate"]),
         verdicts=format_verdicts(audits), conditions=CONDITIONS,
         checks=_checks_of(audits[0], evaluations[0]["strategy"]))
 
@@ -116,11 +116,11 @@ def _log_lines(seed: int, metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[
     for stage in LOGGED:
         curve = load_curve(stage_folder(stage, seed) / "loss.csv", ("tokens", "loss")) if stage == "train" else ()
         yield format_section(stage, {**metrics.get(stage, {}), **(timings[stage] or {"seconds": "not measured, from cache"})}, curve)
-    yield f"\n== strategies\n{format_strategies([metrics['evaluate']], [timings['evaluate']])}"
     audit = load_audit(stage_folder("evaluate", seed))
+    yield f"\n== strategies\n{format_strategies([metrics['evaluate']], judge_strategies([audit]), [timings['evaluate']])}"
     yield f"\n== audit\n{format_verdicts([audit])}"
     for strategy in audit.strategies if audit else ():
-        yield f"{strategy.name}: {'legal' if strategy.legal else 'not legal'}"
+        yield f"{strategy.name}: {VERDICTS[strategy.legal].lower()}"
         yield from map(_log_check, strategy.checks)
     for name, checks in audit.groups.items() if audit else ():
         yield f"{name}:"

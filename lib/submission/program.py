@@ -114,7 +114,7 @@ def main(settings: Any, program: Path, description: str | None) -> None:
         evaluation = evaluate(model, text, params.evaluate, process=process, limit=limit)
         metrics, timing = evaluation.metrics(), evaluation.timing(limit, process)
         log.add_section("evaluate", metrics, timing)
-        log.add(f"\n== strategies\n{format_strategies([metrics], [timing])}\n")
+        log.add(f"\n== strategies\n{format_strategies([metrics], {}, [timing])}\n")
         log.add(f"val_loss: {metrics['val_loss']:.8f}\nval_bpb: {metrics['val_bpb']:.8f}")
 
 

@@ -94,7 +94,7 @@ class TrainParams(Params):
     """Exactly one of the two budgets is given; schedules follow the fraction of it that is done."""
     reserve_seconds: PositiveFloat | None
     """Part of `budget_seconds` that is left for calibrate, which then fails if it takes longer; None if it has no limit."""
-    sequence_tokens: Annotated[int, Field(ge=2)]
+    sequence_tokens: Annotated[Positive, Field(ge=2)]
     batch_sequences: Positive
     """Sequences per optimizer step, over all processes, which need not divide it."""
     micro_batch_sequences: Positive

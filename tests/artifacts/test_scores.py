@@ -18,7 +18,7 @@ def save(folder: Path, *names: str, curve: tuple[int, float] = (10, 1.25)) -> No
     """Results of strategies with these names."""
     tables: list[Tables] = [{name: [row] for name in names} for row in (curve, (31, 10, 0.5), (16, 1, 10, 2.0))]
     curves, context, documents = tables
-    save_scores(folder, {"val_bpb": 1.5, "strategy": "sliding", "sliding_legal": True}, {"seconds": 2.0}, curves=curves, context=context,
+    save_scores(folder, {"val_bpb": 1.5, "strategy": "sliding", "sliding_bpb": 1.5}, {"seconds": 2.0}, curves=curves, context=context,
                 documents=documents, ledgers=dict.fromkeys(names, LEDGER), nats=dict.fromkeys(names, NATS))
 
 
@@ -28,7 +28,7 @@ def files(folder: Path) -> set[str]:
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     save(tmp_path, "plain", "lora", curve=(20, 1 / 3))
-    assert load_metrics(tmp_path) == {"val_bpb": 1.5, "strategy": "sliding", "sliding_legal": True}
+    assert load_metrics(tmp_path) == {"val_bpb": 1.5, "strategy": "sliding", "sliding_bpb": 1.5}
     assert load_timing(tmp_path) == {"seconds": 2.0}
     for name in ("plain", "lora"):
         assert load_curve(tmp_path / f"curves/{name}.csv", ("tokens", "bpb")) == [(20, 0.33333333)]

@@ -99,6 +99,17 @@ def test_legal_strategies_pass_with_other_parameters(name: StrategyName, changes
     assert violated(audit(name, params=make_params(**changes)), name) == []
 
 
+@pytest.mark.parametrize("part", ["data", "confinement"])
+def test_what_was_not_checked_of_data_or_process_is_not_legal(part: str) -> None:
+    model, params, unchecked = make_model(), make_params(), {"checked": {"passed": None, "why": "not here"}}
+    outcome = run_strategy("plain", make_job(model, TOKENS, params, SINGLE_CPU))
+    parts: dict[str, Any] = {"data": PASSED, "confinement": PASSED, part: unchecked}
+    report = audit_scores(model, make_text(TOKENS), params, {"plain": outcome}, replay=replayer(model, params), process=SINGLE_CPU, **parts)
+    assert report["strategies"]["plain"]["legal"] and report["legal"] is None
+    raise_violations(report)
+    assert describe_audit(report).endswith("\nNOT CHECKED")
+
+
 def test_training_on_the_text_before_scoring_it_is_illegal_and_expected_of_a_transductive_strategy() -> None:
     report = audit("two_phase")
     assert violated(report, "two_phase") == ["causality", "distribution", "score_before_update"]
@@ -366,8 +377,20 @@ def write_pipeline(**readers: object) -> None:
 def failed_data_checks(tokenizer: Tokenizer, **metrics: int) -> list[str]:
     split = load_split(MANIFEST.with_name("val"), 300)
     num_bytes = sum(len(text.encode()) for text in TEXTS)
-    checks = check_data({"num_tokens": split.num_tokens - 1, "num_bytes": num_bytes} | metrics, split, tokenizer)
+    checks = check_data({"num_tokens": split.num_tokens - 1, "num_bytes": num_bytes} | metrics, split, tokenizer, SINGLE_CPU)
     return [name for name, check in checks.items() if check["passed"] is False]
+
+
+def test_of_several_processes_only_the_main_one_checks_the_data(tokenizer: Tokenizer) -> None:
+    class Other(Process):
+        """A process that is told what the main one found."""
+
+        def broadcast(self, value: Any) -> Any:
+            assert not value
+            return PASSED
+
+    MANIFEST.unlink()
+    assert check_data({}, load_split(MANIFEST.with_name("val"), 300), tokenizer, Other(1, 2, SINGLE_CPU.device)) == PASSED
 
 
 def test_the_data_of_a_sound_pipeline_pass(tokenizer: Tokenizer) -> None:
@@ -412,7 +435,7 @@ def test_a_text_that_is_not_reproduced_is_said_and_not_passed(tokenizer: Tokeniz
     write_json(MANIFEST, manifest)
     split = load_split(MANIFEST.with_name("val"), 300)
     num_bytes = sum(len(text.encode()) for text in TEXTS)
-    check = check_data({"num_tokens": split.num_tokens - 1, "num_bytes": num_bytes}, split, tokenizer)["text"]
+    check = check_data({"num_tokens": split.num_tokens - 1, "num_bytes": num_bytes}, split, tokenizer, SINGLE_CPU)["text"]
     assert check["passed"] is None
     assert str(check["why"]).startswith(f"text is not reproduced by the tokenizer (1 of {len(TEXTS)} ")
 

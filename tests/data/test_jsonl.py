@@ -1,5 +1,6 @@
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,3 +128,28 @@ def test_zstandard_with_long_windows_is_read(tmp_path: Path) -> None:
     path.write_bytes(compressor.compress(lines_of(TEXTS)) + compressor.flush())
     assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 31
     assert read_texts([path]) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_line_without_end_is_refused_with_its_number_and_bounded_memory(tmp_path: Path, suffix: str,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"documents.jsonl{suffix}"
+    path.write_bytes(COMPRESS[suffix](lines_of(["one", "two"]) + b" " * 100_000_000))  # 3 kB with zstandard
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 22)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"documents\.jsonl.*, line 3: expected at most 4,194,304 bytes, found more; split"):
+        read_texts([path])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40_000_000
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_the_longest_line_is_read_and_one_byte_more_is_not(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, line = tmp_path / f"documents.jsonl{suffix}", lines_of(["x" * 1000]).removesuffix(b"\n")
+    path.write_bytes(COMPRESS[suffix](lines_of(["one"]) + line))
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", len(line))
+    assert read_texts([path]) == ["one", "x" * 1000]
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", len(line) - 1)
+    with pytest.raises(ValueError, match=r"documents\.jsonl.*, line 2: expected at most"):
+        read_texts([path])

@@ -175,7 +175,9 @@ def test_tokenizer_without_bos_is_refused() -> None:
         Tokenizer(train(bos_id=-1, pad_id=-1, unk_id=0, eos_id=1), Path("some.model"))
 
 
-@pytest.mark.parametrize("content", [b"", b"no model at all", train()[:500]])
+@pytest.mark.parametrize("content", [
+    b"", b"no model at all", train()[:500], train().replace(SPACE.encode(), b"\xe2\x96\xff"), train() + b"\x0b\x80"],
+    ids=["empty", "foreign", "cut off", "pieces that are not UTF-8", "a field without end"])
 def test_damaged_model_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.model").write_bytes(content)
     with pytest.raises(ArtifactError, match=r"bad\.model: not a SentencePiece model"):

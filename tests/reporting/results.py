@@ -57,7 +57,7 @@ def make_metrics(number: int, names: tuple[str, ...] = tuple(BPB)) -> dict[str, 
     evaluate: dict[str, Any] = {"val_loss": 2.4 + shift, "val_bpb": BPB["score_first"] + shift, "strategy": "score_first"}
     for name in names:
         key = f"{name}_transductive_bpb" if name == "two_phase" else f"{name}_bpb"
-        evaluate |= {key: BPB[name] + shift, f"{name}_legal": name != "two_phase"}
+        evaluate |= {key: BPB[name] + shift}
     return {
         "train": {"heldout_bpb": 1.7 + shift, "selected": "ema", "num_parameters": 10000, "num_steps": 1500,
                   "attention": "sdpa"},
@@ -76,7 +76,7 @@ def make_audit(names: tuple[str, ...] = tuple(BPB)) -> dict[str, Any]:
                 "distribution": {"passed": True, "largest_deviation": 1.25e-6},
                 "score_before_update": {"passed": legal, "scored_before": {"trained_targets": 5000 if legal else 0}},
                 "single_pass": {"passed": True, "targets": 400000}}
-    return {"legal": True, "strategies": {name: of(name) for name in names},
+    return {"legal": None, "strategies": {name: of(name) for name in names},
             "data": {"validation_readers": {"passed": True, "stages": ["evaluate"]}},
             "process": {"files": {"passed": None, "why": "this kernel <cannot>"}}}
 

@@ -8,7 +8,7 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
-from lib.reporting.audit import Audit, format_verdicts, load_audit
+from lib.reporting.audit import Audit, format_verdicts, judge_strategies, load_audit
 from tests.reporting.results import make_audit
 
 
@@ -47,9 +47,9 @@ def test_conditions_are_in_the_order_of_the_challenge_whatever_the_order_in_the_
 
 
 @pytest.mark.parametrize(("changes", "verdict"), [
-    ({}, "legal (5 passed, 1 not checked: this kernel <cannot>)"),  # what two_phase fails is as declared
+    ({}, "NOT CHECKED (5 passed, 1 not checked: this kernel <cannot>)"),  # what two_phase fails is as declared
     ({"legal": False, "data": {"bytes": {"passed": False}}}, "NOT LEGAL (7 passed, 2 failed, 1 not checked: this kernel <cannot>)"),
-    ({"data": {}, "process": {}}, "legal (4 passed)"),
+    ({"legal": True, "data": {}, "process": {}}, "legal (4 passed)"),
 ])
 def test_the_verdict_counts_checks_of_what_claims_to_be_legal(tmp_path: Path, changes: dict[str, Any], verdict: str) -> None:
     assert load(tmp_path, make_audit(("plain", "two_phase")) | changes).verdict == verdict
@@ -63,6 +63,17 @@ def test_verdicts_of_seeds_that_agree_are_told_once(tmp_path: Path, monkeypatch:
     assert format_verdicts([audit, None]) == f"{audit.verdict}; not audited"
     save_metrics(TOKENIZE_FOLDER, {"text": "text is not reproduced by the tokenizer: 2 of 9"}, {})
     assert format_verdicts([None]) == "not audited: text is not reproduced by the tokenizer: 2 of 9, for which no score was ever accepted"
+
+
+def test_a_score_is_legal_where_nothing_was_left_unchecked(tmp_path: Path) -> None:
+    unconfined = make_audit(("plain", "lora", "two_phase"))
+    sound = unconfined | {"process": {}}
+    unsure = make_audit(("plain", "lora")) | {"process": {}}
+    unsure["strategies"]["lora"]["legal"] = None
+    assert judge_strategies([load(tmp_path, sound)]) == {"plain": True, "lora": True, "two_phase": False}
+    assert judge_strategies([load(tmp_path, unconfined)]) == {"plain": None, "lora": None, "two_phase": False}
+    assert judge_strategies([load(tmp_path, unsure), load(tmp_path, sound)]) == {"plain": True, "lora": None, "two_phase": False}
+    assert judge_strategies([load(tmp_path, sound), None]) == {}
 
 
 def test_an_evaluation_without_audit_says_so(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def _results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def strategies() -> list[Strategy]:
-    return find_strategies([make_metrics(0)["evaluate"]])
+    return find_strategies([make_metrics(0)["evaluate"]], {})
 
 
 def test_every_strategy_has_a_curve_that_is_the_mean_over_the_seeds() -> None:

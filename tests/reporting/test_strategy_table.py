@@ -1,12 +1,16 @@
+from typing import Any
+
 import pytest
 
 from lib.reporting.strategy_table import find_strategies, format_strategies
-from tests.reporting.results import STRATEGY_SECONDS, make_metrics
+from tests.reporting.results import BPB, STRATEGY_SECONDS, make_metrics
+
+LEGAL = dict.fromkeys(BPB, True)
 
 
 def test_several_seeds_have_mean_and_deviation_and_differences_of_means() -> None:
     metrics = [make_metrics(number)["evaluate"] for number in (0, 1, 5)]
-    assert format_strategies(metrics) == """\
+    assert format_strategies(metrics, LEGAL) == """\
 strategy        bpb     std  to sliding  legal
 plain        1.7400  0.0265     +0.0400  yes
 sliding      1.7000  0.0265              yes
@@ -19,7 +23,7 @@ two_phase    1.6200  0.0265     -0.0800  no: trains before scoring"""
 def test_times_stand_to_the_right_of_lines_that_they_do_not_change() -> None:
     metrics = [make_metrics(number)["evaluate"] for number in (0, 1)]
     slower = {key: 2 * value for key, value in STRATEGY_SECONDS.items()}
-    without, with_times = format_strategies(metrics).splitlines(), format_strategies(metrics, [STRATEGY_SECONDS, slower]).splitlines()
+    without, with_times = (format_strategies(metrics, LEGAL, timings).splitlines() for timings in (None, [STRATEGY_SECONDS, slower]))
     assert all(line.startswith(start) for start, line in zip(without, with_times, strict=True))
     assert [line[len(without[-1]):].split() for line in with_times[4:]] == [
         ["31.5", "scoring", "9.0,", "adaptation", "22.5"], ["13.5"], ["45.0"]]  # means of both seeds
@@ -27,24 +31,26 @@ def test_times_stand_to_the_right_of_lines_that_they_do_not_change() -> None:
 
 def test_a_seed_from_the_cache_has_no_times() -> None:
     metrics = [make_metrics(number)["evaluate"] for number in (0, 1)]
-    for line in format_strategies(metrics, [STRATEGY_SECONDS, None]).splitlines()[1:]:
+    for line in format_strategies(metrics, LEGAL, [STRATEGY_SECONDS, None]).splitlines()[1:]:
         assert line.endswith("-  from cache")
 
 
 @pytest.mark.parametrize(("name", "legal", "adapts", "label"), [
     ("sliding", True, False, "sliding"), ("score_first", True, True, "score_first"), ("two_phase", False, True, "two_phase (not legal)")])
 def test_what_a_strategy_is(name: str, legal: bool, adapts: bool, label: str) -> None:
-    strategy = next(each for each in find_strategies([make_metrics(0)["evaluate"]]) if each.name == name)
+    strategy = next(each for each in find_strategies([make_metrics(0)["evaluate"]], LEGAL) if each.name == name)
     assert (strategy.legal, strategy.adapts, strategy.label) == (legal, adapts, label)
 
 
-def test_a_score_that_is_not_legal_is_read_under_its_other_name_only() -> None:
-    metrics = make_metrics(0)["evaluate"]
-    metrics["two_phase_bpb"] = 0.5
-    assert [each.bpb.mean for each in find_strategies([metrics]) if each.name == "two_phase"] == [1.6]
+@pytest.mark.parametrize(("verdicts", "expected"), [
+    ({}, ["not checked", "not checked"]), ({"plain": True, "lora": None}, ["yes", "not checked"]),
+    ({"plain": None, "lora": False, "two_phase": True}, ["not checked", "no"])])
+def test_a_score_that_was_not_checked_is_neither_legal_nor_not(verdicts: dict[str, Any], expected: list[str]) -> None:
+    lines = format_strategies([make_metrics(0, ("plain", "lora", "two_phase"))["evaluate"]], verdicts).splitlines()
+    assert [line.split("  ")[-1] for line in lines[1:]] == [*expected, "no: trains before scoring"]
 
 
 def test_epochs_that_were_left_out_are_told() -> None:
     metrics = [make_metrics(0)["evaluate"] | {"score_first_epochs": epochs} for epochs in (1.0, 2.0)]
-    line = next(line for line in format_strategies(metrics).splitlines() if line.startswith("score_first"))
+    line = next(line for line in format_strategies(metrics, LEGAL).splitlines() if line.startswith("score_first"))
     assert line.endswith("yes: 1.5 epochs, as the time allowed")

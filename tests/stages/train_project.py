@@ -43,7 +43,8 @@ def write_project(folder: Path) -> None:
 
 def write_params(folder: Path, section: str | None = None, **changes: Any) -> None:
     """params.yaml with some keys of a section changed, nested ones one by one."""
-    params = dict.fromkeys(SECTIONS) | {"model": SECTION_MODEL, "train": SECTION_TRAIN}
+    params: dict[str, Any] = dict.fromkeys(SECTIONS) | {"model": SECTION_MODEL, "train": SECTION_TRAIN,
+                                                        "calibrate": project.PARAMS["calibrate"]}
     if section is not None:
         merged = {key: params[section][key] | value if isinstance(value, dict) else value for key, value in changes.items()}
         params[section] = params[section] | merged

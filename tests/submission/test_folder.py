@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from lib.artifacts.files import ArtifactError
+from lib.artifacts.files import ArtifactError, read_json
 from lib.artifacts.metrics import load_date, load_metrics, load_timing, save_metrics
 from lib.artifacts.paths import stage_folder
+from lib.artifacts.scores import save_audit
 from lib.params import parse_params, read_params
 from lib.reporting.config import ReportParams
 from lib.reporting.summary import read_metrics
@@ -76,12 +77,18 @@ def test_submission_json_says_whether_the_limits_of_the_track_were_kept(monkeypa
     found = json.loads(write([7, 8])["submission.json"])
     assert found["compliance"] == {
         "train_seconds": 242.0, "train_under_600s": True, "artifact_under_16mb": True, "eval_seconds": 60.0, "eval_under_600s": True,
-        "audit": "legal (21 passed, 1 not checked: this kernel <cannot>)", "audit_passed": True, "three_seeds": False}
+        "audit": "NOT CHECKED (21 passed, 1 not checked: this kernel <cannot>)", "audit_passed": None, "three_seeds": False}
     assert found["track"] == "non_record_16mb"
     assert found["date"] == load_date(stage_folder("evaluate", 8))
     monkeypatch.setattr(description, "load_environment", lambda _: ["torch 2.13.0", "NVIDIA H100 80GB HBM3", "8 processes"])
     monkeypatch.setattr(description, "RECORD_SEEDS", 2)
-    assert json.loads(write([7, 8])["submission.json"])["track"] == "10min_16mb"
+    assert json.loads(write([7, 8])["submission.json"])["track"] == "10min_16mb"  # with an audit that is left open
+    audit = read_json(stage_folder("evaluate", 7) / "audit.json")
+    for legal, track in ((False, "non_record_16mb"), (True, "10min_16mb")):
+        for seed in (7, 8):
+            save_audit(stage_folder("evaluate", seed), audit | {"legal": legal})
+        audited = json.loads(write([7, 8])["submission.json"])
+        assert (audited["compliance"]["audit_passed"], audited["track"]) == (legal, track)
     folder = stage_folder("calibrate", 7)
     save_metrics(folder, load_metrics(folder), {"seconds": 361.0})
     slow = json.loads(write([7, 8])["submission.json"])
@@ -94,8 +101,8 @@ def test_what_is_left_open_is_null_and_said() -> None:
     values = json.loads(files["submission.json"])
     assert [values[key] for key in ("github_id", "hardware", "versions")] == [None] * 3
     assert (values["compliance"]["train_seconds"], values["compliance"]["train_under_600s"]) == (None, None)
-    assert ("Left open in `submission.json`: github_id, hardware, versions, compliance.train_seconds, compliance.train_under_600s."
-            in files["README.md"].decode())
+    assert ("Left open in `submission.json`: github_id, hardware, versions, compliance.train_seconds, compliance.train_under_600s, "
+            "compliance.audit_passed." in files["README.md"].decode())
 
 
 def test_readme_says_how_to_repeat_the_score_and_what_it_is_made_of() -> None:
@@ -107,7 +114,7 @@ def test_readme_says_how_to_repeat_the_score_and_what_it_is_made_of() -> None:
                  "| C3 | What is trained on has been scored before, and no score comes after training on its target. | passed |"):
         assert line in readme.splitlines()
     assert re.search(r"^two_phase +1\.6050 .* no: trains before scoring", readme, re.MULTILINE)
-    assert "Audit: legal (21 passed, 1 not checked: this kernel <cannot>)." in readme
+    assert "Audit: NOT CHECKED (21 passed, 1 not checked: this kernel <cannot>)." in readme
     assert "\n\n\n" not in readme and "A dash" not in readme
 
 

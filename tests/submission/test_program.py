@@ -125,7 +125,7 @@ def test_it_makes_the_artifact_and_the_digits_of_the_pipeline(pipeline: Path, fo
     losses = (pipeline / stage_folder("train", SEED) / "loss.csv").read_text().splitlines()[1:]
     assert output.count(" train_loss:") == len(losses)
     lines = output.splitlines()
-    strategies = format_strategies([metrics["evaluate"]]).splitlines()
+    strategies = format_strategies([metrics["evaluate"]], {}).splitlines()
     assert all(found.startswith(line) for found, line in zip(lines[lines.index("== strategies") + 1:], strategies, strict=False))
     assert lines[-2:] == [f"{key}: {metrics['evaluate'][key]:.8f}" for key in ("val_loss", "val_bpb")]
 

@@ -54,6 +54,7 @@ def test_two_revisions_are_columns_with_their_difference() -> None:
     assert format_revisions([read_revision(name, {}) for name in ("HEAD~1", "trunk")]).splitlines() == [
         "                      HEAD~1    trunk",
         "quantize.bits.mlp          5        4",
+        "audit                      -        -",
         "val_bpb               1.2500   1.5000  +0.2500",
         "held-out bpb               -        -",
         "held-out bpb, float        -        -",
@@ -103,6 +104,16 @@ def test_every_strategy_that_both_have_is_a_row_and_the_others_are_named() -> No
         ["only", "HEAD:", "lora", "bpb,", "phased", "bpb"], ["only", "workspace:", "score_first", "bpb,", "sliding", "bpb"]]
 
 
+def test_what_was_not_checked_is_neither_legal_nor_not() -> None:
+    for verdict in ("legal", "NOT CHECKED"):
+        write_run(PARAMS, {**REPORT, "audit": {"verdict": verdict}})
+        commit(verdict)
+    revisions = [read_revision(name, {}) for name in ("HEAD~1", "HEAD", "trunk~2")]
+    assert format_revisions(revisions[:2]).splitlines()[1].split() == ["audit", "legal", "NOT", "CHECKED"]
+    assert [line.split("  ")[0] for line in format_revisions(revisions).splitlines()[2:3]] == ["HEAD"]
+    assert "NOT CHECKED" in format_revisions(revisions).splitlines()[2]
+
+
 def test_of_more_revisions_it_is_said_what_cannot_be_compared_with_the_first() -> None:
     write_run({**PARAMS, "evaluate": {"strategy": "lora"}}, REPORT)
     assert format_revisions([read_revision(name, {}) for name in ("HEAD", "HEAD~1", "workspace")]).splitlines()[4:] == [
@@ -114,8 +125,9 @@ def test_more_are_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr("sys.argv", ["revisions"])
     main()
     cells = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert cells[0][:3] == ["quantize.damping", "val_bpb", "held-out"]
-    assert [line[:3] for line in cells[1:]] == [["HEAD", "0.01", "1.5000"], ["workspace", "0.01", "1.5000"], ["tidy-newt", "0.1", "1.2500"]]
+    assert cells[0][:3] == ["quantize.damping", "audit", "val_bpb"]
+    assert [line[:4] for line in cells[1:]] == [
+        ["HEAD", "0.01", "-", "1.5000"], ["workspace", "0.01", "-", "1.5000"], ["tidy-newt", "0.1", "-", "1.2500"]]
     assert list(find_experiments()) == ["tidy-newt"]
     git("checkout", "--quiet", "HEAD~1")
     main()
