@@ -60,17 +60,17 @@ class SmearGate(nn.Module):
 
 
 class TokenSmearGate(nn.Module):
-    """x_t <- x_t + g x_{t-1} with one gate g = scale * sigmoid(w . x_t) for each token, which reads its first dimensions; 0 at a start
+    """x_t <- x_t + g x_{t-1} with one gate g = factor * sigmoid(w . x_t) for each token, which reads its first dimensions; 0 at a start
     (#1855)."""
 
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(min(GATE_DIMS, params.model_dim)))
-        self.scale = nn.Parameter(torch.empty(()))
+        self.factor = nn.Parameter(torch.empty(()))
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         """(B, T, D), and (B, T) bool, where nothing is added, position 0 among them -> (B, T, D)."""
-        gate = (self.scale * torch.sigmoid(x[..., :GATE_DIMS] @ self.weight)).masked_fill(starts, 0)
+        gate = (self.factor * torch.sigmoid(x[..., :GATE_DIMS] @ self.weight)).masked_fill(starts, 0)
         return x + gate[..., None].to(x.dtype) * F.pad(x[:, :-1], (0, 0, 1, 0))
 
 

@@ -216,7 +216,7 @@ class GPT(nn.Module):
         "bigram.table.weight": Declared("bigram"),
         "bigram.projection.weight": Declared("bigram"),
         "bigram.scale": Declared("bigram_scale"),
-        **{f"smear_gate.{name}": Declared("smear_gate") for name in ("gate", "weight", "scale")},
+        **{f"smear_gate.{name}": Declared("smear_gate") for name in ("gate", "weight", "factor")},
         "value_embedding.table.weight": Declared("value_embedding"),
         "value_embedding.projection.weight": Declared("value_embedding"),
         "value_embedding.scale": Declared("value_embedding_scale"),

@@ -281,7 +281,7 @@ def test_moments_in_bf16_give_a_quantized_model_that_is_as_good() -> None:
 
     def divergences(moments: Moments) -> Tensor:
         hessians = Hessians(matrix_inputs(parts_of(model)), moments, moments)
-        quantizer = Quantizer(weights, hessians, dict.fromkeys(weights, 4), make_quantize(), SINGLE_CPU)
+        quantizer = Quantizer(weights, hessians, dict.fromkeys(weights, 4), dict.fromkeys(weights, ""), make_quantize(), SINGLE_CPU)
         quantized = mild_model()
         with torch.no_grad():
             for name, weight in QuantizedModel({}, {}, quantizer.round_clipped(), {}).weights().items():

@@ -28,7 +28,7 @@ MODEL: dict[str, Any] = {
 NAMES = {"q": "attention.query.weight", "k": "attention.key.weight", "v": "attention.value.weight", "o": "attention.output.weight",
          "up": "mlp.up.weight", "down": "mlp.down.weight", "q_gain": "attention.q_gain", "gate": "attention.gate", "mix": "residual_mix",
          "attn_scale": "attention_scale", "mlp_scale": "mlp_scale"}
-TABLES = {"tok": "token_embedding.weight", "smear_w": "smear_gate.weight", "smear_lambda": "smear_gate.scale",
+TABLES = {"tok": "token_embedding.weight", "smear_w": "smear_gate.weight", "smear_lambda": "smear_gate.factor",
           "skip_weights": "skip_weights", "skip_gates": "skip_gates"}
 SHAPES = {"smear_w": (12,), "smear_lambda": ()}
 SIGNS = torch.tensor([1.0] * 8 + [-1.0] * 8)  # the published rotation is by minus the angle

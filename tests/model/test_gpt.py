@@ -93,7 +93,7 @@ def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens:
             embedded += w["bigram.projection.weight"] @ w["bigram.table.weight"][row] * w["bigram.scale"]
         x.append(embedded)
     if options["smear_gate"] and options["smear_per_token"]:
-        seen = [np.append(w["smear_gate.scale"] * sigmoid(w["smear_gate.weight"] @ x[t][:12]), t and token != options["bos_id"])
+        seen = [np.append(w["smear_gate.factor"] * sigmoid(w["smear_gate.weight"] @ x[t][:12]), t and token != options["bos_id"])
                 for t, token in enumerate(tokens)]
         x = [x[t] + (seen[t][0] * x[t - 1] if seen[t][1] else 0) for t in range(num_tokens)]
     x = [rms(each) for each in x]
@@ -340,7 +340,7 @@ def test_initialisation_is_published_and_trainable(options: dict[str, Any]) -> N
     model = GPT(parse_model(options, ""))
     model.initialize(seed=3)
     for name, value in {"lane_residual": 1.1, "lane_outputs": 1.0, "attention.gate": 0.0, "skip_gates": 0.0, "smear_gate.weight": 0.0,
-                        "smear_gate.scale": 0.0, "skip_weights": 1.0, "q_gain": options["q_gain_init"]}.items():
+                        "smear_gate.factor": 0.0, "skip_weights": 1.0, "q_gain": options["q_gain_init"]}.items():
         assert all((parameter == value).all() for found, parameter in model.named_parameters() if found.endswith(name)), name
     for block in model.blocks:
         assert not block.get_submodule("attention.output").get_parameter("weight").any()
@@ -442,7 +442,7 @@ def test_gates_at_zero_halve_what_they_scale_and_a_closed_smear_gate_is_none() -
     model, tokens = make_model({**FRONTIER, "unet_skips": False, "skip_gates": False, "tied_head": False}), torch.arange(18).view(2, 9)
     plain = make_model({**FRONTIER, "unet_skips": False, "skip_gates": False, "tied_head": False, "smear_gate": False, "attention_gate": False})
     with torch.no_grad():
-        model.get_parameter("smear_gate.scale").zero_()
+        model.get_parameter("smear_gate.factor").zero_()
         for name, parameter in plain.named_parameters():
             parameter.copy_(model.get_parameter(name))
         for layer in range(5):
