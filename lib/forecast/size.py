@@ -97,7 +97,8 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
     groups = _group(coded, weights, samples)
     white = Moments({first: torch.eye(weights[first].shape[1]) for first in groups}, {})
     plain = params.model_copy(update={"low_rank": params.low_rank.model_copy(update={"max_bytes": 0})})
-    rounded = Quantizer(weights, Hessians(groups, white, white), coded, roles, plain, _Alone(0, 1, torch.device("cpu"))).round_clipped()
+    rounded = Quantizer(weights, Hessians(groups, white, white), coded, plain, roles=roles,
+                        process=_Alone(0, 1, torch.device("cpu"))).round_clipped()
     vectors = {name: weight.half() if name in bits else truncate(weight, params.vector_mantissa_bits)
                for name, weight in weights.items() if bits.get(name, FLOAT_BITS) == FLOAT_BITS}
     packed = pack(QuantizedModel(model.model_dump(mode="json"), {}, {first: _join([rounded[name] for name in names])

@@ -130,7 +130,8 @@ class ModelParams(Params):
         if list(layers) != sorted(set(layers)) or any(layer >= self.num_layers for layer in layers):
             raise ValueError(f"value_embedding_layers: expected ascending layers below {self.num_layers}, found {list(layers)}")
         if self.loop is not None and not self.loop.first <= self.loop.last < self.num_layers:
-            raise ValueError(f"loop: expected layers first <= last < num_layers {self.num_layers}, found {self.loop.first}, {self.loop.last}")
+            raise ValueError(f"loop: expected layers first <= last < num_layers {self.num_layers}, found {self.loop.first} and "
+                             f"{self.loop.last}")
         if self.skip_gates and not self.unet_skips:
             raise ValueError("skip_gates: expected false where unet_skips is, found true")
         earliest = max(self.num_layers // 2, 0 if self.loop is None else self.loop.last + 1)

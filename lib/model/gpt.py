@@ -2,12 +2,12 @@
 
 What it has that a plain transformer has not, each switched by a key of `ModelParams`: hashed bigram embedding, smear gates,
 U-Net skips with gates, residual mix with the embedding, per-layer input scale, shared value embedding, partial RoPE with NTK scaling,
-query gains, exclusive self-attention, gates of heads, documents that do not see each other, leaky relu^2, layers that are run through again,
+query gains, exclusive self-attention, gates of heads, documents that do not see each other, leaky relu^2, layers that run several times,
 parallel lanes, tied head, soft-capped logits. RMSNorm has no parameters. A position that does not see the one before it - the first of a
 sequence, and with the document mask a BOS - is a start.
 
-Shapes: B batch, T tokens, P wanted positions, D model, V vocabulary. The residual stream is (B, T, D); from the first parallel layer on it has
-two lanes, (2, B, T, D), that of attention and that of the MLP.
+Shapes: B batch, T tokens, P wanted positions, D model, V vocabulary. The residual stream is (B, T, D); from the first parallel layer on it
+has two lanes, (2, B, T, D), that of attention and that of the MLP.
 """
 
 import math
@@ -28,7 +28,12 @@ from lib.model.parts import Declared
 from lib.model.sdpa import SDPA, Kernel
 
 VALUE_TABLE_STD = 0.01  # pr585, pr410
-LANE_RESIDUAL = 1.1  # initial factor of each lane (#1855)
+INITIAL: dict[str, float | list[list[float]]] = {
+    "bigram.table.weight": 0, "bigram.scale": 0.05, "smear_gate.gate": 0, "smear_gate.weight": 0, "smear_gate.factor": 0,
+    "value_embedding.projection.weight": 0, "value_embedding.scale": 0.1, "value_embedding.layer_scales": 1, "attention.output.weight": 0,
+    "attention.gate": 0, "mlp.down.weight": 0, "attention_scale": 1, "mlp_scale": 1, "residual_mix": [[1], [0]], "lane_residual": 1.1,
+    "lane_outputs": 1, "skip_weights": 1, "skip_gates": 0, "head.weight": 0}
+"""Initial values of what does not begin at random; of parameters of blocks by their names within one."""
 
 
 class MLP(nn.Module):
@@ -250,7 +255,8 @@ class GPT(nn.Module):
         self.smear_gate = (TokenSmearGate if params.smear_per_token else SmearGate)(params) if params.smear_gate else None
         self.value_embedding = ValueEmbedding(params) if params.value_embedding_dim else None
         first_parallel = params.num_layers if params.parallel_from is None else params.parallel_from
-        self.blocks = nn.ModuleList((ParallelBlock if layer >= first_parallel else Block)(params, layer) for layer in range(params.num_layers))
+        self.blocks = nn.ModuleList((Block if layer < first_parallel else ParallelBlock)(params, layer)
+                                    for layer in range(params.num_layers))
         num_skips = len(params.layer_order()) // 2
         for name, exists in (("skip_weights", params.unet_skips), ("skip_gates", params.skip_gates)):
             self.register_parameter(name, nn.Parameter(torch.empty(num_skips, params.model_dim)) if num_skips and exists else None)
@@ -270,8 +276,8 @@ class GPT(nn.Module):
             targets: (B, P) int64, the tokens that follow the chosen positions.
             positions: the P of the T positions that are scored.
             attention_tokens: how many tokens a position attends to at most, itself included; None for all.
-            starts: (B, T) bool, true at position 0 and wherever a part of a row begins that sees nothing before it, as documents do with the
-                document mask; None for what that mask says. The smear gate of tokens keeps to documents.
+            starts: (B, T) bool, true at position 0 and wherever a part of a row begins that sees nothing before it; None for the documents
+                of a model with document mask, or nowhere else. The smear gate of tokens goes by documents whatever it says.
             looped: whether the layers of the loop are run through several times; False only early in training.
             compiled: whether embedding, blocks and head run through ``torch.compile``, each shape anew.
 
@@ -283,7 +289,7 @@ class GPT(nn.Module):
 
     def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None,
                starts: Tensor | None = None) -> Tensor:
-        """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64; arguments as of `forward`."""
+        """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64; arguments of `forward`."""
         cap = self.params.logit_softcap
         y = self._run_blocks(tokens, positions, attention_tokens, starts, looped=True, compiled=False)
         return cap * torch.tanh(self.head_outputs(y).float() / cap)
@@ -309,6 +315,7 @@ class GPT(nn.Module):
         kept: list[Tensor] = []
         for place, layer in enumerate(order, 1):
             block, is_last = self.blocks[layer], place == len(order)
+            assert isinstance(block, Block)
             x, y = call(type(block).attend, block, x, y, at_positions if is_last else everywhere, added_values.get(layer),
                         None if input_scales is None else input_scales[layer], compiled=compiled)
             skip = self._skip(place - num_skips, kept) if num_skips <= place < 2 * num_skips else None
@@ -371,39 +378,15 @@ class GPT(nn.Module):
         embedding = self.token_embedding.weight
         embedding.copy_(torch.randn(embedding.shape, generator=generator) * self.params.embedding_init_std)
         if self.bigram is not None:
-            self.bigram.table.weight.zero_()
             self.bigram.projection.weight.mul_(1 / math.sqrt(2 * self.params.num_layers))
-            self.bigram.scale.fill_(0.05)
-        if self.smear_gate is not None:
-            for parameter in self.smear_gate.parameters():
-                parameter.zero_()
         if self.value_embedding is not None:
             table = self.value_embedding.table.weight
             table.copy_(torch.randn(table.shape, generator=generator) * VALUE_TABLE_STD)
-            self.value_embedding.projection.weight.zero_()
-            self.value_embedding.scale.fill_(0.1)
-            self.value_embedding.layer_scales.fill_(1)
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.attention.output.weight.zero_()
-                module.mlp.down.weight.zero_()
-                module.attention.q_gain.fill_(self.params.q_gain_init)
-                module.attention_scale.fill_(1)
-                module.mlp_scale.fill_(1)
-                if module.attention.gate is not None:
-                    module.attention.gate.zero_()
-                if module.residual_mix is not None:
-                    module.residual_mix[0] = 1
-                    module.residual_mix[1] = 0
-            if isinstance(module, ParallelBlock):
-                module.lane_residual.fill_(LANE_RESIDUAL)
-                module.lane_outputs.fill_(1)
-        if self.skip_weights is not None:
-            self.skip_weights.fill_(1)
-        if self.skip_gates is not None:
-            self.skip_gates.zero_()
-        if isinstance(self.head, nn.Linear):
-            self.head.weight.zero_()
+        for name, parameter in self.named_parameters():
+            if (value := INITIAL.get(name.split(".", 2)[-1] if name.startswith("blocks.") else name)) is not None:
+                parameter.copy_(torch.tensor(value))
+            elif name.endswith("q_gain"):
+                parameter.fill_(self.params.q_gain_init)
 
 
 def _losses(model: GPT, y: Tensor, targets: Tensor) -> Tensor:

@@ -91,7 +91,8 @@ def list_tensors(weights: Mapping[str, Tensor], parts: Mapping[str, Part], hessi
             errors = row_errors(weight - results[name].to(device), hessian)
             relative = nearest = float(errors.sum()) / reference if reference else 0.0
             if matrix is not None and reference:
-                nearest = float(row_errors(weight - _round_to_nearest(weight, matrix, params.clip.of_role(parts[name].role)), hessian).sum()) / reference
+                rounded = _round_to_nearest(weight, matrix, params.clip.of_role(parts[name].role))
+                nearest = float(row_errors(weight - rounded, hessian).sum()) / reference
             correction = quantized.matrices.get(name + LEFT)
             rows.append(TensorRow(
                 name=name, role=parts[name].role, method="fp16" if matrix is None else params.method,

@@ -76,16 +76,16 @@ class Quantizer:
         weights: name -> (R, C) fp32.
         hessians: second moments of the same model.
         bits: name -> 2 to 8, or `FREE`.
-        roles: name -> role.
         params: section ``quantize``.
+        roles: name -> role.
         process: says which share is computed here, and on which device.
 
     Raises:
         ValueError: a Hessian that has no Cholesky decomposition.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], hessians: Hessians, bits: Mapping[str, int | str], roles: Mapping[str, str],
-                 params: QuantizeParams, process: Process) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], hessians: Hessians, bits: Mapping[str, int | str], params: QuantizeParams, *,
+                 roles: Mapping[str, str], process: Process) -> None:
         self._weights, self._hessians, self._params, self._process = weights, hessians, params, process
         members = []
         for source, names in hessians.inputs.items():

@@ -234,7 +234,7 @@ def test_labels_are_drawn_from_the_model() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"tied_head": False}, FRONTIER], ids=["tied", "untied", "frontier"])
 def test_the_predicted_loss_is_the_divergence(options: dict[str, Any]) -> None:
-    """1/2 sum g e H e^T against the Kullback-Leibler divergence of the model with small random errors in one matrix, wherever it is used."""
+    """1/2 sum g e H e^T against the Kullback-Leibler divergence of the model with small random errors in one matrix."""
     model, sequences = make_model(**options), make_sequences(128, 16)
     moments = collect(model, sequences, batch_sequences=64)
     ratios: dict[str, float] = {}
@@ -281,7 +281,8 @@ def test_moments_in_bf16_give_a_quantized_model_that_is_as_good() -> None:
 
     def divergences(moments: Moments) -> Tensor:
         hessians = Hessians(matrix_inputs(parts_of(model)), moments, moments)
-        quantizer = Quantizer(weights, hessians, dict.fromkeys(weights, 4), dict.fromkeys(weights, ""), make_quantize(), SINGLE_CPU)
+        quantizer = Quantizer(weights, hessians, dict.fromkeys(weights, 4), make_quantize(), roles=dict.fromkeys(weights, ""),
+                              process=SINGLE_CPU)
         quantized = mild_model()
         with torch.no_grad():
             for name, weight in QuantizedModel({}, {}, quantizer.round_clipped(), {}).weights().items():

@@ -61,7 +61,8 @@ def test_pruning_bits_and_low_rank_corrections_change_the_forecast() -> None:
     assert size(bits=dict.fromkeys(FIXED["bits"], 6)) - size() == pytest.approx(num_weights / 8, rel=0.05)  # one bit for each
     assert size(prune_fraction=0.5) < 0.8 * size()
     assert size(rate_weight=1.0) < 0.995 * size()
-    vectors = {bits: gaussian_parts(make_pipeline(quantize=FIXED | {"vector_mantissa_bits": bits}))["vectors"].num_bytes for bits in (2, 10)}
+    vectors = {bits: gaussian_parts(make_pipeline(quantize=FIXED | {"vector_mantissa_bits": bits}))["vectors"].num_bytes
+               for bits in (2, 10)}
     num_values = sum(weight.numel() for name, weight in sample_gaussian(make_pipeline().model.architecture).weights.items()
                      if name.endswith(("scale", "scales", "gain", "mix", "gate", "skip_weights")))
     assert vectors[10] - vectors[2] == pytest.approx(num_values, rel=0.15)  # eight bits for each

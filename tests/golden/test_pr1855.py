@@ -1,7 +1,7 @@
 """The architecture of entry #1855 beside what its own classes computed: logits, loss and gradients of one small model.
 
-`pr1855_model.safetensors` holds all weights, 61 tokens of three documents, logits with and without the loop, with documents joined and apart,
-and gradients of the loss with both; of matrices of layers those of two rows.
+`pr1855_model.safetensors` holds all weights, 61 tokens of three documents, logits with and without the loop, with documents joined and
+apart, and gradients of the loss with both; of matrices of layers those of two rows.
 """
 
 from pathlib import Path
@@ -20,11 +20,11 @@ TOKENS = GOLDEN["tokens"][None]
 DOCUMENTS = [0, 17, 41]
 MODEL: dict[str, Any] = {
     "vocab_size": 97, "bos_id": 1, "document_mask": False, "num_layers": 11, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2,
-    "mlp_hidden_dim": 256, "mlp_negative_slope": 0.5, "rope_dims": 16, "rope_base": 10000.0, "rope_trained_tokens": None, "q_gain_init": 5.0,
-    "num_xsa_layers": 11, "smear_gate": True, "smear_per_token": True, "bigram_rows": 0, "bigram_dim": 1, "value_embedding_dim": 0,
-    "value_embedding_layers": [], "unet_skips": True, "skip_gates": True, "attention_gate": True, "parallel_from": 8,
-    "loop": {"first": 3, "last": 5, "passes": 3}, "residual_mix": True, "ln_scale": True, "tied_head": True, "logit_softcap": 30.0,
-    "embedding_init_std": 0.005}
+    "mlp_hidden_dim": 256, "mlp_negative_slope": 0.5, "rope_dims": 16, "rope_base": 10000.0, "rope_trained_tokens": None,
+    "q_gain_init": 5.0, "num_xsa_layers": 11, "smear_gate": True, "smear_per_token": True, "bigram_rows": 0, "bigram_dim": 1,
+    "value_embedding_dim": 0, "value_embedding_layers": [], "unet_skips": True, "skip_gates": True, "attention_gate": True,
+    "parallel_from": 8, "loop": {"first": 3, "last": 5, "passes": 3}, "residual_mix": True, "ln_scale": True, "tied_head": True,
+    "logit_softcap": 30.0, "embedding_init_std": 0.005}
 NAMES = {"q": "attention.query.weight", "k": "attention.key.weight", "v": "attention.value.weight", "o": "attention.output.weight",
          "up": "mlp.up.weight", "down": "mlp.down.weight", "q_gain": "attention.q_gain", "gate": "attention.gate", "mix": "residual_mix",
          "attn_scale": "attention_scale", "mlp_scale": "mlp_scale"}
@@ -85,5 +85,5 @@ def test_loss_and_gradients() -> None:
             found = found * SIGNS.repeat(len(found) // 16)[:, None]
         if found.shape != expected.shape:
             found = found[[0, len(found) // 2]]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not GOLDEN["gradient/lane_post"][:8].any()  # what layers before the first parallel one have, and this model has not

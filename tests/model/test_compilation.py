@@ -83,8 +83,8 @@ def test_layers_share_graphs(num_layers: int, counting: Counting) -> None:
 
 def test_repetitions_and_lanes_share_graphs(counting: Counting) -> None:
     """Start and losses; the first half of a block, and of a parallel one; the second half where its output is kept for a skip, where a gate
-    mixes it with itself or with an earlier one, where none does, before the first parallel block, between two, and before the head. The order
-    before the loop begins has the skips at other blocks, which differ in nothing that a graph is made for."""
+    mixes it with itself or with an earlier one, where none does, before the first parallel block, between two, and before the head. Before
+    the loop begins skips are at other blocks, which differ in nothing that a graph is made for."""
     model = make_model(**{**FRONTIER, "num_layers": 11, "num_xsa_layers": 11, "value_embedding_dim": 0, "value_embedding_layers": [],
                           "parallel_from": 8, "loop": {"first": 3, "last": 5, "passes": 3}})
     rows = make_rows(model)

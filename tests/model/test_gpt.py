@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.errors import UserError
 from lib.model.attention import rms_norm
@@ -76,98 +76,112 @@ def document_begins(options: dict[str, Any], tokens: list[int]) -> list[int]:
     return [max(start for start in starts if start <= t) for t in range(len(tokens))]
 
 
+def reference_order(options: dict[str, Any]) -> list[int]:
+    """The layers, one after the other."""
+    order, loop = list(range(options["num_layers"])), options["loop"]
+    for _ in range(loop["passes"] - 1 if loop else 0):
+        order[loop["last"] + 1:loop["last"] + 1] = range(loop["first"], loop["last"] + 1)
+    return order
+
+
+def reference_embeddings(options: dict[str, Any], w: dict[str, Array], tokens: list[int], begin: list[int]) -> list[Array]:
+    """What goes into the first layer, for each token."""
+    x = []
+    for t, token in enumerate(tokens):
+        x.append(w["token_embedding.weight"][token].copy())
+        if options["bigram_rows"]:
+            row = -1 if begin[t] == t else ((36313 * token) ^ (27191 * tokens[t - 1])) % (options["bigram_rows"] - 1)
+            x[t] += w["bigram.projection.weight"] @ w["bigram.table.weight"][row] * w["bigram.scale"]
+    if options["smear_gate"] and options["smear_per_token"]:
+        gates = [w["smear_gate.factor"] * sigmoid(w["smear_gate.weight"] @ x[t][:12]) if t and token != options["bos_id"] else 0
+                 for t, token in enumerate(tokens)]
+        x = [x[t] + (gates[t] * x[t - 1]) for t in range(len(tokens))]
+    x = [rms(each) for each in x]
+    if options["smear_gate"] and not options["smear_per_token"]:
+        gate = sigmoid(w["smear_gate.gate"])
+        x = [(1 - gate) * x[t] + gate * (0 if begin[t] == t else x[t - 1]) for t in range(len(tokens))]
+    return x
+
+
+def reference_attention(options: dict[str, Any], w: dict[str, Array], layer: int, inputs: list[Array], *,
+                        tokens: list[int], begin: list[int], span: int) -> list[Array]:
+    """What attention adds to each token, from its normalised inputs."""
+    name, heads, kv_heads = f"blocks.{layer}.attention", options["num_heads"], options["num_kv_heads"]
+    width = options["model_dim"] // heads
+    queries, keys, values, added = [], [], [], []
+    for t, h in enumerate(inputs):
+        q = (w[name + ".query.weight"] @ h).reshape(heads, width)
+        k = (w[name + ".key.weight"] @ h).reshape(kv_heads, width)
+        v = w[name + ".value.weight"] @ h
+        if layer in options["value_embedding_layers"]:
+            factor = w["value_embedding.layer_scales"][options["value_embedding_layers"].index(layer)] * w["value_embedding.scale"]
+            v = v + w["value_embedding.projection.weight"] @ w["value_embedding.table.weight"][tokens[t]] * factor
+        queries.append([rotated(rms(q[n]), t, options, span) * w[name + ".q_gain"][n] for n in range(heads)])
+        keys.append([rotated(rms(k[n]), t, options, span) for n in range(kv_heads)])
+        values.append(v.reshape(kv_heads, width))
+    for t, h in enumerate(inputs):
+        outputs = []
+        for n in range(heads):
+            group, seen = n // (heads // kv_heads), range(max(begin[t], t + 1 - span), t + 1)
+            scores = np.array([queries[t][n] @ keys[s][group] / math.sqrt(width) for s in seen])
+            shares = np.exp(scores - scores.max())
+            y = sum(share / shares.sum() * values[s][group] for s, share in zip(seen, shares, strict=True))
+            if layer >= options["num_layers"] - options["num_xsa_layers"]:
+                own = values[t][group] / np.linalg.norm(values[t][group])
+                y = y - (y @ own) * own
+            outputs.append(y * sigmoid(0.5 * w[name + ".gate"][n] @ h[:12]) if options["attention_gate"] else y)
+        added.append(w[name + "_scale"] * (w[name + ".output.weight"] @ np.concatenate(outputs)))
+    return added
+
+
+def reference_mlp(options: dict[str, Any], w: dict[str, Array], layer: int, inputs: list[Array]) -> list[Array]:
+    """What the MLP adds to each token, from its normalised inputs."""
+    name, added = f"blocks.{layer}.mlp", []
+    for h in inputs:
+        hidden = w[name + ".up.weight"] @ h
+        hidden = np.where(hidden > 0, hidden, options["mlp_negative_slope"] * hidden) ** 2
+        added.append(w[name + "_scale"] * (w[name + ".down.weight"] @ hidden))
+    return added
+
+
 def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens: list[int], attention_tokens: int | None = None,
                      begin: list[int] | None = None) -> Array:
     """(T, V) logits of one sequence, written from the published description with loops and no shared code.
 
     `begin` says for each token where what it sees begins, in place of `document_begins`.
     """
-    w, num_tokens, layers = weights, len(tokens), options["num_layers"]
-    heads, kv_heads, span = options["num_heads"], options["num_kv_heads"], min(num_tokens, attention_tokens or num_tokens)
-    width = options["model_dim"] // heads
-    begin, x = begin or document_begins(options, tokens), []
-    for t, token in enumerate(tokens):
-        embedded = w["token_embedding.weight"][token].copy()
-        if options["bigram_rows"]:
-            row = -1 if begin[t] == t else ((36313 * token) ^ (27191 * tokens[t - 1])) % (options["bigram_rows"] - 1)
-            embedded += w["bigram.projection.weight"] @ w["bigram.table.weight"][row] * w["bigram.scale"]
-        x.append(embedded)
-    if options["smear_gate"] and options["smear_per_token"]:
-        seen = [np.append(w["smear_gate.factor"] * sigmoid(w["smear_gate.weight"] @ x[t][:12]), t and token != options["bos_id"])
-                for t, token in enumerate(tokens)]
-        x = [x[t] + (seen[t][0] * x[t - 1] if seen[t][1] else 0) for t in range(num_tokens)]
-    x = [rms(each) for each in x]
-    if options["smear_gate"] and not options["smear_per_token"]:
-        gate = sigmoid(w["smear_gate.gate"])
-        x = [(1 - gate) * x[t] + gate * (0 if begin[t] == t else x[t - 1]) for t in range(num_tokens)]
+    w, every, span = weights, range(len(tokens)), min(len(tokens), attention_tokens or len(tokens))
+    begin, order = begin or document_begins(options, tokens), reference_order(options)
+    x = reference_embeddings(options, w, tokens, begin)
     x0, lane = list(x), list[Array]()
     stack: list[list[Array]] = []
-    order = list(range(layers))
-    if loop := options["loop"]:
-        order = [*range(loop["last"] + 1)]
-        for _ in range(loop["passes"] - 1):
-            order += [*range(loop["first"], loop["last"] + 1)]
-        order += [*range(loop["last"] + 1, layers)]
     for place, layer in enumerate(order):
-        name = f"blocks.{layer}."
+        name, number = f"blocks.{layer}.", place - len(order) // 2
         parallel = options["parallel_from"] is not None and layer >= options["parallel_from"]
-        if parallel and not lane:
-            lane = list(x)
-        if options["unet_skips"] and place >= len(order) // 2 and stack:
-            skip = w["skip_weights"][place - len(order) // 2]
-            popped = stack.pop()
-            if options["skip_gates"]:
-                share = sigmoid(w["skip_gates"][place - len(order) // 2])
-                x = [share * x[t] + (1 - share) * skip * popped[t] for t in range(num_tokens)]
-            else:
-                x = [x[t] + skip * popped[t] for t in range(num_tokens)]
-        unmixed = list(x)
+        lane = lane or (list(x) if parallel else [])
+        if options["unet_skips"] and number >= 0 and stack:
+            skip, popped = w["skip_weights"][number], stack.pop()
+            share = sigmoid(w["skip_gates"][number]) if options["skip_gates"] else None
+            x = [x[t] + skip * popped[t] if share is None else share * x[t] + (1 - share) * skip * popped[t] for t in every]
+        mixed = list(x)
         if options["residual_mix"]:
             mix = w[name + "residual_mix"]
-            x = [mix[0] * x[t] + mix[1] * x0[t] for t in range(num_tokens)]
+            mixed = [mix[0] * x[t] + mix[1] * x0[t] for t in every]
         scale = 1 / math.sqrt(layer + 1) if options["ln_scale"] else 1.0
-        queries, keys, values, attended = [], [], [], list(x)
-        for t in range(num_tokens):
-            h = rms(x[t]) * scale
-            q = (w[name + "attention.query.weight"] @ h).reshape(heads, width)
-            k = (w[name + "attention.key.weight"] @ h).reshape(kv_heads, width)
-            v = w[name + "attention.value.weight"] @ h
-            if layer in options["value_embedding_layers"]:
-                factor = w["value_embedding.layer_scales"][options["value_embedding_layers"].index(layer)] * w["value_embedding.scale"]
-                v = v + w["value_embedding.projection.weight"] @ w["value_embedding.table.weight"][tokens[t]] * factor
-            queries.append([rotated(rms(q[n]), t, options, span) * w[name + "attention.q_gain"][n] for n in range(heads)])
-            keys.append([rotated(rms(k[n]), t, options, span) for n in range(kv_heads)])
-            values.append(v.reshape(kv_heads, width))
-        for t in range(num_tokens):
-            outputs = []
-            for n in range(heads):
-                group, seen = n // (heads // kv_heads), range(max(begin[t], t + 1 - span), t + 1)
-                scores = np.array([queries[t][n] @ keys[s][group] / math.sqrt(width) for s in seen])
-                shares = np.exp(scores - scores.max())
-                y = sum(share / shares.sum() * values[s][group] for s, share in zip(seen, shares, strict=True))
-                if layer >= layers - options["num_xsa_layers"]:
-                    own = values[t][group] / np.linalg.norm(values[t][group])
-                    y = y - (y @ own) * own
-                if options["attention_gate"]:
-                    y = y * sigmoid(0.5 * w[name + "attention.gate"][n] @ (rms(x[t]) * scale)[:12])
-                outputs.append(y)
-            attended[t] = w[name + "attention_scale"] * (w[name + "attention.output.weight"] @ np.concatenate(outputs))
-        for t in range(num_tokens):
-            hidden = w[name + "mlp.up.weight"] @ (rms(lane[t] if parallel else x[t] + attended[t]) * scale)
-            hidden = np.where(hidden > 0, hidden, options["mlp_negative_slope"] * hidden) ** 2
-            transformed = w[name + "mlp_scale"] * (w[name + "mlp.down.weight"] @ hidden)
-            if parallel:
-                keep, give = w[name + "lane_residual"], w[name + "lane_outputs"]
-                x[t] = keep[0] * unmixed[t] + give[0, 0] * attended[t] + give[1, 0] * transformed
-                lane[t] = keep[1] * lane[t] + give[0, 1] * attended[t] + give[1, 1] * transformed
-            else:
-                x[t] = x[t] + attended[t] + transformed
-        if options["unet_skips"] and place < len(order) // 2:
+        attended = reference_attention(options, w, layer, [rms(mixed[t]) * scale for t in every], tokens=tokens, begin=begin, span=span)
+        read = lane if parallel else [mixed[t] + attended[t] for t in every]
+        transformed = reference_mlp(options, w, layer, [rms(read[t]) * scale for t in every])
+        if parallel:
+            keep, give = w[name + "lane_residual"], w[name + "lane_outputs"]
+            x = [keep[0] * x[t] + give[0, 0] * attended[t] + give[1, 0] * transformed[t] for t in every]
+            lane = [keep[1] * lane[t] + give[0, 1] * attended[t] + give[1, 1] * transformed[t] for t in every]
+        else:
+            x = [mixed[t] + attended[t] + transformed[t] for t in every]
+        if options["unet_skips"] and number < 0:
             stack.append(list(x))
-    if lane:
-        x = [(x[t] + lane[t]) / 2 for t in range(num_tokens)]
+    x = [(x[t] + lane[t]) / 2 for t in every] if lane else x
     head, cap = w["token_embedding.weight" if options["tied_head"] else "head.weight"], options["logit_softcap"]
-    return np.stack([cap * np.tanh(head @ rms(x[t]) / cap) for t in range(num_tokens)])
+    return np.stack([cap * np.tanh(head @ rms(x[t]) / cap) for t in every])
 
 
 ARCHITECTURES = {
@@ -430,17 +444,16 @@ def test_a_loop_is_a_deeper_model_with_the_same_layers() -> None:
     options = {**PLAIN, "num_layers": 4, "unet_skips": True, "skip_gates": True, "residual_mix": True}
     looped, tokens = make_model({**options, "loop": {"first": 1, "last": 2, "passes": 3}}), torch.arange(18).view(2, 9)
     deep = make_model({**options, "num_layers": 8})
-    weights = looped.state_dict()
-    repeated = [(f"blocks.{place}.", f"blocks.{layer}.") for place, layer in enumerate([0, 1, 2, 1, 2, 1, 2, 3])]
-    deep.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith("blocks.")} | {
-        place + name.removeprefix(layer): weight for place, layer in repeated for name, weight in weights.items() if name.startswith(layer)})
+    deep.blocks = nn.ModuleList(looped.blocks[layer] for layer in (0, 1, 2, 1, 2, 1, 2, 3))
+    for name in ("token_embedding", "skip_weights", "skip_gates", "head"):
+        setattr(deep, name, getattr(looped, name))
     assert torch.equal(looped.logits(tokens), deep.logits(tokens))
     assert not torch.equal(looped(tokens, tokens), looped(tokens, tokens, looped=False))
 
 
 def test_gates_at_zero_halve_what_they_scale_and_a_closed_smear_gate_is_none() -> None:
-    model, tokens = make_model({**FRONTIER, "unet_skips": False, "skip_gates": False, "tied_head": False}), torch.arange(18).view(2, 9)
-    plain = make_model({**FRONTIER, "unet_skips": False, "skip_gates": False, "tied_head": False, "smear_gate": False, "attention_gate": False})
+    model, tokens = make_model(FRONTIER), torch.arange(18).view(2, 9)
+    plain = make_model({**FRONTIER, "smear_gate": False, "attention_gate": False})
     with torch.no_grad():
         model.get_parameter("smear_gate.factor").zero_()
         for name, parameter in plain.named_parameters():
@@ -477,8 +490,8 @@ def test_lanes_that_nothing_tells_apart_are_one_stream() -> None:
     ({"value_embedding_dim": 0}, "value_embedding_layers: expected at least one layer exactly when"),
     ({"value_embedding_layers": [4, 3]}, "value_embedding_layers: expected ascending layers below 5"),
     ({"value_embedding_layers": [5]}, "value_embedding_layers: expected ascending layers below 5"),
-    ({"loop": {"first": 3, "last": 2, "passes": 2}}, "loop: expected layers first <= last < num_layers 5, found 3, 2"),
-    ({"loop": {"first": 3, "last": 5, "passes": 2}}, "loop: expected layers first <= last < num_layers 5, found 3, 5"),
+    ({"loop": {"first": 3, "last": 2, "passes": 2}}, "loop: expected layers first <= last < num_layers 5, found 3 and 2"),
+    ({"loop": {"first": 3, "last": 5, "passes": 2}}, "loop: expected layers first <= last < num_layers 5, found 3 and 5"),
     ({"loop": {"first": 3, "last": 4, "passes": 1}}, "loop.passes: expected a number from 2, found 1"),
     ({"skip_gates": True, "unet_skips": False}, "skip_gates: expected false where unet_skips is"),
     ({"parallel_from": 1}, "parallel_from: expected a layer of the second half behind the loop, 2 to 4, or null, found 1"),

@@ -182,7 +182,12 @@ def test_a_run_with_a_loop_continues_to_the_same_result(tmp_path: Path, monkeypa
 def test_what_the_loop_needs_is_warmed_up_before_what_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: float,
                                                                expected: list[bool]) -> None:
     params, backward, seen = make_params(loop_start=start), Run.backward, list[bool]()
-    monkeypatch.setattr(Run, "backward", lambda run, looped: seen.append(looped) or backward(run, looped))
+
+    def watch(run: Run, looped: bool) -> torch.Tensor:
+        seen.append(looped)
+        return backward(run, looped)
+
+    monkeypatch.setattr(Run, "backward", watch)
     loader = Loader(make_split(tmp_path / "train"), params.sequence_tokens, params.batch_sequences, seed=5)
     Run(make_model(**LOOP), params, loader, SINGLE_CPU).warm_up()
     assert seen == expected
