@@ -12,8 +12,9 @@ from bench.forecast import make_weights, pack_nearest
 from lib.compression.budget import SizeRow, summarize
 from lib.forecast.size import MIN_ROWS, SPREAD, forecast_parts, sample_gaussian, sample_weights
 from lib.model.gpt import outline
+from lib.presets import load_settings
 from lib.schema import PipelineParams
-from tests.forecast.presets import FIXED, make_pipeline
+from tests.forecast.presets import FIXED, ROOT, make_pipeline
 
 
 def gaussian_parts(params: PipelineParams, factor: float = 1.0) -> dict[str, SizeRow]:
@@ -67,6 +68,14 @@ def test_pruning_bits_and_low_rank_corrections_change_the_forecast() -> None:
                      if name.endswith(("scale", "scales", "gain", "mix", "gate", "skip_weights")))
     assert vectors[10] - vectors[2] == pytest.approx(num_values, rel=0.15)  # eight bits for each
     assert size(low_rank={"max_bytes": 5000, "bits": 8}) == size() + 5000
+
+
+def test_the_grid_of_1855_is_forecast_below_the_limit() -> None:
+    """Also part by part: 3.48, 3.30 and 4.22 bits are the entropies of normal weights."""
+    params = load_settings("pr1855", ROOT / "presets")
+    parts = gaussian_parts(params)
+    assert summarize([*parts.values()])["artifact_bytes"] < 16_000_000
+    assert [parts[role].coded_bits for role in ("mlp", "attention", "embedding")] == pytest.approx([3.48, 3.30, 4.22], rel=0.01)
 
 
 def test_samples_are_rows_of_every_matrix_and_whole_vectors() -> None:

@@ -28,8 +28,6 @@ FULL: dict[str, Any] = {
 }
 PLAIN = {**FULL, "num_kv_heads": 4, "rope_dims": 6, "num_xsa_layers": 0, "smear_gate": False, "bigram_rows": 0, "value_embedding_dim": 0,
          "value_embedding_layers": [], "unet_skips": False, "residual_mix": False, "ln_scale": False, "tied_head": False}
-
-
 FRONTIER = {**FULL, "mlp_negative_slope": 0.5, "smear_per_token": True, "skip_gates": True, "attention_gate": True, "parallel_from": 3,
             "loop": {"first": 1, "last": 2, "passes": 3}}
 
