@@ -61,9 +61,10 @@ def make_weights(model: ModelParams, kind: str) -> dict[str, Tensor]:
 def pack_nearest(weights: Mapping[str, Tensor], model: ModelParams, params: QuantizeParams, coding: CompressParams) -> int:
     """Bytes of the artifact whose weights are the nearest on the grid of their row."""
     matrices = {}
-    for name, bits in choose_bits(parts_of(outline(model.model_dump(mode="json"))), params).items():
+    parts = parts_of(outline(model.model_dump(mode="json")))
+    for name, bits in choose_bits(parts, params).items():
         if bits != FLOAT_BITS:
-            scales = row_scales(weights[name], int(bits), params.clip)
+            scales = row_scales(weights[name], int(bits), params.clip.of_role(parts[name].role))
             codes = round_to_grid(weights[name], scales[:, None], int(bits)).to(torch.int16)
             matrices[name] = QuantizedTensor(codes, exponents_of(scales), torch.zeros(codes.shape[1], dtype=torch.int16), int(bits))
     vectors = {name: weight.half() for name, weight in weights.items() if name not in matrices}

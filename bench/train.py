@@ -200,9 +200,11 @@ def measure(loops: Mapping[str, Callable[[], Loop]], process: Process, num_steps
 
 def flops_per_token(model: GPT, sequence_tokens: int) -> float:
     """Operations of forward and backward pass; see the head of this file."""
-    weights = sum(model.get_parameter(name).numel() for name, part in parts_of(model).items() for module in part.modules
+    order = model.params.layer_order()
+    weights = sum(model.get_parameter(name).numel() * (1 if part.layer is None else order.count(part.layer))
+                  for name, part in parts_of(model).items() for module in part.modules
                   if part.is_matrix and not isinstance(model.get_submodule(module), nn.Embedding))
-    return 6 * weights + 12 * model.params.num_layers * model.params.model_dim * sequence_tokens / 2
+    return 6 * weights + 12 * len(order) * model.params.model_dim * sequence_tokens / 2
 
 
 def find_peak(process: Process, precision: Precision) -> tuple[float, str]:

@@ -3,6 +3,7 @@
 Stages read only their own sections, so that none depends on another's parameters.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -38,9 +39,13 @@ class PipelineParams(Params):
             raise ValueError(f"seeds: expected each seed once, found {list(self.seeds)}")
         if self.model.vocab_size != self.tokenize.vocab_size:
             raise ValueError(f"model.vocab_size: expected tokenize.vocab_size {self.tokenize.vocab_size}, found {self.model.vocab_size}")
-        for key, bits in (("quantize.bits", self.quantize.bits), ("train.qat.bits", self.train.qat.bits)):
-            if unknown := sorted(bits.keys() - set(MATRIX_ROLES)):
+        of_roles: dict[str, Mapping[str, object]] = {
+            "quantize.bits": self.quantize.bits, "train.qat.bits": self.train.qat.bits,
+            "quantize.clip.num_std_of": self.quantize.clip.num_std_of}
+        for key, values in of_roles.items():
+            if unknown := sorted(values.keys() - set(MATRIX_ROLES)):
                 raise ValueError(f"{key}.{unknown[0]}: expected a role of matrices, one of {', '.join(MATRIX_ROLES)}")
+        for key, bits in (("quantize.bits", self.quantize.bits), ("train.qat.bits", self.train.qat.bits)):
             if missing := sorted(set(self.model.roles) - bits.keys()):
                 raise ValueError(f"{key}.{missing[0]}: expected bits, as the model has matrices of this role, found nothing")
         target, limit = self.quantize.target_bytes, self.compress.limit_bytes

@@ -181,7 +181,32 @@ def test_presets_have_the_published_parameter_counts(preset: str, num_parameters
     assert outline(model.model_dump(mode="json")).num_parameters == num_parameters
 
 
-@pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat"])
+def test_1855_has_all_parameters_but_those_that_nothing_uses() -> None:
+    """The published program stores the six factors of lanes for all layers; those before the first parallel one never get a gradient."""
+    model = load_settings("pr1855", FOLDER).model.architecture
+    assert model.parallel_from is not None
+    assert outline(model.model_dump(mode="json")).num_parameters + 6 * model.parallel_from == 35_945_671
+
+
+def test_1855_has_the_published_values() -> None:
+    values = dict(flatten(load_settings("pr1855", FOLDER).model_dump(mode="json")))
+    optimizer = {
+        "matrix_lr": 0.026, "embedding_lr": 0.03, "vector_lr": 0.02, "weight_decay.matrix": 0.095, "weight_decay.embedding": 0.085,
+        "weight_decay.vector": 0.02, "momentum_start": 0.92, "momentum": 0.97, "momentum_warmup": pytest.approx(1500 / 4945, abs=5e-4),
+        "orthogonalization": "polar_express", "orthogonalization_steps": 5, "normalize_rows": "before", "cautious_decay": False,
+        "adam_betas": [0.9, 0.99], "adam_eps": 1e-8, "grad_clip": 0.3, "warmdown": 0.85, "lr_floor": 0.1}
+    expected = {f"train.optimizer.{key}": value for key, value in optimizer.items()} | {
+        "train.averaging.ema_decay": 0.9965, "train.averaging.select": "ema", "train.loop_start": 0.35, "train.qat.below_lr": 0.0,
+        "model.embedding_init_std": 0.005, "model.logit_softcap": 30.0, "model.rope_dims": 16, "model.rope_base": 10_000.0,
+        "model.tied_head": True, "model.ln_scale": True, "model.residual_mix": True, "model.unet_skips": True, "model.smear_gate": True,
+        "quantize.clip.num_std": 13.0, "quantize.clip.num_std_of.mlp": 11.5, "quantize.clip.num_std_of.embedding": 14.0,
+        "quantize.clip.floor": 0.0, "quantize.damping": 0.01, "quantize.method": "gptq", "quantize.prune_fraction": 0.0,
+        "evaluate.lora.rank": 80, "evaluate.lora.chunk_tokens": 48, "evaluate.lora.window_tokens": 2048}
+    assert {key: values[key] for key in expected} == expected
+    assert values["calibrate.num_sequences"] == 16 * 48
+
+
+@pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat", "pr1855"])
 def test_presets_train_on_the_published_batch_for_the_published_limit(preset: str) -> None:
     params = load_settings(preset, FOLDER)
     assert params.train.batch_sequences * params.train.sequence_tokens == 786_432

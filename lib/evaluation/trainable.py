@@ -15,7 +15,9 @@ GROUPS = {  # name -> roles of its parameters, as the model declares them; None 
     "block_scales": ("block_scale",),  # pr410
     "residual_mix": ("residual_mix",),
     "q_gain": ("q_gain",),
-    "skip_weights": ("skip_weights",),
+    "skip_weights": ("skip_weights", "skip_gates"),
+    "attention_gate": ("attention_gate",),
+    "lanes": ("lanes",),
     "smear_gate": ("smear_gate",),
     "embedding": ("embedding",),  # with a tied head this is the head as well
     "head": ("head",),

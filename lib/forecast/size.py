@@ -23,10 +23,10 @@ from lib.model.gpt import GPT, outline
 from lib.model.parts import Part, parts_of
 from lib.quantization.config import FREE, QuantizeParams
 from lib.quantization.grid_config import FLOAT_BITS
-from lib.quantization.policy import choose_bits
+from lib.quantization.policy import choose_bits, truncate
 from lib.quantization.quantizer import Quantizer
 
-SAMPLED_WEIGHTS = 2**18  # of all matrices together, about
+SAMPLED_WEIGHTS = 2**19  # of all matrices together, about
 MIN_ROWS = 4  # of each matrix, where it has so many
 SPREAD = 0.17
 """Standard deviation that trained weights are taken to have; it matters only where a scale floor acts. With it the int5 grid of #585, whose
@@ -97,8 +97,10 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
     groups = _group(coded, weights, samples)
     white = Moments({first: torch.eye(weights[first].shape[1]) for first in groups}, {})
     plain = params.model_copy(update={"low_rank": params.low_rank.model_copy(update={"max_bytes": 0})})
-    rounded = Quantizer(weights, Hessians(groups, white, white), coded, plain, _Alone(0, 1, torch.device("cpu"))).round_clipped()
-    vectors = {name: weight.half() for name, weight in weights.items() if bits.get(name, FLOAT_BITS) == FLOAT_BITS}
+    rounded = Quantizer(weights, Hessians(groups, white, white), coded, plain, roles=roles,
+                        process=_Alone(0, 1, torch.device("cpu"))).round_clipped()
+    vectors = {name: weight.half() if name in bits else truncate(weight, params.vector_mantissa_bits)
+               for name, weight in weights.items() if bits.get(name, FLOAT_BITS) == FLOAT_BITS}
     packed = pack(QuantizedModel(model.model_dump(mode="json"), {}, {first: _join([rounded[name] for name in names])
                                                                      for first, names in groups.items()}, vectors),
                   coding.codec, coding.level)

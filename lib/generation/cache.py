@@ -47,9 +47,10 @@ class KeyValueCache:
         self._attention_tokens = attention_tokens
         self._latest: Tensor | None = None  # (B, OVERLAP or fewer) int64
         self._num_tokens = self._num_dropped = 0
-        self._kept: list[tuple[Tensor, Tensor] | None] = [None] * model.params.num_layers  # keys and values (B, L, K, E)
+        num_layers = len(model.params.layer_order())  # those that are run through again have keys and values for each time
+        self._kept: list[tuple[Tensor, Tensor] | None] = [None] * num_layers  # (B, L, K, E)
         self._starts: Tensor | None = None  # (B, L) bool
-        self._layers = cycle(range(model.params.num_layers))  # whose turn it is
+        self._layers = cycle(range(num_layers))  # whose turn it is
 
     @torch.no_grad()
     def extend(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Causal attention of both reference systems: grouped queries, normalised q and k, partial RoPE, query gains, exclusive self-attention.
+"""Causal attention: grouped queries, normalised q and k, partial RoPE, query gains, exclusive self-attention, gates of heads.
 
 Shapes: B batch, T tokens, P attending positions, D model, H query heads, K key/value heads, G = H/K, E head dimension, R rotated
 dimensions.
@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.model.config import ModelParams
+from lib.model.config import GATE_DIMS, ModelParams
 from lib.model.linear import Linear, apply_jointly
 from lib.model.sdpa import Attend, Kernel, Sight
 
 ALL_POSITIONS = slice(None)
+GATE_SCALE = 0.5  # of what a gate reads (#1855)
 SMALLEST_ENERGY = 1e-24  # of a value whose direction counts: |v| = 1e-12, as torch.nn.functional.normalize has it
 
 
@@ -105,6 +106,8 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """One attention layer, without the residual connection around it."""
 
+    gate: nn.Parameter | None
+
     def __init__(self, params: ModelParams, layer: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = params.num_heads, params.num_kv_heads
@@ -114,6 +117,8 @@ class Attention(nn.Module):
         self.value = Linear(params.model_dim, params.kv_dim)
         self.output = Linear(params.model_dim, params.model_dim)
         self.q_gain = nn.Parameter(torch.empty(params.num_heads))
+        self.register_parameter("gate", nn.Parameter(torch.empty(params.num_heads, min(GATE_DIMS, params.model_dim)))
+                                if params.attention_gate else None)
 
     def forward(self, x: Tensor, added_value: Tensor | None, scope: Scope, output_scale: Tensor) -> Tensor:
         """Attend.
@@ -141,4 +146,6 @@ class Attention(nn.Module):
         y = attend(q, k[:, :last], v[:, :last])  # (B, P, H, E)
         if self.exclusive:
             y = remove_own_value(y, v[:, first:last])
+        if self.gate is not None:
+            y = y * torch.sigmoid(GATE_SCALE * F.linear(x[:, first:last, :GATE_DIMS], self.gate))[..., None].to(y.dtype)
         return self.output(y.flatten(2), row_scale=output_scale)

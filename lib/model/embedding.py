@@ -4,9 +4,10 @@ Shapes: B batch, T tokens, D model, K*E key/value width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.model.config import ModelParams
+from lib.model.config import GATE_DIMS, ModelParams
 from lib.model.linear import Linear
 
 HASH_CURRENT, HASH_PREVIOUS = 36313, 27191  # pr585, pr410
@@ -56,6 +57,21 @@ class SmearGate(nn.Module):
         if starts is not None:
             previous = previous.masked_fill(starts[..., None], 0)
         return torch.lerp(x, previous, gate)
+
+
+class TokenSmearGate(nn.Module):
+    """x_t <- x_t + g x_{t-1} with one gate g = factor * sigmoid(w . x_t) for each token, which reads its first dimensions; 0 at a start
+    (#1855)."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(min(GATE_DIMS, params.model_dim)))
+        self.factor = nn.Parameter(torch.empty(()))
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        """(B, T, D), and (B, T) bool, where nothing is added, position 0 among them -> (B, T, D)."""
+        gate = (self.factor * torch.sigmoid(x[..., :GATE_DIMS] @ self.weight)).masked_fill(starts, 0)
+        return x + gate[..., None].to(x.dtype) * F.pad(x[:, :-1], (0, 0, 1, 0))
 
 
 class ValueEmbedding(nn.Module):

@@ -1,11 +1,13 @@
-"""The language model: one class with every architecture option of pr585 and pr410, and one forward pass.
+"""The language model: one class with every architecture option of pr585, pr410 and #1855, and one forward pass.
 
-What it has that a plain transformer has not, each switched by a key of `ModelParams`: hashed bigram embedding, smear gate,
-U-Net skips, residual mix with the embedding, per-layer input scale, shared value embedding, partial RoPE with NTK scaling,
-query gains, exclusive self-attention, documents that do not see each other, relu^2, tied head, soft-capped logits. RMSNorm has no
-parameters. A position that does not see the one before it - the first of a sequence, and with the document mask a BOS - is a start.
+What it has that a plain transformer has not, each switched by a key of `ModelParams`: hashed bigram embedding, smear gates,
+U-Net skips with gates, residual mix with the embedding, per-layer input scale, shared value embedding, partial RoPE with NTK scaling,
+query gains, exclusive self-attention, gates of heads, documents that do not see each other, leaky relu^2, layers that run several times,
+parallel lanes, tied head, soft-capped logits. RMSNorm has no parameters. A position that does not see the one before it - the first of a
+sequence, and with the document mask a BOS - is a start.
 
-Shapes: B batch, T tokens, P wanted positions, D model, V vocabulary.
+Shapes: B batch, T tokens, P wanted positions, D model, V vocabulary. The residual stream is (B, T, D); from the first parallel layer on it
+has two lanes, (2, B, T, D), that of attention and that of the MLP.
 """
 
 import math
@@ -19,52 +21,90 @@ from lib.errors import UserError
 from lib.model.attention import ALL_POSITIONS, Attention, Rotation, Scope, make_rotation, make_scope, rms_norm
 from lib.model.compilation import call
 from lib.model.config import ModelParams, parse_model
-from lib.model.embedding import BigramHash, SmearGate, ValueEmbedding
+from lib.model.embedding import BigramHash, SmearGate, TokenSmearGate, ValueEmbedding
 from lib.model.linear import Linear, LowRank, add_low_rank
 from lib.model.loss import softcapped_cross_entropy
 from lib.model.parts import Declared
 from lib.model.sdpa import SDPA, Kernel
 
 VALUE_TABLE_STD = 0.01  # pr585, pr410
+INITIAL: dict[str, float | list[list[float]]] = {
+    "bigram.table.weight": 0, "bigram.scale": 0.05, "smear_gate.gate": 0, "smear_gate.weight": 0, "smear_gate.factor": 0,
+    "value_embedding.projection.weight": 0, "value_embedding.scale": 0.1, "value_embedding.layer_scales": 1, "attention.output.weight": 0,
+    "attention.gate": 0, "mlp.down.weight": 0, "attention_scale": 1, "mlp_scale": 1, "residual_mix": [[1], [0]], "lane_residual": 1.1,
+    "lane_outputs": 1, "skip_weights": 1, "skip_gates": 0, "head.weight": 0}
+"""Initial values of what does not begin at random; of parameters of blocks by their names within one."""
 
 
 class MLP(nn.Module):
-    """relu(x W_up)^2 W_down, without the residual connection around it."""
+    """leaky_relu(x W_up)^2 W_down, without the residual connection around it."""
 
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
+        self.negative_slope = params.mlp_negative_slope
         self.up = Linear(params.model_dim, params.mlp_hidden_dim)
         self.down = Linear(params.mlp_hidden_dim, params.model_dim)
 
     def forward(self, x: Tensor, output_scale: Tensor) -> Tensor:
         """(B, T, D), and the scale (D,) of the outputs -> (B, T, D)."""
-        return self.down(F.relu(self.up(x)).square(), row_scale=output_scale)
+        return self.down(F.leaky_relu(self.up(x), self.negative_slope).square(), row_scale=output_scale)
+
+
+class Skip(NamedTuple):
+    """The output of an earlier block that is added to the stream.
+
+    Attributes:
+        scale: scale (D,) of the earlier output.
+        gate: logits (D,) of the share that the stream keeps, the scaled output has the rest; None for the sum of both.
+        earlier: the earlier output, (B, T, D); None for the stream itself.
+    """
+
+    scale: Tensor
+    gate: Tensor | None
+    earlier: Tensor | None
 
 
 class Entry(NamedTuple):
     """What happens to the residual stream between two blocks.
 
     Attributes:
-        skip_scale: scale (D,) of the output of an earlier block that is added; None for none.
-        earlier: the earlier output, (B, T, D); None for the stream itself.
+        skip: what is added to it, on two lanes to that of attention; None for nothing.
         mix: factors (2, D) of the stream and of the embedding; None for 1 and 0.
         input_scale: scale () fp32 of the normalised inputs; None for 1.
+        parallel: whether a parallel block follows.
     """
 
-    skip_scale: Tensor | None = None
-    earlier: Tensor | None = None
+    skip: Skip | None = None
     mix: Tensor | None = None
     input_scale: Tensor | None = None
+    parallel: bool = False
 
 
 def enter(x: Tensor, x0: Tensor, entry: Entry) -> tuple[Tensor, Tensor]:
-    """The stream in a block and its normalised inputs, both (B, T, D), from the stream before it and the embedding (B, T, D)."""
-    if entry.skip_scale is not None:
-        x = x + entry.skip_scale.to(x.dtype) * (x if entry.earlier is None else entry.earlier)
-    if entry.mix is not None:
-        mix = entry.mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-    return x, rms_norm(x, entry.input_scale)
+    """The stream in a block and its normalised inputs, from the stream before it and the embedding `x0` (B, T, D).
+
+    Both are (B, T, D); before a `ParallelBlock`, which has the embedding mixed into its input and not into the stream, (2, B, T, D).
+    """
+    if not entry.parallel:
+        x = _mix(_add_skip(x.mean(0) if x.ndim == 4 else x, entry.skip), x0, entry.mix)
+        return x, rms_norm(x, entry.input_scale)
+    attention, mlp = x if x.ndim == 4 else (x, x)
+    attention = _add_skip(attention, entry.skip)
+    return torch.stack((attention, mlp)), rms_norm(torch.stack((_mix(attention, x0, entry.mix), mlp)), entry.input_scale)
+
+
+def _add_skip(x: Tensor, skip: Skip | None) -> Tensor:
+    if skip is None:
+        return x
+    scaled = skip.scale.to(x.dtype) * (x if skip.earlier is None else skip.earlier)
+    return x + scaled if skip.gate is None else torch.lerp(scaled, x, torch.sigmoid(skip.gate).to(x.dtype))
+
+
+def _mix(x: Tensor, x0: Tensor, mix: Tensor | None) -> Tensor:
+    if mix is None:
+        return x
+    mix = mix.to(x.dtype)
+    return mix[0] * x + mix[1] * x0
 
 
 class Block(nn.Module):
@@ -117,6 +157,30 @@ class Block(nn.Module):
         return *enter(output, x0, entry), output if keep else None
 
 
+class ParallelBlock(Block):
+    """Attention and MLP side by side, each with an input of its own; both add to both lanes, which are scaled before (#1855)."""
+
+    def __init__(self, params: ModelParams, layer: int) -> None:
+        super().__init__(params, layer)
+        self.lane_residual = nn.Parameter(torch.empty(2))
+        self.lane_outputs = nn.Parameter(torch.empty(2, 2))  # of attention and MLP, for each lane
+
+    def attend(self, x: Tensor, y: Tensor, scope: Scope, added_value: Tensor | None, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As of `Block`, with `x` and `y` (2, B, T, D); the stream is (2, B, P, D) again, and the MLP's inputs (B, P, D) those of `y`."""
+        x, mlp_input = x[:, :, scope.first : scope.last], y[1, :, scope.first : scope.last]
+        output = self.attention(y[0], added_value, scope, self.attention_scale)
+        return self._on_lanes(self.lane_residual, x.dtype) * x + self._on_lanes(self.lane_outputs[0], x.dtype) * output, mlp_input
+
+    def transform(self, x: Tensor, y: Tensor, x0: Tensor, entry: Entry, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As of `Block`, with `x` (2, B, P, D)."""
+        output = x + self._on_lanes(self.lane_outputs[1], x.dtype) * self.mlp(y, self.mlp_scale)
+        return *enter(output, x0, entry), output if keep else None
+
+    @staticmethod
+    def _on_lanes(factors: Tensor, dtype: torch.dtype) -> Tensor:
+        return factors.to(dtype).view(2, 1, 1, 1)
+
+
 class TiedHead(nn.Module):
     """The output head that is the token embedding; a module, so that calibration sees its input and output."""
 
@@ -157,7 +221,7 @@ class GPT(nn.Module):
         "bigram.table.weight": Declared("bigram"),
         "bigram.projection.weight": Declared("bigram"),
         "bigram.scale": Declared("bigram_scale"),
-        "smear_gate.gate": Declared("smear_gate"),
+        **{f"smear_gate.{name}": Declared("smear_gate") for name in ("gate", "weight", "factor")},
         "value_embedding.table.weight": Declared("value_embedding"),
         "value_embedding.projection.weight": Declared("value_embedding"),
         "value_embedding.scale": Declared("value_embedding_scale"),
@@ -165,17 +229,22 @@ class GPT(nn.Module):
         **{f"blocks.*.attention.{layer}.weight": Declared("attention", "blocks.*.attention.input") for layer in ("query", "key", "value")},
         "blocks.*.attention.output.weight": Declared("attention", row_scale="blocks.*.attention_scale"),
         "blocks.*.attention.q_gain": Declared("q_gain"),
+        "blocks.*.attention.gate": Declared("attention_gate"),
         "blocks.*.attention_scale": Declared("block_scale"),
         "blocks.*.mlp.up.weight": Declared("mlp"),
         "blocks.*.mlp.down.weight": Declared("mlp", row_scale="blocks.*.mlp_scale"),
         "blocks.*.mlp_scale": Declared("block_scale"),
         "blocks.*.residual_mix": Declared("residual_mix"),
+        "blocks.*.lane_residual": Declared("lanes"),
+        "blocks.*.lane_outputs": Declared("lanes"),
         "skip_weights": Declared("skip_weights"),
+        "skip_gates": Declared("skip_gates"),
         "head.weight": Declared("head"),
     }
     """What `lib.model.parts` cannot tell from the types of the modules."""
 
     skip_weights: nn.Parameter | None
+    skip_gates: nn.Parameter | None
 
     def __init__(self, params: ModelParams, kernel: Kernel = SDPA) -> None:
         super().__init__()
@@ -183,11 +252,14 @@ class GPT(nn.Module):
         self.kernel = kernel
         self.token_embedding = nn.Embedding(params.vocab_size, params.model_dim)
         self.bigram = BigramHash(params) if params.bigram_rows else None
-        self.smear_gate = SmearGate(params) if params.smear_gate else None
+        self.smear_gate = (TokenSmearGate if params.smear_per_token else SmearGate)(params) if params.smear_gate else None
         self.value_embedding = ValueEmbedding(params) if params.value_embedding_dim else None
-        self.blocks = nn.ModuleList(Block(params, layer) for layer in range(params.num_layers))
-        num_skips = params.num_layers // 2 if params.unet_skips else 0
-        self.register_parameter("skip_weights", nn.Parameter(torch.empty(num_skips, params.model_dim)) if num_skips else None)
+        first_parallel = params.num_layers if params.parallel_from is None else params.parallel_from
+        self.blocks = nn.ModuleList((Block if layer < first_parallel else ParallelBlock)(params, layer)
+                                    for layer in range(params.num_layers))
+        num_skips = len(params.layer_order()) // 2
+        for name, exists in (("skip_weights", params.unet_skips), ("skip_gates", params.skip_gates)):
+            self.register_parameter(name, nn.Parameter(torch.empty(num_skips, params.model_dim)) if num_skips and exists else None)
         self.head = TiedHead() if params.tied_head else Linear(params.model_dim, params.vocab_size)
 
     @property
@@ -196,7 +268,7 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, tokens: Tensor, targets: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None, *,
-                compiled: bool = False) -> Tensor:
+                starts: Tensor | None = None, looped: bool = True, compiled: bool = False) -> Tensor:
         """Cross-entropy of the targets at chosen positions.
 
         Args:
@@ -204,35 +276,51 @@ class GPT(nn.Module):
             targets: (B, P) int64, the tokens that follow the chosen positions.
             positions: the P of the T positions that are scored.
             attention_tokens: how many tokens a position attends to at most, itself included; None for all.
+            starts: (B, T) bool, true at position 0 and wherever a part of a row begins that sees nothing before it; None for the documents
+                of a model with document mask, or nowhere else. The smear gate of tokens goes by documents whatever it says.
+            looped: whether the layers of the loop are run through several times; False only early in training.
             compiled: whether embedding, blocks and head run through ``torch.compile``, each shape anew.
 
         Returns:
             (B, P) fp32 nats.
         """
-        return call(_losses, self, self._run_blocks(tokens, positions, attention_tokens, compiled), targets, compiled=compiled)
+        y = self._run_blocks(tokens, positions, attention_tokens, starts, looped=looped, compiled=compiled)
+        return call(_losses, self, y, targets, compiled=compiled)
 
-    def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None) -> Tensor:
-        """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64."""
+    def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None,
+               starts: Tensor | None = None) -> Tensor:
+        """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64; arguments of `forward`."""
         cap = self.params.logit_softcap
-        return cap * torch.tanh(self.head_outputs(self._run_blocks(tokens, positions, attention_tokens, compiled=False)).float() / cap)
+        y = self._run_blocks(tokens, positions, attention_tokens, starts, looped=True, compiled=False)
+        return cap * torch.tanh(self.head_outputs(y).float() / cap)
 
     def head_outputs(self, y: Tensor) -> Tensor:
         """(B, P, V) before the soft cap, in the dtype of matrix products, from the normalised outputs (B, P, D) of the last block."""
         return self.head(y, self.token_embedding.weight) if self.params.tied_head else self.head(y)
 
-    def _run_blocks(self, tokens: Tensor, positions: slice, attention_tokens: int | None, compiled: bool) -> Tensor:
-        """The normalised outputs of the last block, (B, P, D); that block computes nothing for other positions."""
-        starts = self._starts(tokens) if self.params.document_mask else None
+    def _run_blocks(self, tokens: Tensor, positions: slice, attention_tokens: int | None, starts: Tensor | None, *, looped: bool,
+                    compiled: bool) -> Tensor:
+        """The normalised outputs of the last block, (B, P, D); that block computes nothing for other positions.
+
+        The first half of the blocks that are run through, repetitions included, leave their outputs for skips: with S of them block
+        S + n takes that of block S - 1 - n.
+        """
+        if starts is None and self.params.document_mask:
+            starts = self._starts(tokens)
         x0, x, y, added_values, rotation, input_scales = call(GPT.start, self, tokens, starts, attention_tokens, compiled=compiled)
         everywhere = make_scope(self.kernel, rotation, ALL_POSITIONS, attention_tokens, starts)
         at_positions = everywhere if positions == ALL_POSITIONS else make_scope(self.kernel, rotation, positions, attention_tokens, starts)
-        last = self.params.num_layers - 1
+        order = self.params.layer_order(looped=looped)
+        num_skips = 0 if self.skip_weights is None else len(order) // 2
         kept: list[Tensor] = []
-        for layer, block in enumerate(self.blocks):
-            x, y = call(Block.attend, block, x, y, at_positions if layer == last else everywhere, added_values.get(layer),
+        for place, layer in enumerate(order, 1):
+            block, is_last = self.blocks[layer], place == len(order)
+            assert isinstance(block, Block)
+            x, y = call(type(block).attend, block, x, y, at_positions if is_last else everywhere, added_values.get(layer),
                         None if input_scales is None else input_scales[layer], compiled=compiled)
-            entry = Entry() if layer == last else self._entry(layer + 1, input_scales, kept)
-            x, y, output = call(Block.transform, block, x, y, x0, entry, layer + 1 < self._num_skips, compiled=compiled)
+            skip = self._skip(place - num_skips, kept) if num_skips <= place < 2 * num_skips else None
+            entry = Entry() if is_last else self._entry(order[place], input_scales, skip)
+            x, y, output = call(type(block).transform, block, x, y, x0, entry, place < num_skips, compiled=compiled)
             if output is not None:
                 kept.append(output)
         return y
@@ -244,29 +332,27 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.bigram is not None:
             x = x + self.bigram(tokens, starts)
+        if isinstance(self.smear_gate, TokenSmearGate):
+            x = self.smear_gate(x, self._starts(tokens))
         x = rms_norm(x)
-        if self.smear_gate is not None:
+        if isinstance(self.smear_gate, SmearGate):
             x = self.smear_gate(x, starts)
         rotation = make_rotation(self.params, tokens.shape[1], attention_tokens, tokens.device)
         layers = torch.arange(1, self.params.num_layers + 1, dtype=torch.float64, device=tokens.device)
         input_scales = layers.sqrt().reciprocal().float() if self.params.ln_scale else None
         added_values = self.value_embedding(tokens) if self.value_embedding is not None else {}
-        return Start(x, *enter(x, x, self._entry(0, input_scales, [])), added_values, rotation, input_scales)
+        return Start(x, *enter(x, x, self._entry(0, input_scales, None)), added_values, rotation, input_scales)
 
-    @property
-    def _num_skips(self) -> int:
-        """S; block S + n adds the output of block S - 1 - n."""
-        return 0 if self.skip_weights is None else len(self.skip_weights)
+    def _skip(self, n: int, kept: list[Tensor]) -> Skip:
+        """Skip number `n`, which takes the last output that was `kept`; that of the block just before, for skip 0, is the stream itself."""
+        assert self.skip_weights is not None
+        return Skip(self.skip_weights[n], None if self.skip_gates is None else self.skip_gates[n], kept.pop() if n else None)
 
-    def _entry(self, layer: int, input_scales: Tensor | None, kept: list[Tensor]) -> Entry:
-        """The entry to a block; it takes its skip from the outputs that were `kept`."""
+    def _entry(self, layer: int, input_scales: Tensor | None, skip: Skip | None) -> Entry:
+        """The entry to a block."""
         block = self.blocks[layer]
         assert isinstance(block, Block)
-        input_scale = None if input_scales is None else input_scales[layer]
-        n = layer - self._num_skips
-        if self.skip_weights is None or not 0 <= n < self._num_skips:
-            return Entry(mix=block.residual_mix, input_scale=input_scale)
-        return Entry(self.skip_weights[n], kept.pop() if n else None, block.residual_mix, input_scale)
+        return Entry(skip, block.residual_mix, None if input_scales is None else input_scales[layer], isinstance(block, ParallelBlock))
 
     def _starts(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T) bool: true at position 0 and where a document begins."""
@@ -276,7 +362,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Set all parameters as pr585 and pr410 do, on the CPU generator, so that a seed means the same on every device.
+        """Set all parameters as pr585, pr410 and #1855 do, on the CPU generator, so that a seed means the same on every device.
 
         Matrices are orthogonal; the outputs of attention and MLP start at zero, so that each block starts as the identity.
         The scripts meant the projections of the bigram and value embeddings to start at zero, but a later pass overwrote them
@@ -292,31 +378,15 @@ class GPT(nn.Module):
         embedding = self.token_embedding.weight
         embedding.copy_(torch.randn(embedding.shape, generator=generator) * self.params.embedding_init_std)
         if self.bigram is not None:
-            self.bigram.table.weight.zero_()
             self.bigram.projection.weight.mul_(1 / math.sqrt(2 * self.params.num_layers))
-            self.bigram.scale.fill_(0.05)
-        if self.smear_gate is not None:
-            self.smear_gate.gate.zero_()
         if self.value_embedding is not None:
             table = self.value_embedding.table.weight
             table.copy_(torch.randn(table.shape, generator=generator) * VALUE_TABLE_STD)
-            self.value_embedding.projection.weight.zero_()
-            self.value_embedding.scale.fill_(0.1)
-            self.value_embedding.layer_scales.fill_(1)
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.attention.output.weight.zero_()
-                module.mlp.down.weight.zero_()
-                module.attention.q_gain.fill_(self.params.q_gain_init)
-                module.attention_scale.fill_(1)
-                module.mlp_scale.fill_(1)
-                if module.residual_mix is not None:
-                    module.residual_mix[0] = 1
-                    module.residual_mix[1] = 0
-        if self.skip_weights is not None:
-            self.skip_weights.fill_(1)
-        if isinstance(self.head, nn.Linear):
-            self.head.weight.zero_()
+        for name, parameter in self.named_parameters():
+            if (value := INITIAL.get(name.split(".", 2)[-1] if name.startswith("blocks.") else name)) is not None:
+                parameter.copy_(torch.tensor(value))
+            elif name.endswith("q_gain"):
+                parameter.fill_(self.params.q_gain_init)
 
 
 def _losses(model: GPT, y: Tensor, targets: Tensor) -> Tensor:

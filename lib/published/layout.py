@@ -13,6 +13,8 @@ from lib.published.reader import LAYER_SCALES
 Shapes = Mapping[str, tuple[int, ...]]
 
 IDENTITIES = ("bigram.proj.weight", "ve_shared.proj.weight")  # projections that the scripts leave out between equal widths
+ABSENT = {"smear_per_token": False, "skip_gates": False, "attention_gate": False, "parallel_from": None}
+"""Keys of parameters that the scripts have not."""
 SHOWN = 5  # tensors of a model of another kind
 PUBLISHED_NAMES = {
     "token_embedding.weight": "tok_emb.weight",
@@ -49,7 +51,7 @@ def published_name(name: str) -> str:
     return f"{blocks}.{layer}.{PUBLISHED_NAMES_IN_BLOCKS[rest]}"
 
 
-def infer_model(shapes: Shapes) -> dict[str, int]:
+def infer_model(shapes: Shapes) -> dict[str, int | None]:
     """What shapes tell of the section ``model``.
 
     Args:
@@ -72,7 +74,7 @@ def infer_model(shapes: Shapes) -> dict[str, int]:
 
     model_dim, num_heads = size("tok_emb.weight", 1), size("blocks.0.attn.q_gain", 0, 1)
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    inferred = {
+    inferred: dict[str, int | None] = ABSENT | {
         "vocab_size": size("tok_emb.weight", 0), "num_layers": len(layers), "model_dim": model_dim, "num_heads": num_heads,
         "num_kv_heads": size("blocks.0.attn.c_k.weight", 0) * num_heads // model_dim, "mlp_hidden_dim": size("blocks.0.mlp.fc.weight", 0),
         "smear_gate": "smear.gate" in shapes, "bigram_rows": 0, "value_embedding_dim": 0,

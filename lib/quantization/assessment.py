@@ -13,7 +13,7 @@ from lib.artifacts.hessians import Hessians
 from lib.artifacts.quantized import LEFT, OCTAVE, QuantizedModel, QuantizedTensor, scales_of
 from lib.model.parts import Part
 from lib.quantization.clipping import row_scales
-from lib.quantization.config import FREE, QuantizeParams
+from lib.quantization.config import FREE, ClipParams, QuantizeParams
 from lib.quantization.gptq import row_errors
 from lib.quantization.grid import round_to_grid
 from lib.quantization.grid_config import FLOAT_BITS
@@ -91,7 +91,8 @@ def list_tensors(weights: Mapping[str, Tensor], parts: Mapping[str, Part], hessi
             errors = row_errors(weight - results[name].to(device), hessian)
             relative = nearest = float(errors.sum()) / reference if reference else 0.0
             if matrix is not None and reference:
-                nearest = float(row_errors(weight - _round_to_nearest(weight, matrix, params), hessian).sum()) / reference
+                rounded = _round_to_nearest(weight, matrix, params.clip.of_role(parts[name].role))
+                nearest = float(row_errors(weight - rounded, hessian).sum()) / reference
             correction = quantized.matrices.get(name + LEFT)
             rows.append(TensorRow(
                 name=name, role=parts[name].role, method="fp16" if matrix is None else params.method,
@@ -106,12 +107,12 @@ def list_tensors(weights: Mapping[str, Tensor], parts: Mapping[str, Part], hessi
     return sorted(rows, key=lambda row: row.name)
 
 
-def _round_to_nearest(weight: Tensor, matrix: QuantizedTensor, params: QuantizeParams) -> Tensor:
+def _round_to_nearest(weight: Tensor, matrix: QuantizedTensor, clip: ClipParams) -> Tensor:
     """The weights rounded to nearest, with the steps of `matrix` if they are free, with those of the clip rule otherwise."""
     if matrix.bits is None:
         scales = (scales_of(matrix.row_exponents)[:, None] * scales_of(matrix.column_exponents)).to(weight.device)
     else:
-        scales = row_scales(weight, matrix.bits, params.clip)[:, None]
+        scales = row_scales(weight, matrix.bits, clip)[:, None]
     return round_to_grid(weight, scales, matrix.bits) * scales
 
 

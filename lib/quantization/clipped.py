@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lib.quantization.clipping import row_scales
-from lib.quantization.config import QuantizeParams
+from lib.quantization.config import ClipParams, QuantizeParams
 from lib.quantization.gptq import Problem, round_gptq
 from lib.quantization.grid import round_scales
 
 
-def round_clipped(problems: Sequence[Problem], hessians: Sequence[Tensor], bits: int, params: QuantizeParams) -> tuple[Tensor, Tensor]:
+def round_clipped(problems: Sequence[Problem], hessians: Sequence[Tensor], clips: Sequence[ClipParams], bits: int,
+                  params: QuantizeParams) -> tuple[Tensor, Tensor]:
     """Codes and scales of grids that clip; each row keeps those, of all that are tried, with the least squared error of its outputs.
 
     A clip rule looks at a weight alone. GPTQ moves weights away from their values, and errors that its later columns make up for
@@ -23,14 +24,15 @@ def round_clipped(problems: Sequence[Problem], hessians: Sequence[Tensor], bits:
     Args:
         problems: B of the same shape.
         hessians: second moments of their inputs, (C, C) fp32 each.
+        clips: clip rule of each.
         bits: 2 to 8.
-        params: clip rule, multiples of its scale to try, and how often scales are refitted to the codes.
+        params: multiples of the clip rule's scale to try, and how often scales are refitted to the codes.
 
     Returns:
         Codes (B, R, C) int16 and row scales (B, R) fp32.
     """
     columns = [torch.ones_like(problem.weight[0]) for problem in problems]
-    starts = torch.stack([row_scales(problem.weight, bits, params.clip) for problem in problems])
+    starts = torch.stack([row_scales(problem.weight, bits, clip) for problem, clip in zip(problems, clips, strict=True)])
     best_codes, best_scales = torch.zeros_like(torch.stack([problem.weight for problem in problems]), dtype=torch.int16), starts
     best_errors = torch.full_like(starts, torch.inf)
     weights, metric = torch.stack([problem.weight for problem in problems]), torch.stack(list(hessians))

@@ -23,8 +23,8 @@ def clip_max(weight: Tensor, clip_range: int, params: ClipParams) -> Tensor:
 
 
 def clip_std(weight: Tensor, clip_range: int, params: ClipParams) -> Tensor:
-    """`num_std` standard deviations of each row, about zero because that is the centre of the grid."""
-    return params.num_std * weight.square().mean(1).sqrt()
+    """`num_std` standard deviations of each row, about its mean (SDClip, entry #1855)."""
+    return params.num_std * weight.std(1, correction=min(1, weight.shape[1] - 1))
 
 
 def clip_percentile(weight: Tensor, clip_range: int, params: ClipParams) -> Tensor:
@@ -63,6 +63,6 @@ def row_scales(weight: Tensor, bits: int, clip: ClipParams) -> Tensor:
     Args:
         weight: not checked for NaN and infinity.
         bits: 2 to 8.
-        clip: the clip rule and its parameters.
+        clip: the clip rule and its parameters, those of the role of the matrix.
     """
     return make_scales(CLIP_RULES[clip.rule](weight, clip_range_of(bits), clip), bits, clip.floor)

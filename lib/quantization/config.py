@@ -23,10 +23,16 @@ class ClipParams(Params):
     num_candidates: Positive
     """Rule mse: candidates k/num_candidates of the maximum, k = 1 .. num_candidates."""
     num_std: PositiveFloat
-    """Rule std: standard deviations (about zero) of the row."""
+    """Rule std: standard deviations of the row."""
+    num_std_of: dict[str, PositiveFloat]
+    """Exceptions: role of matrices -> the same."""
     floor: NonNegativeFloat
     """No row has a smaller clip, whatever the rule gives; 0 = none. Entries #585 and #410 have 1 in all grids, that is a scale of at
     least 1/15 with 5 bits, 1/31 with 6, 1/127 with 8, which all rows of their models have: one uniform step."""
+
+    def of_role(self, role: str) -> Self:
+        """The parameters for matrices of a role, in `num_std`."""
+        return self.model_copy(update={"num_std": self.num_std_of.get(role, self.num_std)})
 
 
 class LowRankParams(Params):

@@ -73,7 +73,8 @@ def quantize_model(checkpoint: Checkpoint, parts: Mapping[str, Part], hessians: 
         size = torch.tensor(measure(model_of(matrices)) if process.is_main else 0, dtype=torch.int64, device=process.device)
         return int(process.sum(size))
 
-    quantizer = Quantizer(weights, hessians, {name: kind for name, kind in bits.items() if kind != FLOAT_BITS}, params, process)
+    quantizer = Quantizer(weights, hessians, {name: kind for name, kind in bits.items() if kind != FLOAT_BITS}, params,
+                          roles={name: part.role for name, part in parts.items()}, process=process)
     if params.target_bytes is None:
         return model_of(quantizer.round_clipped()), quantizer.dampings
     return model_of(quantizer.meet_target(params.target_bytes, measure_everywhere)), quantizer.dampings

@@ -44,6 +44,7 @@ class Group:
     Attributes:
         source: name of the input.
         names: names of the matrices.
+        role: role of the first, by which grids clip.
         num_rows: number of rows of each.
         bits: 2 to 8, or None for free steps.
         problem: their weights, one below the other, on the process's device.
@@ -51,6 +52,7 @@ class Group:
 
     source: str
     names: tuple[str, ...]
+    role: str
     num_rows: tuple[int, ...]
     bits: int | None
     problem: Problem
@@ -75,14 +77,15 @@ class Quantizer:
         hessians: second moments of the same model.
         bits: name -> 2 to 8, or `FREE`.
         params: section ``quantize``.
+        roles: name -> role.
         process: says which share is computed here, and on which device.
 
     Raises:
         ValueError: a Hessian that has no Cholesky decomposition.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], hessians: Hessians, bits: Mapping[str, int | str], params: QuantizeParams,
-                 process: Process) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], hessians: Hessians, bits: Mapping[str, int | str], params: QuantizeParams, *,
+                 roles: Mapping[str, str], process: Process) -> None:
         self._weights, self._hessians, self._params, self._process = weights, hessians, params, process
         members = []
         for source, names in hessians.inputs.items():
@@ -95,7 +98,7 @@ class Quantizer:
             for source, names, kind in mine:
                 num_rows = tuple(len(weights[name]) for name in names)
                 problem = self._make_problem(source, names)
-                self._groups.append(Group(source, names, num_rows, None if kind == FREE else int(kind), problem))
+                self._groups.append(Group(source, names, roles[names[0]], num_rows, None if kind == FREE else int(kind), problem))
                 progress.update(1)
         self.dampings = process.merge({name: group.problem.factor.damping for group in self._groups for name in group.names})
         self._clipped = process.merge(self._round_clipped())
@@ -116,7 +119,8 @@ class Quantizer:
             bits = batch[0].bits
             assert bits is not None
             hessians = [self._hessians.calibration.hessians[group.source].to(self._process.device) for group in batch]
-            codes, scales = round_clipped([group.problem for group in batch], hessians, bits, self._params)
+            clips = [self._params.clip.of_role(group.role) for group in batch]
+            codes, scales = round_clipped([group.problem for group in batch], hessians, clips, bits, self._params)
             for group, group_codes, group_scales in zip(batch, codes, scales, strict=True):
                 zeros = torch.zeros(codes.shape[2], dtype=torch.int16)
                 for (name, its_codes), (_, rows) in zip(group.split(group_codes), group.split(exponents_of(group_scales)), strict=True):

@@ -99,6 +99,9 @@ class TrainParams(Params):
     """Sequences per optimizer step, over all processes, which need not divide it."""
     micro_batch_sequences: Positive
     """Sequences per forward pass of one process, at most; less memory, more passes."""
+    loop_start: Fraction
+    """Fraction of the budget from which on the layers of ``model.loop`` are run through several times; before it, once, which is faster.
+    Averages, and all later stages, run them several times."""
     precision: Precision
     """Precision of matrix products; weights, optimizer state and averages are fp32."""
     compile: bool

@@ -112,23 +112,29 @@ class Run:
         state = copy.deepcopy(self.state_dict())
         if not self.budget.has_plan:
             self.budget.start(WARM_UP_SECONDS)
-        for _ in range(WARM_UP_STEPS):
-            self.process.synchronize()
-            start = time.monotonic()
-            self.step()
-            self.process.synchronize()
+        for looped in dict.fromkeys((self.model.params.loop is not None, self.is_looped)):  # as it is now, last
+            for _ in range(WARM_UP_STEPS):
+                self.process.synchronize()
+                start = time.monotonic()
+                self.step(looped=looped)
+                self.process.synchronize()
         seconds, = self.process.max(time.monotonic() - start)
         self.load_state_dict(state)
         if not self.budget.has_plan:
             self.budget.start(seconds)
 
-    def step(self) -> None:
-        """One optimizer step on the next global batch."""
+    @property
+    def is_looped(self) -> bool:
+        """Whether the layers of the model's loop are run through several times by now."""
+        return self.model.params.loop is not None and self.budget.plan.fraction(self.num_steps) >= self.params.loop_start
+
+    def step(self, *, looped: bool | None = None) -> None:
+        """One optimizer step on the next global batch; `looped` in place of `is_looped`."""
         optimizer = self.params.optimizer
         fraction = self.budget.plan.fraction(self.num_steps)
         multiplier = lr_multiplier(fraction, optimizer.warmdown, optimizer.lr_floor)
         with self.fake_quantization.applied(self.fake_quantization.is_on(multiplier)):
-            loss = self.backward()
+            loss = self.backward(self.is_looped if looped is None else looped)
         self.parameters.collect()
         gradients = self.process.sum(self.parameters.gradients)
         norm = torch.linalg.vector_norm(gradients)
@@ -138,14 +144,14 @@ class Run:
         self.num_steps += 1
         self.averages.update(self.num_steps, multiplier)
 
-    def backward(self) -> Tensor:
+    def backward(self, looped: bool) -> Tensor:
         """Gradients of the mean loss over the global batch, this process's share of the sum; returns its share of the loss."""
         tokens = self.batches.of_step(self.num_steps)  # (B, T+1)
         total = torch.zeros((), device=self.process.device)
         for rows in tokens.split(self.params.micro_batch_sequences):
             if len(rows):  # a process has none when there are fewer rows than processes
                 with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.params.precision == "bf16"):
-                    losses = self.model(rows[:, :-1], rows[:, 1:], compiled=self.params.compile)
+                    losses = self.model(rows[:, :-1], rows[:, 1:], looped=looped, compiled=self.params.compile)
                 loss = losses.sum() / (self.params.batch_sequences * self.params.sequence_tokens)
                 loss.backward()
                 total += loss.detach()

@@ -25,7 +25,7 @@ from lib.model.parts import parts_of
 from lib.params import Precision
 from lib.quantization.gptq import row_errors
 from lib.quantization.quantizer import Quantizer
-from tests.evaluation.tiny import MODEL, make_model
+from tests.evaluation.tiny import FRONTIER, MODEL, make_model
 from tests.processes import run_processes
 from tests.quantization.power_law import quadratic_error
 from tests.quantization.test_config import make_quantize
@@ -232,10 +232,10 @@ def test_labels_are_drawn_from_the_model() -> None:
     assert torch.equal(collect(model, sequences, batch_sequences=64).gradients["head.weight"], found)
 
 
-@pytest.mark.parametrize("tied_head", [True, False])
-def test_the_predicted_loss_is_the_divergence(tied_head: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"tied_head": False}, FRONTIER], ids=["tied", "untied", "frontier"])
+def test_the_predicted_loss_is_the_divergence(options: dict[str, Any]) -> None:
     """1/2 sum g e H e^T against the Kullback-Leibler divergence of the model with small random errors in one matrix."""
-    model, sequences = make_model(tied_head=tied_head), make_sequences(128, 16)
+    model, sequences = make_model(**options), make_sequences(128, 16)
     moments = collect(model, sequences, batch_sequences=64)
     ratios: dict[str, float] = {}
     with torch.no_grad():
@@ -281,7 +281,8 @@ def test_moments_in_bf16_give_a_quantized_model_that_is_as_good() -> None:
 
     def divergences(moments: Moments) -> Tensor:
         hessians = Hessians(matrix_inputs(parts_of(model)), moments, moments)
-        quantizer = Quantizer(weights, hessians, dict.fromkeys(weights, 4), make_quantize(), SINGLE_CPU)
+        quantizer = Quantizer(weights, hessians, dict.fromkeys(weights, 4), make_quantize(), roles=dict.fromkeys(weights, ""),
+                              process=SINGLE_CPU)
         quantized = mild_model()
         with torch.no_grad():
             for name, weight in QuantizedModel({}, {}, quantizer.round_clipped(), {}).weights().items():

@@ -16,7 +16,7 @@ from lib.evaluation.lora import LowRankAdapters, adapted_layers, document_work
 from lib.evaluation.windows import Documents
 from lib.model import compilation
 from lib.model.gpt import GPT
-from tests.evaluation.tiny import make_job, make_model, make_params, make_tokens
+from tests.evaluation.tiny import FRONTIER, make_job, make_model, make_params, make_tokens
 
 STARTS = (0, 13, 14, 30, 47, 60, 83)
 NUM_TARGETS = 91
@@ -103,6 +103,7 @@ def run(tokens: npt.NDArray[np.uint16] | None = None, model: GPT | None = None, 
     ({"layers": list(LAYERS), "adam_betas": [0.5, 0.99]}, {}),
     ({"layers": list(LAYERS)[::-1], "batch_documents": 3}, {"tied_head": False, "num_kv_heads": 2}),
     ({"layers": ["head"], "lr": 0.03}, {"tied_head": False}),
+    ({"layers": list(LAYERS)}, FRONTIER),  # in every pass of the loop
     *(({"layers": [layer], "lr": 0.03}, {}) for layer in LAYERS)])
 def test_scores_are_those_of_products_added_to_the_weights_for_one_document_after_the_other(settings: dict[str, Any],
                                                                                             model: dict[str, Any]) -> None:

@@ -33,11 +33,13 @@ def test_counts_of_the_reference_systems(model: dict[str, Any], groups: list[str
 
 
 def test_each_group_has_its_parameters() -> None:
-    sizes = sizes_of({"tied_head": False})
-    members = find([*GROUPS, "last_3_blocks"], {"tied_head": False})
+    options: dict[str, Any] = {"tied_head": False, "skip_gates": True, "attention_gate": True, "parallel_from": 2}
+    sizes = sizes_of(options)
+    members = find([*GROUPS, "last_3_blocks"], options)
     assert {group: len(names) for group, names in members.items()} == {
-        "scales": 2 * 3 + 1 + 2, "block_scales": 6, "residual_mix": 3, "q_gain": 3, "skip_weights": 1, "smear_gate": 1, "embedding": 1,
-        "head": 1, "bigram": 3, "value_embedding": 4, "all": len(sizes), "last_3_blocks": 3 * 10}
+        "scales": 2 * 3 + 1 + 2, "block_scales": 6, "residual_mix": 3, "q_gain": 3, "skip_weights": 2, "attention_gate": 3,
+        "lanes": 2, "smear_gate": 1, "embedding": 1, "head": 1, "bigram": 3, "value_embedding": 4, "all": len(sizes),
+        "last_3_blocks": 3 * 11 + 2}
     assert set(members["last_3_blocks"]) == {name for name in sizes if name.startswith("blocks.")}
 
 

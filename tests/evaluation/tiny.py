@@ -26,6 +26,10 @@ MODEL: dict[str, Any] = NEUTRAL | {
     "bigram_dim": 4, "value_embedding_dim": 4, "value_embedding_layers": [1, 2], "unet_skips": True, "residual_mix": True,
     "ln_scale": True, "tied_head": True, "logit_softcap": 30.0, "embedding_init_std": 0.005,
 }
+FRONTIER: dict[str, Any] = {
+    "mlp_negative_slope": 0.5, "smear_per_token": True, "skip_gates": True, "attention_gate": True, "parallel_from": 2,
+    "loop": {"first": 0, "last": 1, "passes": 2}}
+"""What changes with the options of #1855."""
 ADAPTATION: dict[str, Any] = {
     "epochs": 2, "lr": 0.01, "lr_schedule": "cosine", "optimizer": "adamw", "momentum": 0.9, "weight_decay": 0.01, "grad_clip": 1.0,
     "batch_sequences": 2, "trainable": ["last_1_blocks", "scales"]}

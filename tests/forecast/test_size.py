@@ -12,8 +12,9 @@ from bench.forecast import make_weights, pack_nearest
 from lib.compression.budget import SizeRow, summarize
 from lib.forecast.size import MIN_ROWS, SPREAD, forecast_parts, sample_gaussian, sample_weights
 from lib.model.gpt import outline
+from lib.presets import load_settings
 from lib.schema import PipelineParams
-from tests.forecast.presets import FIXED, make_pipeline
+from tests.forecast.presets import FIXED, ROOT, make_pipeline
 
 
 def gaussian_parts(params: PipelineParams, factor: float = 1.0) -> dict[str, SizeRow]:
@@ -25,7 +26,7 @@ def gaussian_parts(params: PipelineParams, factor: float = 1.0) -> dict[str, Siz
 @pytest.mark.parametrize("bits", [3, 5, 8])
 def test_codes_of_normal_weights_take_their_entropy(bits: int) -> None:
     """Codes are the integers nearest to x / step, step = num_std / clip_range standard deviations, and beyond the grid the last one."""
-    clip = {"rule": "std", "percentiles": [1.0], "num_candidates": 1, "num_std": 3.0, "floor": 0.0}
+    clip = {"rule": "std", "percentiles": [1.0], "num_candidates": 1, "num_std": 9.0, "num_std_of": {"mlp": 3.0}, "floor": 0.0}
     params = make_pipeline(quantize=FIXED | {"bits": dict.fromkeys(FIXED["bits"], bits), "clip": clip}, compress={"codec": "range"})
     last = 2 ** (bits - 1) - 1
     edges = [(code + 0.5) * 3.0 / last for code in range(-last, last)]
@@ -61,7 +62,20 @@ def test_pruning_bits_and_low_rank_corrections_change_the_forecast() -> None:
     assert size(bits=dict.fromkeys(FIXED["bits"], 6)) - size() == pytest.approx(num_weights / 8, rel=0.05)  # one bit for each
     assert size(prune_fraction=0.5) < 0.8 * size()
     assert size(rate_weight=1.0) < 0.995 * size()
+    vectors = {bits: gaussian_parts(make_pipeline(quantize=FIXED | {"vector_mantissa_bits": bits}))["vectors"].num_bytes
+               for bits in (2, 10)}
+    num_values = sum(weight.numel() for name, weight in sample_gaussian(make_pipeline().model.architecture).weights.items()
+                     if name.endswith(("scale", "scales", "gain", "mix", "gate", "skip_weights")))
+    assert vectors[10] - vectors[2] == pytest.approx(num_values, rel=0.15)  # eight bits for each
     assert size(low_rank={"max_bytes": 5000, "bits": 8}) == size() + 5000
+
+
+def test_the_grid_of_1855_is_forecast_below_the_limit() -> None:
+    """Also part by part: 3.48, 3.30 and 4.22 bits are the entropies of normal weights."""
+    params = load_settings("pr1855", ROOT / "presets")
+    parts = gaussian_parts(params)
+    assert summarize([*parts.values()])["artifact_bytes"] < 16_000_000
+    assert [parts[role].coded_bits for role in ("mlp", "attention", "embedding")] == pytest.approx([3.48, 3.30, 4.22], rel=0.01)
 
 
 def test_samples_are_rows_of_every_matrix_and_whole_vectors() -> None:

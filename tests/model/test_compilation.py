@@ -14,7 +14,7 @@ from lib.model.compilation import compile_seconds
 from lib.model.config import parse_model
 from lib.model.gpt import GPT
 from lib.model.linear import Linear
-from tests.model.test_gpt import FULL, PLAIN
+from tests.model.test_gpt import FRONTIER, FULL, PLAIN
 
 Result = tuple[Tensor, ...]
 
@@ -61,6 +61,7 @@ def losses(model: GPT, *, compiled: bool, positions: slice = ALL_POSITIONS, wind
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "positions", "window"), [
     (FULL, slice(5, 9), None), (FULL, ALL_POSITIONS, 3), (PLAIN, ALL_POSITIONS, None), (PLAIN, slice(0, 4), 3),
+    (FRONTIER, slice(5, 9), None), (FRONTIER, ALL_POSITIONS, 3),
     ({"document_mask": True}, ALL_POSITIONS, None), ({"document_mask": True}, slice(0, 4), 3)])
 def test_losses_and_gradients_are_those_of_the_eager_model(options: dict[str, Any], positions: slice, window: int | None,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +81,18 @@ def test_layers_share_graphs(num_layers: int, counting: Counting) -> None:
         model = make_model(num_layers=num_layers, num_xsa_layers=num_layers, value_embedding_layers=[num_layers - 2, num_layers - 1])
         losses(model, compiled=True)
         assert counting.num_graphs == 2 + 2 + 5
+
+
+def test_repetitions_and_lanes_share_graphs(counting: Counting) -> None:
+    """Start and losses; the first half of a block, and of a parallel one; the second half where its output is kept for a skip, where a gate
+    mixes it with itself or with an earlier one, where none does, before the first parallel block, between two, and before the head. Before
+    the loop begins skips are at other blocks, which differ in nothing that a graph is made for."""
+    model = make_model(**{**FRONTIER, "num_layers": 11, "num_xsa_layers": 11, "value_embedding_dim": 0, "value_embedding_layers": [],
+                          "parallel_from": 8, "loop": {"first": 3, "last": 5, "passes": 3}})
+    rows = make_rows(model)
+    for looped in (True, False):
+        model(rows[:, :-1], rows[:, 1:], looped=looped, compiled=True)
+    assert counting.num_graphs == 2 + 2 + 7
 
 
 def attach_adapters(model: GPT) -> Callable[[], None]:

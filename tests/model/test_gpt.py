@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.errors import UserError
+from lib.model.attention import rms_norm
 from lib.model.config import parse_model
 from lib.model.gpt import GPT, Block, TiedHead, build_model
 from lib.model.sdpa import SDPA, Attend, Kernel, Sight
@@ -23,9 +24,12 @@ FULL: dict[str, Any] = {
     "mlp_hidden_dim": 20, "rope_dims": 4, "rope_base": 10000.0, "rope_trained_tokens": 6, "q_gain_init": 1.5, "num_xsa_layers": 2,
     "smear_gate": True, "bigram_rows": 17, "bigram_dim": 8, "value_embedding_dim": 8, "value_embedding_layers": [3, 4],
     "unet_skips": True, "residual_mix": True, "ln_scale": True, "tied_head": True, "logit_softcap": 30.0, "embedding_init_std": 0.5,
+    "mlp_negative_slope": 0.0, "smear_per_token": False, "skip_gates": False, "attention_gate": False, "parallel_from": None, "loop": None,
 }
 PLAIN = {**FULL, "num_kv_heads": 4, "rope_dims": 6, "num_xsa_layers": 0, "smear_gate": False, "bigram_rows": 0, "value_embedding_dim": 0,
          "value_embedding_layers": [], "unet_skips": False, "residual_mix": False, "ln_scale": False, "tied_head": False}
+FRONTIER = {**FULL, "mlp_negative_slope": 0.5, "smear_per_token": True, "skip_gates": True, "attention_gate": True, "parallel_from": 3,
+            "loop": {"first": 1, "last": 2, "passes": 3}}
 
 
 def make_model(options: dict[str, Any], seed: int = 0) -> GPT:
@@ -36,6 +40,11 @@ def make_model(options: dict[str, Any], seed: int = 0) -> GPT:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+def sigmoid(x: Array) -> Array:
+    gate: Array = 1 / (1 + np.exp(-x))
+    return gate
 
 
 def rms(x: Array) -> Array:
@@ -65,69 +74,122 @@ def document_begins(options: dict[str, Any], tokens: list[int]) -> list[int]:
     return [max(start for start in starts if start <= t) for t in range(len(tokens))]
 
 
-def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens: list[int], attention_tokens: int | None = None) -> Array:
-    """(T, V) logits of one sequence, written from the published description with loops and no shared code."""
-    w, num_tokens, layers = weights, len(tokens), options["num_layers"]
-    heads, kv_heads, span = options["num_heads"], options["num_kv_heads"], min(num_tokens, attention_tokens or num_tokens)
-    width = options["model_dim"] // heads
-    begin, x = document_begins(options, tokens), []
+def reference_order(options: dict[str, Any]) -> list[int]:
+    """The layers, one after the other."""
+    order, loop = list(range(options["num_layers"])), options["loop"]
+    for _ in range(loop["passes"] - 1 if loop else 0):
+        order[loop["last"] + 1:loop["last"] + 1] = range(loop["first"], loop["last"] + 1)
+    return order
+
+
+def reference_embeddings(options: dict[str, Any], w: dict[str, Array], tokens: list[int], begin: list[int]) -> list[Array]:
+    """What goes into the first layer, for each token."""
+    x = []
     for t, token in enumerate(tokens):
-        embedded = w["token_embedding.weight"][token].copy()
+        x.append(w["token_embedding.weight"][token].copy())
         if options["bigram_rows"]:
             row = -1 if begin[t] == t else ((36313 * token) ^ (27191 * tokens[t - 1])) % (options["bigram_rows"] - 1)
-            embedded += w["bigram.projection.weight"] @ w["bigram.table.weight"][row] * w["bigram.scale"]
-        x.append(rms(embedded))
-    if options["smear_gate"]:
-        gate = 1 / (1 + np.exp(-w["smear_gate.gate"]))
-        x = [(1 - gate) * x[t] + gate * (0 if begin[t] == t else x[t - 1]) for t in range(num_tokens)]
-    x0 = list(x)
+            x[t] += w["bigram.projection.weight"] @ w["bigram.table.weight"][row] * w["bigram.scale"]
+    if options["smear_gate"] and options["smear_per_token"]:
+        gates = [w["smear_gate.factor"] * sigmoid(w["smear_gate.weight"] @ x[t][:12]) if t and token != options["bos_id"] else 0
+                 for t, token in enumerate(tokens)]
+        x = [x[t] + (gates[t] * x[t - 1]) for t in range(len(tokens))]
+    x = [rms(each) for each in x]
+    if options["smear_gate"] and not options["smear_per_token"]:
+        gate = sigmoid(w["smear_gate.gate"])
+        x = [(1 - gate) * x[t] + gate * (0 if begin[t] == t else x[t - 1]) for t in range(len(tokens))]
+    return x
+
+
+def reference_attention(options: dict[str, Any], w: dict[str, Array], layer: int, inputs: list[Array], *,
+                        tokens: list[int], begin: list[int], span: int) -> list[Array]:
+    """What attention adds to each token, from its normalised inputs."""
+    name, heads, kv_heads = f"blocks.{layer}.attention", options["num_heads"], options["num_kv_heads"]
+    width = options["model_dim"] // heads
+    queries, keys, values, added = [], [], [], []
+    for t, h in enumerate(inputs):
+        q = (w[name + ".query.weight"] @ h).reshape(heads, width)
+        k = (w[name + ".key.weight"] @ h).reshape(kv_heads, width)
+        v = w[name + ".value.weight"] @ h
+        if layer in options["value_embedding_layers"]:
+            factor = w["value_embedding.layer_scales"][options["value_embedding_layers"].index(layer)] * w["value_embedding.scale"]
+            v = v + w["value_embedding.projection.weight"] @ w["value_embedding.table.weight"][tokens[t]] * factor
+        queries.append([rotated(rms(q[n]), t, options, span) * w[name + ".q_gain"][n] for n in range(heads)])
+        keys.append([rotated(rms(k[n]), t, options, span) for n in range(kv_heads)])
+        values.append(v.reshape(kv_heads, width))
+    for t, h in enumerate(inputs):
+        outputs = []
+        for n in range(heads):
+            group, seen = n // (heads // kv_heads), range(max(begin[t], t + 1 - span), t + 1)
+            scores = np.array([queries[t][n] @ keys[s][group] / math.sqrt(width) for s in seen])
+            shares = np.exp(scores - scores.max())
+            y = sum(share / shares.sum() * values[s][group] for s, share in zip(seen, shares, strict=True))
+            if layer >= options["num_layers"] - options["num_xsa_layers"]:
+                own = values[t][group] / np.linalg.norm(values[t][group])
+                y = y - (y @ own) * own
+            outputs.append(y * sigmoid(0.5 * w[name + ".gate"][n] @ h[:12]) if options["attention_gate"] else y)
+        added.append(w[name + "_scale"] * (w[name + ".output.weight"] @ np.concatenate(outputs)))
+    return added
+
+
+def reference_mlp(options: dict[str, Any], w: dict[str, Array], layer: int, inputs: list[Array]) -> list[Array]:
+    """What the MLP adds to each token, from its normalised inputs."""
+    name, added = f"blocks.{layer}.mlp", []
+    for h in inputs:
+        hidden = w[name + ".up.weight"] @ h
+        hidden = np.where(hidden > 0, hidden, options["mlp_negative_slope"] * hidden) ** 2
+        added.append(w[name + "_scale"] * (w[name + ".down.weight"] @ hidden))
+    return added
+
+
+def reference_logits(options: dict[str, Any], weights: dict[str, Array], tokens: list[int], attention_tokens: int | None = None,
+                     begin: list[int] | None = None) -> Array:
+    """(T, V) logits of one sequence, written from the published description with loops and no shared code.
+
+    `begin` says for each token where what it sees begins, in place of `document_begins`.
+    """
+    w, every, span = weights, range(len(tokens)), min(len(tokens), attention_tokens or len(tokens))
+    begin, order = begin or document_begins(options, tokens), reference_order(options)
+    x = reference_embeddings(options, w, tokens, begin)
+    x0, lane = list(x), list[Array]()
     stack: list[list[Array]] = []
-    for layer in range(layers):
-        name = f"blocks.{layer}."
-        if options["unet_skips"] and layer >= layers // 2 and stack:
-            skip = w["skip_weights"][layer - layers // 2]
-            popped = stack.pop()
-            x = [x[t] + skip * popped[t] for t in range(num_tokens)]
+    for place, layer in enumerate(order):
+        name, number = f"blocks.{layer}.", place - len(order) // 2
+        parallel = options["parallel_from"] is not None and layer >= options["parallel_from"]
+        lane = lane or (list(x) if parallel else [])
+        if options["unet_skips"] and number >= 0 and stack:
+            skip, popped = w["skip_weights"][number], stack.pop()
+            share = sigmoid(w["skip_gates"][number]) if options["skip_gates"] else None
+            x = [x[t] + skip * popped[t] if share is None else share * x[t] + (1 - share) * skip * popped[t] for t in every]
+        mixed = list(x)
         if options["residual_mix"]:
             mix = w[name + "residual_mix"]
-            x = [mix[0] * x[t] + mix[1] * x0[t] for t in range(num_tokens)]
+            mixed = [mix[0] * x[t] + mix[1] * x0[t] for t in every]
         scale = 1 / math.sqrt(layer + 1) if options["ln_scale"] else 1.0
-        queries, keys, values = [], [], []
-        for t in range(num_tokens):
-            h = rms(x[t]) * scale
-            q = (w[name + "attention.query.weight"] @ h).reshape(heads, width)
-            k = (w[name + "attention.key.weight"] @ h).reshape(kv_heads, width)
-            v = w[name + "attention.value.weight"] @ h
-            if layer in options["value_embedding_layers"]:
-                factor = w["value_embedding.layer_scales"][options["value_embedding_layers"].index(layer)] * w["value_embedding.scale"]
-                v = v + w["value_embedding.projection.weight"] @ w["value_embedding.table.weight"][tokens[t]] * factor
-            queries.append([rotated(rms(q[n]), t, options, span) * w[name + "attention.q_gain"][n] for n in range(heads)])
-            keys.append([rotated(rms(k[n]), t, options, span) for n in range(kv_heads)])
-            values.append(v.reshape(kv_heads, width))
-        for t in range(num_tokens):
-            outputs = []
-            for n in range(heads):
-                group, seen = n // (heads // kv_heads), range(max(begin[t], t + 1 - span), t + 1)
-                scores = np.array([queries[t][n] @ keys[s][group] / math.sqrt(width) for s in seen])
-                shares = np.exp(scores - scores.max())
-                y = sum(share / shares.sum() * values[s][group] for s, share in zip(seen, shares, strict=True))
-                if layer >= layers - options["num_xsa_layers"]:
-                    own = values[t][group] / np.linalg.norm(values[t][group])
-                    y = y - (y @ own) * own
-                outputs.append(y)
-            x[t] = x[t] + w[name + "attention_scale"] * (w[name + "attention.output.weight"] @ np.concatenate(outputs))
-            hidden = np.maximum(w[name + "mlp.up.weight"] @ (rms(x[t]) * scale), 0) ** 2
-            x[t] = x[t] + w[name + "mlp_scale"] * (w[name + "mlp.down.weight"] @ hidden)
-        if options["unet_skips"] and layer < layers // 2:
+        attended = reference_attention(options, w, layer, [rms(mixed[t]) * scale for t in every], tokens=tokens, begin=begin, span=span)
+        read = lane if parallel else [mixed[t] + attended[t] for t in every]
+        transformed = reference_mlp(options, w, layer, [rms(read[t]) * scale for t in every])
+        if parallel:
+            keep, give = w[name + "lane_residual"], w[name + "lane_outputs"]
+            x = [keep[0] * x[t] + give[0, 0] * attended[t] + give[1, 0] * transformed[t] for t in every]
+            lane = [keep[1] * lane[t] + give[0, 1] * attended[t] + give[1, 1] * transformed[t] for t in every]
+        else:
+            x = [mixed[t] + attended[t] + transformed[t] for t in every]
+        if options["unet_skips"] and number < 0:
             stack.append(list(x))
+    x = [(x[t] + lane[t]) / 2 for t in every] if lane else x
     head, cap = w["token_embedding.weight" if options["tied_head"] else "head.weight"], options["logit_softcap"]
-    return np.stack([cap * np.tanh(head @ rms(x[t]) / cap) for t in range(num_tokens)])
+    return np.stack([cap * np.tanh(head @ rms(x[t]) / cap) for t in every])
 
 
 ARCHITECTURES = {
     "full": FULL, "plain": PLAIN, "even": {**FULL, "num_layers": 4, "value_embedding_layers": [0]},
     "one layer": {**FULL, "num_layers": 1, "num_xsa_layers": 1, "value_embedding_layers": [0]},
-    "untied": {**FULL, "tied_head": False}, "documents": {**FULL, "document_mask": True}}
+    "untied": {**FULL, "tied_head": False}, "documents": {**FULL, "document_mask": True},
+    "frontier": FRONTIER, "frontier documents": {**FRONTIER, "document_mask": True, "num_layers": 6},
+    "loop to the end": {**FULL, "loop": {"first": 3, "last": 4, "passes": 2}},
+    "loop over all": {**FULL, "skip_gates": True, "loop": {"first": 0, "last": 4, "passes": 2}},
+    "lanes": {**PLAIN, "parallel_from": 2, "attention_gate": True}, "lanes of one layer": {**PLAIN, "num_layers": 1, "parallel_from": 0}}
 
 
 @pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -140,6 +202,24 @@ def test_logits_equal_the_published_description(options: dict[str, Any], num_tok
     expected = np.stack([reference_logits(options, weights_of(model), row, attention_tokens) for row in tokens.tolist()])
     found = model.logits(tokens, attention_tokens=attention_tokens)
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("options", [FULL, FRONTIER, {**FRONTIER, "document_mask": True}], ids=["full", "frontier", "documents"])
+@pytest.mark.parametrize("attention_tokens", [None, 3])
+def test_parts_that_are_listed_see_nothing_before_them(options: dict[str, Any], attention_tokens: int | None) -> None:
+    """Of two packed rows: where parts begin is given, whatever the tokens are; only the smear gate of tokens goes by BOS."""
+    model, boundaries = make_model(options), [[0, 3, 4, 9], [0, 11]]
+    tokens = torch.randint(0, 40, (2, 13), generator=torch.Generator().manual_seed(1))
+    tokens[0, 3] = tokens[1, 7] = options["bos_id"]
+    starts = torch.tensor([[t in row for t in range(13)] for row in boundaries])
+    expected = np.stack([reference_logits(options, weights_of(model), row, attention_tokens,
+                                          [max(first for first in firsts if first <= t) for t in range(13)])
+                         for row, firsts in zip(tokens.tolist(), boundaries, strict=True)])
+    found = model.logits(tokens, slice(2, None), attention_tokens, starts)
+    np.testing.assert_allclose(found.detach().numpy(), expected[:, 2:], rtol=2e-4, atol=2e-4)
+    losses = model(tokens, tokens, attention_tokens=attention_tokens, starts=starts)
+    nats = -torch.from_numpy(expected).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    torch.testing.assert_close(losses.double(), nats, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -177,14 +257,17 @@ def test_attention_to_at_least_all_tokens_changes_nothing(options: dict[str, Any
 
 @pytest.mark.parametrize(("options", "more"), [
     (PLAIN, 0), ({**PLAIN, "smear_gate": True}, 1), ({**PLAIN, "bigram_rows": 17}, 1), (FULL, 2),
-    ({**FULL, "num_layers": 1, "num_xsa_layers": 1, "value_embedding_layers": [0]}, 2)],
-    ids=["plain", "smear gate", "bigram", "full", "one layer"])
+    ({**FULL, "num_layers": 1, "num_xsa_layers": 1, "value_embedding_layers": [0]}, 2),
+    ({**PLAIN, "loop": {"first": 1, "last": 2, "passes": 3}}, 0),
+    ({**FRONTIER, "num_layers": 3, "value_embedding_layers": [0], "parallel_from": 2, "loop": {"first": 0, "last": 1, "passes": 2}}, 2)],
+    ids=["plain", "smear gate", "bigram", "full", "one layer", "loop", "frontier"])
 @pytest.mark.parametrize("attention_tokens", [1, 2, 4])
 def test_a_token_is_seen_exactly_as_far_as_the_layers_reach(options: dict[str, Any], more: int, attention_tokens: int) -> None:
-    """Each layer reaches back by the other tokens that it attends to; the smear gate and the bigram by one more each."""
+    """Each layer reaches back by the other tokens that it attends to, each time; the smear gate and the bigram by one more each."""
     model = make_model(options).double()
-    reach = options["num_layers"] * (attention_tokens - 1) + more
-    tokens = torch.randint(0, 39, (1, reach + 5), generator=torch.Generator().manual_seed(2))
+    loop = options["loop"] or {"first": 0, "last": 0, "passes": 1}
+    reach = (options["num_layers"] + (loop["last"] - loop["first"] + 1) * (loop["passes"] - 1)) * (attention_tokens - 1) + more
+    tokens = torch.randint(2, 39, (1, reach + 5), generator=torch.Generator().manual_seed(2))
     last = slice(reach + 4, None)
 
     def logits(changed: int | None = None) -> torch.Tensor:
@@ -264,9 +347,13 @@ def test_no_gradient_flows_to_a_masked_document(attention_tokens: int | None, do
         assert gradient[31].any() == (not document_mask)
 
 
-def test_initialisation_is_published_and_trainable() -> None:
-    model = GPT(parse_model(FULL, ""))
+@pytest.mark.parametrize("options", [FULL, FRONTIER], ids=["full", "frontier"])
+def test_initialisation_is_published_and_trainable(options: dict[str, Any]) -> None:
+    model = GPT(parse_model(options, ""))
     model.initialize(seed=3)
+    for name, value in {"lane_residual": 1.1, "lane_outputs": 1.0, "attention.gate": 0.0, "skip_gates": 0.0, "smear_gate.weight": 0.0,
+                        "smear_gate.factor": 0.0, "skip_weights": 1.0, "q_gain": options["q_gain_init"]}.items():
+        assert all((parameter == value).all() for found, parameter in model.named_parameters() if found.endswith(name)), name
     for block in model.blocks:
         assert not block.get_submodule("attention.output").get_parameter("weight").any()
         assert not block.get_submodule("mlp.down").get_parameter("weight").any()
@@ -343,6 +430,52 @@ def test_build_model_restores_a_model_and_refuses_other_weights() -> None:
         build_model({**FULL, "bigram_rows": 2**62}, weights)
 
 
+def test_the_order_of_layers_is_published() -> None:
+    """Of #1855; before the loop begins, and after it."""
+    params = parse_model({**FRONTIER, "num_layers": 11, "parallel_from": 8, "loop": {"first": 3, "last": 5, "passes": 3}}, "")
+    assert params.layer_order(looped=False) == list(range(11))
+    assert params.layer_order() == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert (GPT(params).get_parameter("skip_weights").shape, GPT(params).get_parameter("skip_gates").shape) == ((8, 24), (8, 24))
+
+
+def test_a_loop_is_a_deeper_model_with_the_same_layers() -> None:
+    options = {**PLAIN, "num_layers": 4, "unet_skips": True, "skip_gates": True, "residual_mix": True}
+    looped, tokens = make_model({**options, "loop": {"first": 1, "last": 2, "passes": 3}}), torch.arange(18).view(2, 9)
+    deep = make_model({**options, "num_layers": 8})
+    deep.blocks = nn.ModuleList(looped.blocks[layer] for layer in (0, 1, 2, 1, 2, 1, 2, 3))
+    for name in ("token_embedding", "skip_weights", "skip_gates", "head"):
+        setattr(deep, name, getattr(looped, name))
+    assert torch.equal(looped.logits(tokens), deep.logits(tokens))
+    assert not torch.equal(looped(tokens, tokens), looped(tokens, tokens, looped=False))
+
+
+def test_gates_at_zero_halve_what_they_scale_and_a_closed_smear_gate_is_none() -> None:
+    model, tokens = make_model(FRONTIER), torch.arange(18).view(2, 9)
+    plain = make_model({**FRONTIER, "smear_gate": False, "attention_gate": False})
+    with torch.no_grad():
+        model.get_parameter("smear_gate.factor").zero_()
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(model.get_parameter(name))
+        for layer in range(5):
+            model.get_parameter(f"blocks.{layer}.attention.gate").zero_()
+            plain.get_parameter(f"blocks.{layer}.attention_scale").mul_(0.5)
+    torch.testing.assert_close(model.logits(tokens), plain.logits(tokens))
+
+
+def test_lanes_that_nothing_tells_apart_are_one_stream() -> None:
+    """With factors of 1 everywhere and no skip or mix, both lanes are x + attention + MLP of the same x."""
+    model, tokens = make_model({**PLAIN, "num_layers": 1, "parallel_from": 0}).double(), torch.arange(18).view(2, 9)
+    seen: dict[str, Tensor] = {}
+    for name in ("attention.output", "mlp.down"):
+        model.get_submodule(f"blocks.0.{name}").register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
+    with torch.no_grad():
+        for name in ("lane_residual", "lane_outputs"):
+            model.get_parameter(f"blocks.0.{name}").fill_(1)
+    logits = model.logits(tokens)
+    x = rms_norm(model.token_embedding(tokens)) + seen["attention.output"] + seen["mlp.down"]
+    torch.testing.assert_close(logits, 30 * torch.tanh(model.head_outputs(rms_norm(x)) / 30), check_dtype=False)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"bos_id": 40}, "bos_id: expected a token below vocab_size 40, found 40"),
     ({"num_heads": 5}, "num_heads: expected a divisor of model_dim 24"),
@@ -355,6 +488,13 @@ def test_build_model_restores_a_model_and_refuses_other_weights() -> None:
     ({"value_embedding_dim": 0}, "value_embedding_layers: expected at least one layer exactly when"),
     ({"value_embedding_layers": [4, 3]}, "value_embedding_layers: expected ascending layers below 5"),
     ({"value_embedding_layers": [5]}, "value_embedding_layers: expected ascending layers below 5"),
+    ({"loop": {"first": 3, "last": 2, "passes": 2}}, "loop: expected layers first <= last < num_layers 5, found 3 and 2"),
+    ({"loop": {"first": 3, "last": 5, "passes": 2}}, "loop: expected layers first <= last < num_layers 5, found 3 and 5"),
+    ({"loop": {"first": 3, "last": 4, "passes": 1}}, "loop.passes: expected a number from 2, found 1"),
+    ({"skip_gates": True, "unet_skips": False}, "skip_gates: expected false where unet_skips is"),
+    ({"parallel_from": 1}, "parallel_from: expected a layer of the second half behind the loop, 2 to 4, or null, found 1"),
+    ({"parallel_from": 5}, "parallel_from: expected a layer of the second half behind the loop, 2 to 4"),
+    ({"parallel_from": 3, "loop": {"first": 1, "last": 3, "passes": 2}}, "parallel_from: expected a layer .* behind the loop, 4 to 4"),
 ])
 def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ParamsError, match=message):

@@ -11,7 +11,7 @@ from tests.evaluation.tiny import MODEL
 from tests.published.published_files import make_state
 
 UNTOLD = {"rope_dims", "rope_base", "rope_trained_tokens", "q_gain_init", "num_xsa_layers", "ln_scale", "logit_softcap",
-          "embedding_init_std", "bos_id", "document_mask"}
+          "embedding_init_std", "bos_id", "document_mask", "mlp_negative_slope", "loop"}
 VARIANTS: list[dict[str, Any]] = [
     {}, {"num_kv_heads": 2, "num_layers": 11, "mlp_hidden_dim": 48}, {"num_heads": 4, "num_kv_heads": 2, "value_embedding_layers": [0]},
     {"bigram_rows": 0, "smear_gate": False}, {"value_embedding_dim": 0, "value_embedding_layers": [], "tied_head": False},
@@ -44,7 +44,7 @@ def test_shapes_tell_the_architecture_and_fit_it(changes: dict[str, Any]) -> Non
 @pytest.mark.parametrize("changes", [
     {"num_layers": 4, "mlp_hidden_dim": 32, "smear_gate": False}, {"vocab_size": 64, "tied_head": False, "residual_mix": False},
     {"num_heads": 4, "bigram_rows": 0, "unet_skips": False}, {"num_kv_heads": 2, "bigram_dim": 8, "value_embedding_dim": 8},
-    {"value_embedding_layers": [2]}, {"model_dim": 32},
+    {"value_embedding_layers": [2]}, {"model_dim": 32}, {"skip_gates": True, "attention_gate": True, "parallel_from": 2},
 ])
 def test_every_key_that_contradicts_the_file_is_named(changes: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError) as caught:

@@ -19,7 +19,7 @@ SHAPES = {"blocks.0.attention.input": {"query": (24, 48), "key": (12, 48), "valu
 def make_clip(rule: str = "max", percentiles: tuple[float, ...] = (0.9, 0.99, 1.0), num_candidates: int = 20,
               num_std: float = 3.0, floor: float = 0.0) -> ClipParams:
     return ClipParams.model_validate({"rule": rule, "percentiles": percentiles, "num_candidates": num_candidates, "num_std": num_std,
-                                      "floor": floor})
+                                      "num_std_of": {}, "floor": floor})
 
 
 def make_weight(num_rows: int, num_columns: int, seed: int = 0) -> Tensor:

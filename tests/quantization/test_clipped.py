@@ -11,8 +11,6 @@ from lib.quantization.grid import round_scales, round_to_grid
 from tests.quantization.power_law import DAMPING, damped, make_clip, make_hessian, make_problem, make_weight, quadratic_error
 from tests.quantization.test_config import make_quantize
 
-CLIP = make_clip("max").model_dump()
-
 
 def single(problem: Problem, scales: Tensor, bits: int) -> Tensor:
     """The weights after GPTQ with these row scales."""
@@ -23,7 +21,7 @@ def single(problem: Problem, scales: Tensor, bits: int) -> Tensor:
 def test_each_row_keeps_the_factor_with_the_least_error() -> None:
     problems, hessians = [make_problem(20, 48, seed) for seed in (0, 1)], [make_hessian(48, seed) for seed in (0, 1)]
     factors = (1.0, 0.7, 0.85, 1.2)
-    codes, chosen = round_clipped(problems, hessians, 4, make_quantize(clip=CLIP, scale_factors=factors, block_size=16))
+    codes, chosen = round_clipped(problems, hessians, [make_clip("max")] * 2, 4, make_quantize(scale_factors=factors, block_size=16))
     assert (codes.dtype, codes.shape, chosen.shape) == (torch.int16, (2, 20, 48), (2, 20))
     for problem, hessian, its_codes, its_scales in zip(problems, hessians, codes, chosen, strict=True):
         starts = row_scales(problem.weight, 4, make_clip("max"))
@@ -41,7 +39,7 @@ def test_each_row_keeps_the_factor_with_the_least_error() -> None:
 
 def test_one_factor_without_refits_is_plain_gptq() -> None:
     problem = make_problem(12, 32)
-    codes, scales = round_clipped([problem], [make_hessian(32)], 5, make_quantize(clip=CLIP, block_size=16))
+    codes, scales = round_clipped([problem], [make_hessian(32)], [make_clip("max")], 5, make_quantize(block_size=16))
     assert torch.equal(scales[0], row_scales(problem.weight, 5, make_clip("max")))
     assert torch.equal(codes[0] * scales[0].double()[:, None], single(problem, scales[0], 5))
 
@@ -68,7 +66,8 @@ def test_refits_never_make_a_row_worse_and_usually_better() -> None:
     problem, hessian = make_problem(32, 48), make_hessian(48)
     errors, all_scales = [], []
     for refits in range(4):
-        codes, scales = round_clipped([problem], [hessian], 3, make_quantize(clip=CLIP, scale_factors=[0.8], refits=refits, block_size=16))
+        codes, scales = round_clipped([problem], [hessian], [make_clip("max")], 3,
+                                      make_quantize(scale_factors=[0.8], refits=refits, block_size=16))
         assert int(codes.abs().max()) <= clip_range(3)
         errors.append(row_errors(problem.weight - codes[0] * scales[0].double()[:, None], damped(hessian)))
         all_scales.append(scales)
@@ -80,5 +79,5 @@ def test_refits_never_make_a_row_worse_and_usually_better() -> None:
 
 def test_scales_of_an_input_that_was_always_zero_are_finite() -> None:
     factor = factorize("test", torch.zeros(5, 5), DAMPING, act_order=True)
-    codes, scales = round_clipped([Problem(make_weight(3, 5), factor)], [torch.zeros(5, 5)], 5, make_quantize(refits=2))
+    codes, scales = round_clipped([Problem(make_weight(3, 5), factor)], [torch.zeros(5, 5)], [make_clip("max")], 5, make_quantize(refits=2))
     assert codes.abs().sum() == 0 and scales.isfinite().all() and (scales > 0).all()

@@ -30,9 +30,11 @@ def test_max_is_the_largest_magnitude_of_each_row() -> None:
     assert clip_max(torch.tensor([[0.5, -3.0], [0.0, 0.0]]), 15, make_clip()).tolist() == [3.0, 0.0]
 
 
-def test_std_is_a_multiple_of_the_root_mean_square() -> None:
+def test_std_is_a_multiple_of_the_deviation_about_the_mean() -> None:
     weight = make_weight(6, 100) + 0.02
-    expected = 2.5 * np.sqrt(np.square(weight.double().numpy()).mean(axis=1))
+    values = weight.double().numpy()
+    expected = 2.5 * np.sqrt(np.square(values - values.mean(axis=1, keepdims=True)).sum(axis=1) / 99)
+    assert clip_std(weight[:, :1], 15, make_clip()).tolist() == [0.0] * 6
     np.testing.assert_allclose(clip_std(weight, 15, make_clip(num_std=2.5)), expected, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ from lib.quantization.grid_config import FLOAT_BITS
 BITS: dict[str, Any] = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8}
 QUANTIZE: dict[str, Any] = {
     "target_bytes": None, "method": "gptq", "bits": BITS, "bits_of": {}, "free_rows": True, "free_columns": True,
-    "clip": {"rule": "mse", "percentiles": [0.999, 1.0], "num_candidates": 50, "num_std": 4.0, "floor": 0.0},
+    "clip": {"rule": "mse", "percentiles": [0.999, 1.0], "num_candidates": 50, "num_std": 4.0, "num_std_of": {}, "floor": 0.0},
     "damping": 0.01, "block_size": 128, "act_order": True, "scale_factors": [1.0], "refits": 0, "rate_weight": 0.0,
     "prune_fraction": 0.0, "low_rank": {"max_bytes": 0, "bits": 8}, "vector_mantissa_bits": 10, "heldout_tokens": 1000,
 }

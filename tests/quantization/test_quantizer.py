@@ -18,6 +18,7 @@ from tests.quantization.test_config import FREE_BITS, make_quantize
 
 WEIGHTS, HESSIANS = make_layers()
 SOURCES = {name: source for source, names in HESSIANS.inputs.items() for name in names}
+ROLES = {name: source.split(".")[2] for name, source in SOURCES.items()}
 QUERY, KEY, VALUE = HESSIANS.inputs["blocks.0.attention.input"]
 FIXED_BYTES = 500
 
@@ -30,7 +31,7 @@ def quantize(kind: int | str | dict[str, Any], **changes: Any) -> Matrices:
     hessians: Hessians = changes.pop("hessians", HESSIANS)
     bits: dict[str, int | str] = kind if isinstance(kind, dict) else dict.fromkeys(WEIGHTS, kind)
     params = make_quantize(**changes, **({"bits": FREE_BITS} if "target_bytes" in changes else {}))
-    quantizer = Quantizer(WEIGHTS, hessians, bits, params, SINGLE_CPU)
+    quantizer = Quantizer(WEIGHTS, hessians, bits, params, roles=ROLES, process=SINGLE_CPU)
     assert quantizer.dampings.keys() == bits.keys()
     return quantizer.round_clipped() if params.target_bytes is None else quantizer.meet_target(params.target_bytes, measure)
 
@@ -61,7 +62,7 @@ def test_the_first_trial_is_close(target: int) -> None:
         return sizes[-1]
 
     params = make_quantize(bits=FREE_BITS, target_bytes=target)
-    quantizer = Quantizer(WEIGHTS, HESSIANS, dict.fromkeys(WEIGHTS, "free"), params, SINGLE_CPU)
+    quantizer = Quantizer(WEIGHTS, HESSIANS, dict.fromkeys(WEIGHTS, "free"), params, roles=ROLES, process=SINGLE_CPU)
     quantizer.meet_target(target, record)
     assert sizes[0] == FIXED_BYTES  # when everything is 0
     assert sizes[1] == pytest.approx(target, rel=0.06) and len(sizes) <= 7

@@ -26,7 +26,8 @@ PARAMS: dict[str, Any] = dict.fromkeys(SECTIONS) | {
     "quantize": {"target_bytes": None, "method": "gptq",
                  "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8}, "bits_of": {},
                  "free_rows": True, "free_columns": True,
-                 "clip": {"rule": "mse", "percentiles": [0.99, 1.0], "num_candidates": 20, "num_std": 4.0, "floor": 0.0}, "damping": 0.01,
+                 "clip": {"rule": "mse", "percentiles": [0.99, 1.0], "num_candidates": 20, "num_std": 4.0, "num_std_of": {}, "floor": 0.0},
+                 "damping": 0.01,
                  "block_size": 8, "act_order": True, "scale_factors": [0.9, 1.0], "refits": 0, "rate_weight": 0.0,
                  "prune_fraction": 0.0, "low_rank": {"max_bytes": 0, "bits": 8}, "vector_mantissa_bits": 10, "heldout_tokens": 500},
     "compress": {"codec": "zstd", "level": 22, "limit_bytes": 100_000, "code_bytes": 7000},
@@ -48,8 +49,8 @@ def make_documents(number: int) -> list[str]:
     return [" ".join(generator.choice(words, 100)) for _ in range(number)]
 
 
-def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
-    """What tokenize and train leave in their folders, and a file that stands for the submitted code."""
+def write_inputs(folder: Path, qat: dict[str, Any] | None = None, **options: Any) -> None:
+    """What tokenize and train leave in their folders, and a file that stands for the submitted code; `options` change the model."""
     write_params(folder)
     documents = make_documents(12)
     tokenizer_path = folder / TOKENIZE_FOLDER / "tokenizer.model"
@@ -61,11 +62,11 @@ def write_inputs(folder: Path, qat: dict[str, Any] | None = None) -> None:
         for document, tokens in zip(part, encode_documents(tokenizer, part), strict=True):
             writer.add(tokens, len(document), len(document))
         writer.close()
-    model = make_model(vocab_size=VOCAB_SIZE)
+    model = make_model(vocab_size=VOCAB_SIZE, **options)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     training = {"sequence_tokens": 16, "qat": qat, "calibration_seconds": None}
     save_checkpoint(folder / stage_folder("train", SEED) / "checkpoint.safetensors",
-                    Checkpoint(weights, MODEL | {"vocab_size": VOCAB_SIZE}, training))
+                    Checkpoint(weights, MODEL | options | {"vocab_size": VOCAB_SIZE}, training))
     (folder / "lib/submission").mkdir(parents=True)
     (folder / "lib/submission/program.py").write_text("import sys\n", encoding="utf-8")
 

@@ -18,6 +18,7 @@ from lib.quantization.allocation import TargetError
 from lib.submission.bundle import code_bytes
 from stages import calibrate, compress, quantize
 from tests.artifacts.quantized_models import assert_same
+from tests.evaluation.tiny import FRONTIER
 from tests.stages.project import PARAMS, SEED, check_confined, landlock, write_inputs, write_params
 
 METRIC_KEYS = {"heldout_bpb", "heldout_bpb_float", "heldout_kl", "heldout_loss_increase", "heldout_tokens", "entropy_bits", "coded_bits",
@@ -43,7 +44,10 @@ def outputs(stage: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in stage_folder(stage, SEED).iterdir() if path.name != "timing.json"}
 
 
-def test_the_three_stages(project: Path) -> None:
+@pytest.mark.parametrize("options", [{}, FRONTIER], ids=["default", "frontier"])
+def test_the_three_stages(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path, **options)
     for stage in (calibrate, quantize, compress):
         stage.main(SEED)
     folder = stage_folder("calibrate", SEED)
@@ -68,7 +72,7 @@ def test_the_three_stages(project: Path) -> None:
     assert_same(load_artifact(folder / "model.ptz"), quantized)
     metrics, sizes = load_metrics(folder), read_csv(folder / "sizes.csv")
     assert metrics["blob_bytes"] == (folder / "model.ptz").stat().st_size
-    assert metrics["code_bytes"] == code_bytes(project)
+    assert metrics["code_bytes"] == code_bytes(tmp_path)
     assert metrics["artifact_bytes"] == metrics["blob_bytes"] + metrics["code_bytes"] == sum(int(row["num_bytes"]) for row in sizes)
     assert metrics["limit_bytes"] == 100_000
 

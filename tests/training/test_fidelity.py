@@ -51,7 +51,7 @@ def shrink(preset: str, changes: dict[str, Any]) -> tuple[Settings, Settings]:
     averaging["swa_every_steps"] //= CADENCE_RATIO
     without_clock = {key: None for key in settings if key.endswith("_seconds")}
     small_run = {"budget_steps": NUM_STEPS, "sequence_tokens": SEQUENCE_TOKENS, "batch_sequences": BATCH_SEQUENCES,
-                 "micro_batch_sequences": BATCH_SEQUENCES, "precision": "fp32", "compile": False, "averaging": averaging}
+                 "loop_start": 0.0, "micro_batch_sequences": BATCH_SEQUENCES, "precision": "fp32", "compile": False, "averaging": averaging}
     return model | small_model, settings | without_clock | small_run
 
 

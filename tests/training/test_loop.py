@@ -29,11 +29,12 @@ def _no_state_is_saved_because_the_machine_is_slow(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(lib.training.loop, "SYNC_STEPS", 4)  # after steps 1, 5, 9, ...
 
 
-def run_training(folder: Path, params: TrainParams | None = None, process: Process = SINGLE_CPU, resume: str = "resume.pt") -> TrainResult:
+def run_training(folder: Path, params: TrainParams | None = None, process: Process = SINGLE_CPU, resume: str = "resume.pt",
+                 **model: Any) -> TrainResult:
     params = params or make_params()
     split = make_split(folder / f"train{process.rank}")
     loader = Loader(split, params.sequence_tokens, params.batch_sequences, seed=5)
-    result = train(make_model(), params, loader, process, folder / resume, status=dict)
+    result = train(make_model(**model), params, loader, process, folder / resume, status=dict)
     if process.is_main:
         (folder / resume).unlink()
     return result
@@ -122,8 +123,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     save_at_every_synchronization(monkeypatch)
     backward = Run.backward
 
-    def poisoned(run: Run) -> torch.Tensor:
-        loss = backward(run)
+    def poisoned(run: Run, looped: bool) -> torch.Tensor:
+        loss = backward(run, looped)
         if run.num_steps == 15:
             assert run.model.token_embedding.weight.grad is not None
             run.model.token_embedding.weight.grad[0, 0] = float("inf")
@@ -149,10 +150,54 @@ def test_a_run_by_seconds_is_repeated_by_steps(tmp_path: Path, monkeypatch: pyte
     assert_same(run_training(tmp_path, make_params(budget_steps=[list(pair) for pair in by_seconds.plan])), by_seconds)
 
 
-def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
-    params = make_params()
+LOOP: dict[str, Any] = {"unet_skips": False, "loop": {"first": 1, "last": 2, "passes": 2}}
+
+
+def test_the_loop_begins_at_its_fraction_of_the_budget(tmp_path: Path) -> None:
+    plain, late, never, always = (run_training(tmp_path, make_params(loop_start=start), **LOOP | changes) for start, changes in (
+        (0.0, {"loop": None}), (0.5, {}), (1.0, {}), (0.0, {})))
+    assert_same(never, plain)
+    assert late.losses[:15] == plain.losses[:15] and late.losses[15] != plain.losses[15]
+    assert always.losses[0] == plain.losses[0] and always.losses[1] != plain.losses[1]  # all blocks are the identity at first
+
+
+@pytest.mark.parametrize("at_step", [7, 21])
+def test_a_run_with_a_loop_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
+    params = make_params(loop_start=0.5)
+    expected, step = run_training(tmp_path, params, **LOOP), Run.step
+
+    def interrupt(run: Run) -> None:
+        step(run)
+        if run.num_steps == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", interrupt)
+        with pytest.raises(SystemExit):
+            run_training(tmp_path, params, **LOOP)
+    assert_same(run_training(tmp_path, params, **LOOP), expected)
+
+
+@pytest.mark.parametrize(("start", "expected"), [(0.0, [True] * 3), (0.5, [True] * 3 + [False] * 3)])
+def test_what_the_loop_needs_is_warmed_up_before_what_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: float,
+                                                               expected: list[bool]) -> None:
+    params, backward, seen = make_params(loop_start=start), Run.backward, list[bool]()
+
+    def watch(run: Run, looped: bool) -> torch.Tensor:
+        seen.append(looped)
+        return backward(run, looped)
+
+    monkeypatch.setattr(Run, "backward", watch)
     loader = Loader(make_split(tmp_path / "train"), params.sequence_tokens, params.batch_sequences, seed=5)
-    warm, cold = (Run(make_model(), params, loader, SINGLE_CPU) for _ in range(2))
+    Run(make_model(**LOOP), params, loader, SINGLE_CPU).warm_up()
+    assert seen == expected
+
+
+@pytest.mark.parametrize("model", [{}, LOOP], ids=["plain", "loop"])
+def test_warming_up_leaves_no_trace(tmp_path: Path, model: dict[str, Any]) -> None:
+    params = make_params(loop_start=0.5)
+    loader = Loader(make_split(tmp_path / "train"), params.sequence_tokens, params.batch_sequences, seed=5)
+    warm, cold = (Run(make_model(**model), params, loader, SINGLE_CPU) for _ in range(2))
     warm.warm_up()
     for run in (warm, cold):
         for _ in range(3):
