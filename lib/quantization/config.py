@@ -113,6 +113,7 @@ class QuantizeParams(Params):
             raise ValueError("target_bytes: expected a number exactly when the bits of some matrices are free, "
                              f"found {self.target_bytes} and {'some' if is_free else 'no'} free matrices")
         if self.distill.steps and (self.low_rank.max_bytes or self.prune_fraction):
-            raise ValueError("distill.steps: expected 0, or neither pruning nor low-rank corrections, which distillation would undo, found "
-                             f"{self.distill.steps}, prune_fraction {self.prune_fraction:g} and low_rank.max_bytes {self.low_rank.max_bytes}")
+            raise ValueError("distill.steps: expected 0, or neither pruning nor low-rank corrections, which distillation would undo, "
+                             f"found {self.distill.steps}, prune_fraction {self.prune_fraction:g} and low_rank.max_bytes "
+                             f"{self.low_rank.max_bytes}")
         return self

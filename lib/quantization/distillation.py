@@ -35,9 +35,9 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam
 SHARPNESS = 2.0  # of tanh, which stands for the sign of a latent
 NUM_SIZES = 20  # times that the size is measured and the price corrected
 FIRST_PRICE = 4.0  # KL falls about as exp(-4 x relative size) where GPTQ has 2 to 4 bits
-SHRINK_FRACTION = 0.6
+SHRINK_FRACTION = 0.5
 GAIN, SLOW_GAIN = 30.0, 5.0  # of the logarithm of the price, per relative excess of the size: at once, and for good
-LIMITS = 2.0, 1.0  # of the logarithm of the price over the first one: of all of it, of what is for good
+LIMITS = 3.0, 1.5  # of the logarithm of the price over the first one: of all of it, of what is for good
 SHIFT_UNIT = 2.0**-16  # steps per bit per step, of the thresholds, when the target is met in the end
 ESTIMATE_UNITS = 64
 

@@ -154,7 +154,7 @@ def test_the_price_rises_where_the_size_is_above_its_plan() -> None:
     assert price.correct(1100, 0.0, 1.0) == pytest.approx(1e-7)
     raised = price.correct(1040, 0.6, 1.0)
     assert raised == pytest.approx(1e-7 * math.exp(35 * 0.04)) and price.correct(990, 0.9, 1.0) < raised
-    assert price.correct(2000, 0.9, 0.1) == pytest.approx(1e-7 * math.exp(2)) and price.correct(100, 0.9, 0.1) > 1e-9
+    assert price.correct(2000, 0.9, 0.1) == pytest.approx(1e-7 * math.exp(3)) and price.correct(100, 0.9, 0.1) > 1e-9
 
 
 def test_longer_than_training_left_for_it_is_an_error() -> None:
