@@ -243,7 +243,7 @@ class _Price:
     """What a bit may cost, in nats per token, so that the size goes where it is to be.
 
     Args:
-        first: to begin with.
+        first: price to begin with.
         first_bytes: size at the beginning.
         target_bytes: size at `SHRINK_FRACTION` of the steps, and from there on.
         code_bytes: what of the size the price has power over.
