@@ -4,9 +4,9 @@ FOLDER is a clone in which the pipeline has run up to calibrate; by default this
 published it (2 % pruning, its floor under all scales, the inverse Hessian itself instead of its Cholesky factor, columns in ascending
 order), correct GPTQ with the percentile clip rule, all int5 with int8 tables as in #585, and once with the token embedding as the only
 int8 table, with zstandard; and free steps with the range coder, at the same bytes and at fractions of them. With targets, free steps at
-those sizes instead. With ``--curve`` the published procedure and correct GPTQ with 3 to 6 bits, and free steps at sizes from the
-smallest of these files to the largest: ``quantize.csv`` and ``quantize.svg`` beside this file. Bytes are those of the packed model,
-without code.
+those sizes instead, by each of `METHODS` that ``--methods`` names. With ``--curve`` the published procedure and correct GPTQ with 3 to 6
+bits, and free steps at sizes from the smallest of these files to the largest: ``quantize.csv`` and ``quantize.svg`` beside this file. Bytes
+are those of the packed model, without code.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, exponents_of, scales_of
 from lib.artifacts.tokens import load_split
 from lib.compression.container import pack, unpack
+from lib.data.loader import Loader
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.heldout import HeldoutComparison, compare_heldout
@@ -37,6 +39,7 @@ from lib.params import Params, parse_params, read_params
 from lib.quantization.assessment import list_tensors, summarize
 from lib.quantization.clipping import row_scales
 from lib.quantization.config import QuantizeParams
+from lib.quantization.distillation import distill
 from lib.quantization.grid import round_to_grid
 from lib.quantization.policy import quantize_model
 from lib.quantization.quantizer import smallest
@@ -48,6 +51,9 @@ FREE = dict.fromkeys(INT8_TABLES, "free")
 FLOOR, PRUNED, DAMPING, TABLE_PERCENTILE = 1.0, 0.02, 0.01, 0.9999984  # #585
 LEVEL = 22
 FRACTIONS = (0.75, 0.6, 0.5)
+METHODS: dict[str, tuple[float | None, bool]] = {
+    "gptq": (None, False), "feedback": (0.1, False), "distilled": (None, True), "feedback,distilled": (0.1, True)}
+"""Name -> `feedback_damping`, and whether distilled, with the settings of ``quantize.distill`` and ``--steps``."""
 CURVE_BITS, CURVE_SIZES = (3, 4, 5, 6), 8
 TABLE, FIGURE = Path(__file__).with_suffix(".csv"), Path(__file__).with_suffix(".svg")
 COLUMNS = ("method", "num_bytes", "heldout_kl")
@@ -66,6 +72,7 @@ class Bench:
     """The run that methods are compared on."""
 
     def __init__(self, root: Path, seed: int, heldout_tokens: int, process: Process) -> None:
+        self.root, self.seed = root, seed
         checkpoint = root / stage_folder("train", seed) / "checkpoint.safetensors"
         self.checkpoint: Checkpoint = load_checkpoint(checkpoint)
         self.hessians: Hessians = load_hessians(root / stage_folder("calibrate", seed) / "hessians.safetensors", checkpoint)
@@ -90,13 +97,21 @@ class Bench:
         params = self.params(target_bytes=None, method=method, bits=bits, scale_factors=[1.0], rate_weight=0.0, damping=DAMPING)
         return self._run(lambda: self._quantize(params, lambda _: 0), "zstd")
 
-    def free(self, num_bytes: int) -> Result:
-        """Free steps that meet a size."""
-        params = self.params(target_bytes=num_bytes, bits=FREE)
+    def free(self, num_bytes: int, method: str = "gptq", steps: int = 0) -> Result:
+        """Free steps that meet a size, by one of `METHODS` and with so many steps of distillation."""
+        feedback_damping, is_distilled = METHODS[method]
+        distill = read_params()["quantize"]["distill"] | {"steps": steps if is_distilled else 0}
+        params = self.params(target_bytes=num_bytes, bits=FREE, feedback_damping=feedback_damping, distill=distill)
         return self._run(lambda: self._quantize(params, lambda model: len(pack(model, "range", LEVEL).blob)), "range")
 
     def _quantize(self, params: QuantizeParams, measure: Callable[[QuantizedModel], int]) -> QuantizedModel:
-        return quantize_model(self.checkpoint, parts_of(self.model), self.hessians, params, process=self.process, measure=measure)[0]
+        start, _ = quantize_model(self.checkpoint, parts_of(self.model), self.hessians, params, process=self.process, measure=measure)
+        if not params.distill.steps:
+            return start
+        text = load_split(self.root / TOKENIZE_FOLDER / "train", self.model.params.vocab_size)
+        loader = Loader(text, self.checkpoint.training["sequence_tokens"], params.distill.batch_sequences, self.seed)
+        return distill(self.model, self.model.logits, lambda step: loader.batch(step)[:, :-1], start, params, process=self.process,
+                       measure=measure)[0]
 
     def published(self, bits: int = 5) -> Result:
         """The procedure of #585, which has 5 bits; tables have 8 in any case."""
@@ -194,6 +209,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--heldout-tokens", type=int, default=100_000)
     parser.add_argument("--targets", type=int, nargs="+", default=[])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["gptq"], help="of free steps at these targets")
+    parser.add_argument("--steps", type=int, default=400, help="of distillation")
     parser.add_argument("--curve", action="store_true", help="measure the figure of the README instead")
     arguments = parser.parse_args()
     process = Process(0, 1, torch.device("cuda")) if torch.cuda.is_available() else SINGLE_CPU
@@ -202,9 +219,9 @@ def main() -> None:
     bench = Bench(arguments.root, arguments.seed, arguments.heldout_tokens, process)
     print(f"torch {torch.__version__}, {device}; {bench.num_weights:,} weights in matrices, {bench.num_live:,.0f} of them with live inputs")
     print(f"{'':44}{'bytes':>12}{'bits/w':>9}{'live':>9}{'error':>10}{'predicted':>11}{'KL':>11}{'loss':>11}{'seconds':>9}{'unpack':>8}")
-    for target in arguments.targets:
-        result = bench.free(target)
-        bench.report(f"free steps, {result.num_bytes / target - 1:+.3%} from {target:,}", result)
+    for target, method in product(arguments.targets, arguments.methods):
+        result = bench.free(target, method, arguments.steps)
+        bench.report(f"{method}, {result.num_bytes / target - 1:+.3%} from {target:,}", result)
     if arguments.curve:
         write_csv(TABLE, COLUMNS, measure_curve(bench))
         write_bytes(FIGURE, draw_curve(TABLE).encode())

@@ -136,8 +136,9 @@ def test_quantize(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_quantize_at_given_sizes(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = output_of("quantize", f"--seed {SEED} --heldout-tokens 500 --targets 16000 12000", run, monkeypatch, capsys).splitlines()
-    assert [line.split(" from ")[1].split()[0] for line in lines[2:]] == ["16,000", "12,000"]
+    lines = output_of("quantize", f"--seed {SEED} --heldout-tokens 500 --targets 16000 12000 --steps 2 "
+                      "--methods gptq feedback,distilled", run, monkeypatch, capsys).splitlines()
+    assert [line.split(" from ")[1].split()[0] for line in lines[2:]] == ["16,000", "16,000", "12,000", "12,000"]
 
 
 def test_quantize_as_a_curve(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

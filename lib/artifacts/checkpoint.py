@@ -9,7 +9,8 @@ import torch
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tensors import load_tensors, save_tensors
 
-TRAINING = ("sequence_tokens", "num_steps", "selected", "qat", "calibration_seconds", "imported", "imported_bytes", "imported_sha256")
+TRAINING = ("sequence_tokens", "num_steps", "selected", "qat", "calibration_seconds", "distillation_seconds", "imported", "imported_bytes",
+            "imported_sha256")
 NEUTRAL: dict[str, Any] = {"calibration_seconds": None, "qat.full_range": False, "qat.clip_quantile": 1.0, "qat.floor": 0.0}
 """Dotted keys of `Checkpoint.training` that came later -> what files from before, which do not have them, are taken to hold."""
 
@@ -22,7 +23,8 @@ class Checkpoint:
         weights: parameter name -> fp32 tensor of that parameter's shape.
         model: the model configuration, as in the section ``model`` of params.yaml.
         training: what later stages need of training: ``sequence_tokens``, ``num_steps``, ``selected``, ``qat`` (the grid of late
-            quantization-aware training, or None) and ``calibration_seconds`` (what its budget left for calibrate, or None).
+            quantization-aware training, or None), ``calibration_seconds`` (what its budget left for calibrate, or None) and
+            ``distillation_seconds`` (what it left for ``quantize.distill``; not there if it has no limit).
             A model that was imported has, in place of the second and third, ``imported``, ``imported_bytes`` and ``imported_sha256``:
             name, size and checksum of the file.
     """

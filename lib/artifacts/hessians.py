@@ -1,6 +1,6 @@
 """The seam between calibrate and quantize: how much an error in each matrix costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ class Moments:
             the second moment of the loss gradients at their output, over its trace; for a table that is also the head, both.
         gradients: name of the matrix -> g (R,) fp32. For weights of linear layers the mean squared loss gradient at output i; for
             tables the mean squared loss gradient at the output of row i, summed over the C outputs.
+        outputs: name of the matrix -> G (R, R) fp32, of linear layers: the second moment of the loss gradients at the output, whose
+            diagonal is g; the change costs 1/2 tr(G E H E^T). Empty where nothing asks for it, and in files from before.
     """
 
     hessians: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,4 +73,6 @@ def _sets(hessians: Hessians) -> dict[str, Moments]:
 
 def _moments(tensors: dict[str, Tensor], name: str, inputs: dict[str, Any]) -> Moments:
     return Moments({source: tensors[f"{name}:hessians:{source}"] for source in inputs},
-                   {matrix: tensors[f"{name}:gradients:{matrix}"] for matrices in inputs.values() for matrix in matrices})
+                   {matrix: tensors[f"{name}:gradients:{matrix}"] for matrices in inputs.values() for matrix in matrices},
+                   {matrix: tensors[key] for matrices in inputs.values() for matrix in matrices
+                    if (key := f"{name}:outputs:{matrix}") in tensors})

@@ -40,7 +40,7 @@ def calibrate(checkpoint: Checkpoint, text: Split, params: CalibrateParams, seed
     sequences = draw_sequences(text, params.num_sequences, checkpoint.training["sequence_tokens"], seed)
     moments = [collect_moments(model, model.logits, tokens, num_gradient_sequences=params.num_gradient_sequences,
                                batch_sequences=params.batch_sequences, precision=params.precision, seed=seed, process=process,
-                               description=name)
+                               description=name, with_outputs=name == "calibrate")
                for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
     seconds, = process.max(time.monotonic() - start)
     check_reserve(seconds, checkpoint.training["calibration_seconds"])

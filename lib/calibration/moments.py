@@ -2,8 +2,8 @@
 
 Shapes: N sequences, T tokens, R rows, C columns, V vocabulary. The loss of a model whose linear layer has the weight W + E instead
 of W (R, C) is higher by about 1/2 tr(G E H E^T) per token: H = E[x x^T] of the input, G = E[g g^T] of the loss gradients at the
-output (K-FAC, arXiv:1503.05671). Of G only the diagonal is kept. With labels drawn from the model itself G is the Fisher
-information, and the figure is the KL divergence between the two models.
+output (K-FAC, arXiv:1503.05671). With labels drawn from the model itself G is the Fisher information, and the figure is the KL
+divergence between the two models. Of tables and of layers with more than `MAX_OUTPUTS` rows only the diagonal of G is kept.
 
 An embedding table is a linear layer whose input is one-hot. Read by columns, its H is the second moment of the gradients at its
 output and its g says how much of them each row receives. What a pass uses several times costs the sum: a table that is also the head, the
@@ -31,6 +31,8 @@ from lib.progress import Progress
 PRIOR_OCCURRENCES = 20.0
 """Each row of a table counts as seen this often more than it was, with the mean gradient: rows that calibration hardly saw must not
 look worthless. Of 0.5 to 50 the best on the default model's three tables, by held-out KL at equal bytes."""
+MAX_OUTPUTS = 4096
+"""Rows of a linear layer up to which all of G is kept: a head of a large vocabulary, whose G is nearly diagonal, would fill the memory."""
 
 
 class Cost(NamedTuple):
@@ -39,11 +41,13 @@ class Cost(NamedTuple):
     Attributes:
         hessian: H (C, C) of the input.
         gradients: name of the matrix -> g (R,).
+        outputs: name of the matrix -> G (R, R), of those whose whole G is kept.
         is_own: whether it is of one call; False for what two calls have in common, which may be negative.
     """
 
     hessian: Tensor
     gradients: dict[str, Tensor]
+    outputs: dict[str, Tensor]
     is_own: bool = True
 
 
@@ -78,7 +82,8 @@ def check_reserve(seconds: float, reserve_seconds: float | None) -> None:
 
 
 def collect_moments(model: nn.Module, logits: Callable[[Tensor], Tensor], sequences: Tensor, *, num_gradient_sequences: int,
-                    batch_sequences: int, precision: Precision, seed: int, process: Process, description: str) -> Moments:
+                    batch_sequences: int, precision: Precision, seed: int, process: Process, description: str,
+                    with_outputs: bool = False) -> Moments:
     """Second moments over all tokens of some sequences; sums of a batch in fp32, over batches in fp64.
 
     Args:
@@ -91,11 +96,14 @@ def collect_moments(model: nn.Module, logits: Callable[[Tensor], Tensor], sequen
         seed: decides the labels that are drawn from the model.
         process: says which share of the sequences is computed here; every process gets the result.
         description: what the progress display says.
+        with_outputs: whether all of G is collected, not only its diagonal.
 
     Returns:
         On the CPU, for every input and matrix of `matrix_inputs`.
     """
     parts = parts_of(model)
+    whole = {part.modules[0] for part in parts.values() if with_outputs and part.kind == "linear"
+             and max(model.get_parameter(part.name).shape) <= MAX_OUTPUTS}
     with_gradients = sequences[torch.arange(num_gradient_sequences) * len(sequences) // num_gradient_sequences]
     generator = torch.Generator(process.device).manual_seed((seed + process.rank) % 2**64)
     with Progress(description, len(sequences) + len(with_gradients), "seq", enabled=process.is_main) as progress, \
@@ -106,29 +114,32 @@ def collect_moments(model: nn.Module, logits: Callable[[Tensor], Tensor], sequen
                 inputs.begin_pass()
                 _logits(logits, batch.to(process.device), precision)
                 progress.update(len(batch) * process.world_size)
-        with _frozen(model), OutputSums(model, parts, calls) as outputs, TableSums(model, parts, calls) as tables:
+        with _frozen(model), OutputSums(model, parts, calls, whole) as outputs, TableSums(model, parts, calls) as tables:
             for batch in torch.split(with_gradients[process.rank::process.world_size], max(1, batch_sequences // 2)):
                 outputs.begin_pass()
                 tables.begin_pass()
                 _backward(logits, batch.to(process.device), precision, generator)
                 progress.update(len(batch) * process.world_size)
     hessians, gradients, of_tables = (sums.collect(process) for sums in (inputs, outputs, tables))
-    found = Moments({}, {})
+    found = Moments({}, {}, {})
     for source, names in matrix_inputs(parts).items():
         costs = []
         for module in parts[names[0]].modules:
-            costs += [Cost(hessian, {names[0]: of_rows}) for second, energy, count in of_tables.get(module, {}).values()
+            costs += [Cost(hessian, {names[0]: of_rows}, {}) for second, energy, count in of_tables.get(module, {}).values()
                       for hessian, of_rows in [_table_moments(second / with_gradients.numel(), energy, count)]]
             readers = {name: parts[name].modules[0] for name in names} if len(names) > 1 else {names[0]: module}
-            costs += [Cost(hessian / sequences.numel(), {name: gradients[reader][pair][0] / with_gradients.numel()
-                                                         for name, reader in readers.items()}, pair[0] == pair[1])
-                      for pair, (hessian,) in hessians.get(module, {}).items()]
+            for pair, (hessian,) in hessians.get(module, {}).items():
+                of_pair = {name: [each / with_gradients.numel() for each in gradients[reader][pair]] for name, reader in readers.items()}
+                costs.append(Cost(hessian / sequences.numel(), {name: of_rows for name, (of_rows, *_) in of_pair.items()},
+                                  {name: matrix for name, (_, *matrices) in of_pair.items() for matrix in matrices}, pair[0] == pair[1]))
         total = _merge(costs)
         found.hessians[source] = total.hessian.float().cpu()
         for name, gradient in total.gradients.items():
             scale = parts[name].row_scale  # the gradient at an output of the weight, before it is scaled
-            squared = model.get_parameter(scale).detach().double().square() if scale else 1
-            found.gradients[name] = (gradient * squared).float().cpu()
+            scales = model.get_parameter(scale).detach().double() if scale else torch.ones_like(gradient)
+            found.gradients[name] = (gradient * scales.square()).float().cpu()
+            if name in total.outputs:
+                found.outputs[name] = (total.outputs[name] * scales * scales[:, None]).float().cpu()
     return found
 
 
@@ -186,7 +197,10 @@ def _merge(costs: Sequence[Cost]) -> Cost:
     worth = torch.stack([sum(gradient.sum() for gradient in cost.gradients.values()) for cost in costs])  # type: ignore[misc]
     norm = worth[[cost.is_own for cost in costs]].sum()
     if norm <= 0:  # without influence on the loss
-        return Cost(torch.stack([cost.hessian for cost in costs if cost.is_own]).mean(0), costs[0].gradients)
+        return Cost(torch.stack([cost.hessian for cost in costs if cost.is_own]).mean(0), costs[0].gradients,
+                    costs[0].outputs)
     hessian = torch.stack([share * cost.hessian for share, cost in zip(worth / norm, costs, strict=True)]).sum(0)
-    return Cost(hessian, {name: torch.stack([cost.gradients[name] * cost.hessian.trace() for cost in costs]).sum(0) / hessian.trace()
-                          for name in costs[0].gradients})
+    gradients, outputs = ({name: torch.stack([of_cost[name] * cost.hessian.trace() for of_cost, cost in zip(each, costs, strict=True)]
+                                             ).sum(0) / hessian.trace() for name in each[0]}
+                          for each in ([cost.gradients for cost in costs], [cost.outputs for cost in costs]))
+    return Cost(hessian, gradients, outputs)

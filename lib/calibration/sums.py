@@ -5,7 +5,7 @@ Shapes: R rows, C columns.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import combinations_with_replacement
 
@@ -118,12 +118,14 @@ class InputSums(_Sums):
 
 
 class OutputSums(_Sums):
-    """Sums of squared gradients (R,) at the outputs of linear layers; of products of the gradients of two calls."""
+    """Sums of squared gradients (R,) at the outputs g of linear layers, of products of the gradients of two calls; and, of the modules
+    `whole`, of g g^T (R, R), of two calls half of g h^T + h g^T."""
 
-    def __init__(self, model: nn.Module, parts: Mapping[str, Part], calls: Mapping[str, int]) -> None:
+    def __init__(self, model: nn.Module, parts: Mapping[str, Part], calls: Mapping[str, int], whole: Collection[str]) -> None:
         users = {name: (part, module) for name, (part, module) in _list_users(model, parts).items()
                  if not isinstance(module, nn.Embedding)}
-        shapes = {name: (_shape(model, part)[:1],) for name, (part, _) in users.items()}
+        num_rows = {name: _shape(model, part)[0] for name, (part, _) in users.items()}
+        shapes = {name: ((rows,), (rows, rows)) if name in whole else ((rows,),) for name, rows in num_rows.items()}
         super().__init__({name: module for name, (_, module) in users.items()}, shapes, calls, _device(model))
 
     def watch(self, name: str, module: nn.Module) -> RemovableHandle:
@@ -133,8 +135,11 @@ class OutputSums(_Sums):
 
             def add_gradient(gradient: Tensor) -> None:
                 g = gradient.flatten(0, -2).float()  # (tokens, R)
-                for (total,), other in self.pairs(name, call, g):
+                for (total, *whole), other in self.pairs(name, call, g):
                     total.add_((g.square() if other is None else g * other).sum(0))
+                    for matrix in whole:
+                        both = _product(g, g if other is None else other)
+                        matrix.add_(both if other is None else (both + both.T) / 2)
 
             output.register_hook(add_gradient)
 

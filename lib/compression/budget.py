@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, QuantizedModel
-from lib.compression.container import Packed
+from lib.compression.config import CompressParams
+from lib.compression.container import Packed, pack
 from lib.errors import UserError
 
 SCALES, VECTORS, CONTAINER, CODE = "scales", "vectors", "container", "code"
@@ -33,6 +34,11 @@ class SizeRow(NamedTuple):
 
 class BudgetError(UserError):
     """An artifact above its limit; the message has the overshoot and what would fit."""
+
+
+def artifact_bytes(coding: CompressParams, quantized: QuantizedModel) -> int:
+    """Size of code and container, of the code what section ``compress`` reserves for it; errors as of `lib.compression.container.pack`."""
+    return coding.code_bytes + len(pack(quantized, coding.codec, coding.level).blob)
 
 
 def check_code(code_bytes: int, reserve_bytes: int) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat
+from lib.params import Precision as ProductPrecision
 from lib.quantization.grid_config import Bits
 
 FREE: Literal["free"] = "free"
@@ -45,6 +46,23 @@ class LowRankParams(Params):
     """Bits of the factors."""
 
 
+class DistillParams(Params):
+    """Training of codes and vectors towards the float model, on training text (`lib.quantization.distillation`)."""
+
+    steps: NonNegative
+    """0 = none."""
+    batch_sequences: Positive
+    """Training sequences per step, over all processes."""
+    code_lr: PositiveFloat
+    """Adam, in steps of the codes; falls to 0 along a cosine."""
+    vector_lr: NonNegativeFloat
+    """Adam: gains, scales and mixes; the same."""
+    excess: NonNegativeFloat
+    """Free steps: how much larger than `target_bytes`, as a fraction, the codes are that distillation starts from and makes shorter."""
+    precision: ProductPrecision
+    """Precision of matrix products."""
+
+
 class QuantizeParams(Params):
     """Section ``quantize``."""
 
@@ -63,6 +81,9 @@ class QuantizeParams(Params):
     clip: ClipParams
     damping: Annotated[Fraction, Field(gt=0)]
     """Fraction of the mean diagonal that is added to the Hessian's diagonal; raised tenfold where that is not enough."""
+    feedback_damping: Fraction | None
+    """Free steps: feedback across the outputs of linear layers (as YAQA, arXiv:2505.22988), with this fraction of the mean diagonal added
+    to the second moments of the output gradients; null = within each output alone, as GPTQ."""
     block_size: Positive
     """GPTQ: columns between two updates of all later columns; changes speed, not results."""
     act_order: bool
@@ -78,10 +99,18 @@ class QuantizeParams(Params):
     prune_fraction: Annotated[float, Field(ge=0, lt=1)]
     """Fraction of each matrix: so many of its smallest magnitudes are fixed at zero, and the others compensate."""
     low_rank: LowRankParams
+    distill: DistillParams
     vector_mantissa_bits: Annotated[int, Field(ge=0, le=10)]
     """Mantissa bits of gains, scales and mixes, which are stored as fp16; fewer than fp16's 10 are smaller after compression."""
     heldout_tokens: Positive
     """At most so many held-out tokens, in evenly spread windows, to measure the quantized model against the float one."""
+
+    @property
+    def first_target_bytes(self) -> int | None:
+        """Size that GPTQ is to meet, from which distillation goes on to `target_bytes`."""
+        if self.target_bytes is None or not self.distill.steps:
+            return self.target_bytes
+        return round(self.target_bytes * (1 + self.distill.excess))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -89,4 +118,8 @@ class QuantizeParams(Params):
         if is_free != (self.target_bytes is not None):
             raise ValueError("target_bytes: expected a number exactly when the bits of some matrices are free, "
                              f"found {self.target_bytes} and {'some' if is_free else 'no'} free matrices")
+        if self.distill.steps and (self.low_rank.max_bytes or self.prune_fraction):
+            raise ValueError("distill.steps: expected 0, or neither pruning nor low-rank corrections, which distillation would undo, "
+                             f"found {self.distill.steps}, prune_fraction {self.prune_fraction:g} and low_rank.max_bytes "
+                             f"{self.low_rank.max_bytes}")
         return self

@@ -3,13 +3,18 @@
 Shapes: B matrices of one shape, R rows, C columns, b columns of a block. Weights are kept transposed, (C, R), so that a column is
 contiguous, and divided by their steps: with steps r_i c_j the factor U becomes U_jk c_j / (U_jj c_k), rows drop out, and every
 grid is the integers.
+
+That makes the error of each output small on its own. Where what the outputs do together matters as well, errors are also made up for across
+rows (`round_two_sided`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lib.artifacts.quantized import clip_range
 from lib.errors import UserError
@@ -17,6 +22,7 @@ from lib.errors import UserError
 DAMPING_FACTOR = 10.0
 NUM_DAMPINGS = 6
 SMALLEST_MAGNITUDE = 2.0**-20
+TILE = 32  # rows and columns of a matrix that are rounded with feedback across outputs at a time; changes speed, not results
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,20 +116,8 @@ def round_gptq(problems: Sequence[Problem], row_scales: Sequence[Tensor], column
     Returns:
         Codes (B, R, C) int16, 0 in dead columns and where pruned; and tr(e H e^T) of each row's error with the damped Hessian, (B, R).
     """
-    dtype, limit = problems[0].weight.dtype, clip_range(bits)
-    order = torch.stack([problem.factor.order for problem in problems])  # (B, C)
-    columns_of = torch.stack(list(column_scales)).to(dtype)  # (B, C)
-    rows_of = torch.stack(list(row_scales)).to(dtype)  # (B, R)
-    weight = torch.stack([problem.weight.masked_fill(problem.factor.dead, 0) for problem in problems])
-    columns = _reorder((weight / columns_of[:, None] / rows_of[:, :, None]).transpose(1, 2), order)  # (B, C, R)
-    upper = torch.stack([problem.factor.upper for problem in problems]).to(dtype)
-    error_scales = columns_of.gather(1, order) / upper.diagonal(dim1=1, dim2=2)  # (B, C): what an error of one step costs, square root
-    upper = upper * error_scales[:, :, None] / columns_of.gather(1, order)[:, None]
-    pruned = None
-    if any(problem.pruned is not None for problem in problems):
-        masks = [torch.zeros_like(problem.weight, dtype=torch.bool) if problem.pruned is None else problem.pruned for problem in problems]
-        pruned = _reorder(torch.stack(masks).transpose(1, 2), order)
-    shrinkage = _shrinkage(columns, error_scales, rate_weight) if rate_weight else None
+    limit = clip_range(bits)
+    columns, rows_of, upper, error_scales, shrinkage, pruned, order = _prepare(problems, row_scales, column_scales, rate_weight)
     losses = torch.zeros_like(rows_of)
     for start in range(0, columns.shape[1], block_size):
         stop = min(start + block_size, columns.shape[1])
@@ -146,6 +140,38 @@ def round_gptq(problems: Sequence[Problem], row_scales: Sequence[Tensor], column
     return codes, losses * rows_of.square()
 
 
+class _Prepared(NamedTuple):
+    """Problems in steps, columns in the order of rounding; see `_prepare`."""
+
+    columns: Tensor
+    rows_of: Tensor
+    upper: Tensor
+    error_scales: Tensor
+    shrinkage: tuple[Tensor, Tensor] | None
+    pruned: Tensor | None
+    order: Tensor
+
+
+def _prepare(problems: Sequence[Problem], row_scales: Sequence[Tensor], column_scales: Sequence[Tensor], rate_weight: float) -> _Prepared:
+    """Weights in steps (B, C, R), row scales (B, R), the factor that passes errors of one step on (B, C, C), the square root of what such
+    an error costs (B, C), how far rounding moves towards 0, what is pruned (B, C, R), order (B, C)."""
+    dtype = problems[0].weight.dtype
+    order = torch.stack([problem.factor.order for problem in problems])
+    columns_of = torch.stack(list(column_scales)).to(dtype)  # (B, C)
+    rows_of = torch.stack(list(row_scales)).to(dtype)
+    weight = torch.stack([problem.weight.masked_fill(problem.factor.dead, 0) for problem in problems])
+    columns = _reorder((weight / columns_of[:, None] / rows_of[:, :, None]).transpose(1, 2), order)
+    upper = torch.stack([problem.factor.upper for problem in problems]).to(dtype)
+    error_scales = columns_of.gather(1, order) / upper.diagonal(dim1=1, dim2=2)
+    upper = upper * error_scales[:, :, None] / columns_of.gather(1, order)[:, None]
+    pruned = None
+    if any(problem.pruned is not None for problem in problems):
+        masks = [torch.zeros_like(problem.weight, dtype=torch.bool) if problem.pruned is None else problem.pruned for problem in problems]
+        pruned = _reorder(torch.stack(masks).transpose(1, 2), order)
+    return _Prepared(columns, rows_of, upper, error_scales, _shrinkage(columns, error_scales, rate_weight) if rate_weight else None,
+                     pruned, order)
+
+
 def _reorder(columns: Tensor, order: Tensor) -> Tensor:
     """Column ``order[n]`` at place n: (B, C, R) and (B, C) -> (B, C, R), contiguous."""
     return torch.stack([matrix[indices] for matrix, indices in zip(columns, order, strict=True)])
@@ -157,6 +183,78 @@ def _shrinkage(columns: Tensor, error_scales: Tensor, rate_weight: float) -> tup
     bits = torch.log2(mean / ((1 + mean * mean).sqrt() - 1))  # 1 / theta
     relative = error_scales.square()
     return rate_weight / 2 * bits, relative.mean(1, keepdim=True) / relative
+
+
+def round_two_sided(problems: Sequence[Problem], outputs: Sequence[Factor], row_scales: Sequence[Tensor],
+                    column_scales: Sequence[Tensor], *, rate_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Codes of 16 bits with a small loss tr(G E H E^T), G the second moment of the output gradients (as YAQA, arXiv:2505.22988, has it).
+
+    With G = A A^T and H = D D^T, A and D upper triangular in the order of rounding, the loss is the sum over all weights of
+    (a_i d_j (x_ij - q_ij))^2, a_i = A_ii, d_j = D_jj = 1 / U_jj, if GPTQ rounds the rows w_i + sum_{k<i} A_ki / a_i (w_k - q_k) in place of
+    the weights w_i. A weight waits for those above it and those to its left, so that whole antidiagonals are rounded at once: of tiles,
+    and within these of weights.
+
+    Args:
+        problems: B of the same shape.
+        outputs: factor of G (R, R) of each.
+        row_scales: scales of the rows of each, (R,).
+        column_scales: scales of the columns of each, (C,).
+        rate_weight: as `round_gptq` has it.
+
+    Returns:
+        Codes (B, R, C) int16, 0 in dead columns and where pruned; and tr(G E H E^T) of each with the damped G and H, (B,).
+    """
+    columns, rows_of, upper, error_scales, shrinkage, pruned, order = _prepare(problems, row_scales, column_scales, rate_weight)
+    (num_problems, num_columns, num_rows), dtype = columns.shape, columns.dtype
+    row_order = torch.stack([factor.order for factor in outputs])  # (B, R)
+    factors = torch.stack([factor.upper.double() for factor in outputs])
+    identity = torch.eye(num_rows, dtype=factors.dtype, device=factors.device)
+    factors = torch.linalg.solve_triangular(factors, identity, upper=True)  # (B, R, R), A
+    rows_of = rows_of.gather(1, row_order)
+    row_costs = factors.diagonal(dim1=1, dim2=2).to(dtype) * rows_of  # (B, R): what an error of one step costs, square root
+    lower = (factors.to(dtype) * rows_of[:, :, None] / row_costs[:, None]).triu(1)  # (B, R, R): [k, i] passes errors from row k to row i
+    shift = torch.zeros_like(columns) if shrinkage is None else shrinkage[0][:, None] * shrinkage[1][:, :, None]
+    keep = torch.ones_like(columns) if pruned is None else (~pruned).to(dtype)
+    margins = -num_columns % TILE, -num_rows % TILE
+    weights, shift, keep = (pad(each.gather(2, row_order[:, None].expand_as(each)), (0, margins[1], 0, margins[0]))
+                            for each in (columns, shift, keep))  # (B, C', R'), whole tiles
+    upper, lower = (pad(each.triu(1), (0, margin, 0, margin)) for each, margin in ((upper, margins[0]), (lower, margins[1])))
+    x, codes = weights.clone(), torch.empty_like(weights)
+    sides = x.shape[1] // TILE, x.shape[2] // TILE
+    x_tiles, code_tiles, *others, upper_tiles, lower_tiles = (
+        each.view(num_problems, each.shape[1] // TILE, TILE, each.shape[2] // TILE, TILE)
+        for each in (x, codes, weights, shift, keep, upper, lower))
+    for number in range(sum(sides) - 1):
+        across = torch.arange(max(0, number - sides[1] + 1), min(number, sides[0] - 1) + 1, device=x.device)  # (K,), tiles of columns
+        down = number - across  # tiles of rows
+        x_tiles[:, across, :, down], code_tiles[:, across, :, down] = _round_tiles(
+            [each[:, across, :, down] for each in (x_tiles, *others)], upper_tiles[:, across, :, across], lower_tiles[:, down, :, down])
+        for first, top in zip((across * TILE).tolist(), (down * TILE).tolist(), strict=True):
+            last, bottom = first + TILE, top + TILE
+            passed = x[:, first:last, top:bottom] - codes[:, first:last, top:bottom]
+            x[:, last:, top:bottom].baddbmm_(upper[:, first:last, last:].transpose(1, 2), passed, alpha=-1)
+            error = weights[:, first:last, top:bottom] - codes[:, first:last, top:bottom]
+            x[:, first:last, bottom:].baddbmm_(error, lower[:, top:bottom, bottom:])
+    costs = ((x - codes)[:, :num_columns, :num_rows] * error_scales[:, :, None] * row_costs[:, None]).square_().sum((1, 2))
+    codes = codes[:, :num_columns, :num_rows].gather(2, torch.argsort(row_order, dim=1)[:, None].expand_as(columns))
+    return _reorder(codes.to(torch.int16), torch.argsort(order, dim=1)).transpose(1, 2).contiguous(), costs
+
+
+def _round_tiles(tiles: Sequence[Tensor], upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """What is rounded, and its codes, all (K, B, b, b), columns first: from what there is before it, the weights, how far rounding moves
+    towards 0, and 0 where pruned. `upper` passes what rounding left to later columns, `lower` the errors of the weights to later rows."""
+    x, weights, shift, keep = (each.flip(2) for each in tiles)  # so that antidiagonals are diagonals
+    upper, codes, limit = upper.flip(2, 3), torch.empty_like(x), clip_range(None)
+    for offset in range(1 - TILE, TILE):
+        values, weight, its_shift, kept = (each.diagonal(offset, 2, 3) for each in (x, weights, shift, keep))  # (K, B, length)
+        rounded = values.sign() * (values.abs() - its_shift).clamp_(min=0).round_().clamp_(max=limit) * kept
+        codes.diagonal(offset, 2, 3).copy_(rounded)
+        rows = slice(max(0, offset), TILE + min(0, offset))
+        columns = slice(rows.start - offset, rows.stop - offset)
+        passed, error = values - rounded, weight - rounded
+        x[..., rows].addcmul_(upper[:, :, columns].transpose(2, 3), passed[:, :, None], value=-1)
+        x[:, :, columns].addcmul_(lower[:, :, rows], error[..., None])
+    return x.flip(2), codes.flip(2)
 
 
 def row_errors(error: Tensor, hessian: Tensor) -> Tensor:

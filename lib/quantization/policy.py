@@ -15,6 +15,7 @@ from lib.artifacts.quantized import QuantizedModel
 from lib.distributed import Process
 from lib.errors import UserError
 from lib.model.parts import Part
+from lib.progress import say
 from lib.quantization.config import QuantizeParams
 from lib.quantization.grid_config import FLOAT_BITS
 from lib.quantization.quantizer import Matrices, Quantizer
@@ -56,7 +57,9 @@ def quantize_model(checkpoint: Checkpoint, parts: Mapping[str, Part], hessians: 
         ValueError: a parameter that fp16 cannot hold, a Hessian that has no Cholesky decomposition, Hessians of another
             model, or exceptions for matrices that do not exist; the message names the tensor.
     """
-    weights, bits = checkpoint.weights, choose_bits(parts, params)
+    weights, bits, grid = checkpoint.weights, choose_bits(parts, params), checkpoint.training.get("qat")
+    if grid is not None and (differences := list_grid_differences(grid, params)):
+        say("note: the checkpoint was trained for another grid than this one: " + "; ".join(differences), enabled=process.is_main)
     if different := sorted({name for names in hessians.inputs.values() for name in names} ^ bits.keys()):
         raise UserError(f"{different[0]}: expected in the checkpoint and in the Hessians, found in one; calibrate first (`dvc repro`)")
     for name, weight in weights.items():
@@ -75,9 +78,9 @@ def quantize_model(checkpoint: Checkpoint, parts: Mapping[str, Part], hessians: 
 
     quantizer = Quantizer(weights, hessians, {name: kind for name, kind in bits.items() if kind != FLOAT_BITS}, params,
                           roles={name: part.role for name, part in parts.items()}, process=process)
-    if params.target_bytes is None:
+    if params.first_target_bytes is None:
         return model_of(quantizer.round_clipped()), quantizer.dampings
-    return model_of(quantizer.meet_target(params.target_bytes, measure_everywhere)), quantizer.dampings
+    return model_of(quantizer.meet_target(params.first_target_bytes, measure_everywhere)), quantizer.dampings
 
 
 def truncate(values: Tensor, mantissa_bits: int) -> Tensor:

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from lib.artifacts.hessians import Hessians
 from lib.artifacts.quantized import MAX_CODE, OCTAVE, QuantizedTensor, exponents_of, scales_of
 from lib.distributed import Process
+from lib.errors import UserError
 from lib.progress import Progress, say
 from lib.quantization.allocation import (
     TOLERANCE,
@@ -31,7 +32,7 @@ from lib.quantization.allocation import (
 )
 from lib.quantization.clipped import round_clipped
 from lib.quantization.config import FREE, QuantizeParams
-from lib.quantization.gptq import Problem, factorize, round_gptq
+from lib.quantization.gptq import Factor, Problem, factorize, round_gptq, round_two_sided
 from lib.quantization.low_rank import Error, correct
 
 Matrices = dict[str, QuantizedTensor]
@@ -48,6 +49,7 @@ class Group:
         num_rows: number of rows of each.
         bits: 2 to 8, or None for free steps.
         problem: their weights, one below the other, on the process's device.
+        outputs: factor of the second moments of the gradients at the outputs, of a matrix alone; None without feedback across outputs.
     """
 
     source: str
@@ -56,6 +58,7 @@ class Group:
     num_rows: tuple[int, ...]
     bits: int | None
     problem: Problem
+    outputs: Factor | None = None
 
     def split(self, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The part of each matrix of a tensor whose first dimension is R."""
@@ -87,10 +90,18 @@ class Quantizer:
     def __init__(self, weights: Mapping[str, Tensor], hessians: Hessians, bits: Mapping[str, int | str], params: QuantizeParams, *,
                  roles: Mapping[str, str], process: Process) -> None:
         self._weights, self._hessians, self._params, self._process = weights, hessians, params, process
+        self._outputs = hessians.calibration.outputs if params.method == "gptq" and params.feedback_damping is not None else {}
+        if params.feedback_damping is not None and not hessians.calibration.outputs:
+            raise UserError("quantize.feedback_damping: expected Hessians with second moments of output gradients, found a file without; "
+                            "calibrate again (`dvc repro -f calibrate`), or set it to null")
         members = []
         for source, names in hessians.inputs.items():
             by_bits = sorted(filter(bits.__contains__, names), key=lambda name: str(bits[name]))
-            members += [(source, tuple(same), kind) for kind, same in groupby(by_bits, key=bits.__getitem__)]
+            for kind, group in groupby(by_bits, key=bits.__getitem__):
+                same = tuple(group)
+                alone = [name for name in same if kind == FREE and name in self._outputs]
+                together = tuple(name for name in same if name not in alone)
+                members += [(source, some, kind) for some in (*((name,) for name in alone), together) if some]
         members.sort(key=lambda member: -hessians.calibration.hessians[member[0]].numel())  # so that processes get equal shares
         mine = members[process.rank::process.world_size]
         self._groups: list[Group] = []
@@ -98,7 +109,12 @@ class Quantizer:
             for source, names, kind in mine:
                 num_rows = tuple(len(weights[name]) for name in names)
                 problem = self._make_problem(source, names)
-                self._groups.append(Group(source, names, roles[names[0]], num_rows, None if kind == FREE else int(kind), problem))
+                outputs = None
+                if kind == FREE and names[0] in self._outputs:
+                    assert params.feedback_damping is not None
+                    outputs = factorize(names[0], self._outputs[names[0]].to(process.device), params.feedback_damping, params.act_order)
+                bits_of_grid = None if kind == FREE else int(kind)
+                self._groups.append(Group(source, names, roles[names[0]], num_rows, bits_of_grid, problem, outputs))
                 progress.update(1)
         self.dampings = process.merge({name: group.problem.factor.damping for group in self._groups for name in group.names})
         self._clipped = process.merge(self._round_clipped())
@@ -129,12 +145,10 @@ class Quantizer:
 
     def _batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
         """Groups that are rounded at once: those of the same shape on a GPU, one by one on a CPU, where more would not be faster."""
-        if self._process.device.type == "cpu":
-            yield from ([group] for group in groups)
-            return
-        shapes: dict[tuple[torch.Size, int | None], list[Group]] = {}
-        for group in groups:
-            shapes.setdefault((group.problem.weight.shape, group.bits), []).append(group)
+        shapes: dict[tuple[Any, ...], list[Group]] = {}
+        for number, group in enumerate(groups):
+            shapes.setdefault((group.problem.weight.shape, group.bits, group.outputs is None,
+                               number if self._process.device.type == "cpu" else None), []).append(group)
         yield from shapes.values()
 
     def round_clipped(self) -> Matrices:
@@ -189,7 +203,7 @@ class Quantizer:
             problem = group.problem
             columns = column_exponents(problem) if params.free_columns else torch.zeros_like(problem.factor.dead, dtype=torch.int16)
             for name, weight in group.split(problem.weight):
-                of_rows = gradients[name].to(weight.device)
+                of_rows = gradients[name].to(weight.device) if group.outputs is None else group.outputs.error_scales() ** -2
                 rows = row_exponents(of_rows) if params.free_rows else torch.zeros_like(of_rows, dtype=torch.int16)
                 curves[name] = measure_curve(dataclasses.replace(problem, weight=weight), of_rows, rows, columns)
                 steps[name] = Steps(rows.cpu(), columns.cpu())
@@ -202,8 +216,9 @@ class Quantizer:
         for batch in self._batches([group for group in self._groups if group.bits is None]):
             rows = [scales_of(torch.cat([steps[name].rows for name in group.names])).to(device) for group in batch]
             columns = [scales_of(steps[group.names[0]].columns).to(device) for group in batch]
-            codes, _ = round_gptq([group.problem for group in batch], rows, columns, bits=None, block_size=params.block_size,
-                                  rate_weight=params.rate_weight)
+            problems, outputs = [group.problem for group in batch], [group.outputs for group in batch if group.outputs is not None]
+            codes, _ = (round_two_sided(problems, outputs, rows, columns, rate_weight=params.rate_weight) if outputs else
+                        round_gptq(problems, rows, columns, bits=None, block_size=params.block_size, rate_weight=params.rate_weight))
             found |= {name: QuantizedTensor(its_codes.cpu(), *steps[name], None)
                       for group, group_codes in zip(batch, codes, strict=True) for name, its_codes in group.split(group_codes)}
         return self._process.merge(found)

@@ -26,6 +26,8 @@ def timing_rows(params: Mapping[str, Any]) -> list[Row]:
     columns, limits = {stage: column(stage) for stage in TIMED if _has_run(stage, params["seeds"])}, _limits(params)
     total = tuple(_total(times) for times in zip(*columns.values(), strict=True))
     rows = [Row(f"seconds, {stage}", times, 1, _note(times, limits.get(stage))) for stage, times in columns.items()]
+    if any(distilling := column("quantize", "distill_seconds")):
+        rows.append(Row("seconds, quantize, distilling", distilling, 1, _note(distilling, limits.get("distill"))))
     if any(compiling := column("evaluate", "compile_seconds")):
         rows.append(Row("seconds, evaluate, compiling", compiling, 1, "part of evaluate"))
     return [*rows, Row("seconds, all stages", total, 1), Row("peak memory of evaluate, MiB", column("evaluate", "peak_memory_mib"), 0)]
@@ -57,8 +59,9 @@ def _has_run(stage: str, seeds: Sequence[int]) -> bool:
 
 def _limits(params: Mapping[str, Any]) -> dict[str, float | None]:
     """Seconds that a stage may take; None or absent where there is no limit."""
-    budget, reserve = params["train"]["budget_seconds"], params["train"]["reserve_seconds"]
-    return {"train": budget and budget - (reserve or 0), "calibrate": reserve, "evaluate": params["evaluate"]["limit_seconds"]}
+    budget, reserve, distill = (params["train"][key] for key in ("budget_seconds", "reserve_seconds", "reserve_distill_seconds"))
+    return {"train": budget and budget - (reserve or 0) - (distill or 0), "calibrate": reserve, "distill": distill,
+            "evaluate": params["evaluate"]["limit_seconds"]}
 
 
 def _note(times: Sequence[float | None], limit: float | None) -> str:

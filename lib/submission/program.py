@@ -10,6 +10,7 @@ import os
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from lib.artifacts.metrics import describe_environment
 from lib.artifacts.tokens import Split
 from lib.calibration.calibration import calibrate
 from lib.calibration.config import CalibrateParams
-from lib.compression.budget import check_code, check_limit, list_parts, summarize
+from lib.compression.budget import artifact_bytes, check_code, check_limit, list_parts, summarize
 from lib.compression.config import CompressParams
 from lib.compression.container import pack, read_artifact, unpack
 from lib.data.dataset import check_names, load_training, load_validation
+from lib.data.loader import Loader
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.distributed import Process, start_process
 from lib.errors import UserError
@@ -30,10 +32,11 @@ from lib.evaluation.evaluation import evaluate
 from lib.evaluation.inputs import open_inputs
 from lib.evaluation.limit import TimeLimit
 from lib.model.config import ModelSection
-from lib.model.gpt import outline
+from lib.model.gpt import build_model, outline
 from lib.model.parts import parts_of
 from lib.params import MAX_SEED, Params, parse_params
 from lib.quantization.config import QuantizeParams
+from lib.quantization.distillation import distill
 from lib.quantization.policy import quantize_model
 from lib.reporting.strategy_table import format_strategies
 from lib.submission.log import LossCurve, format_section, log_name
@@ -147,8 +150,14 @@ def make_artifact(params: ProgramParams, data: Path, tokenizer: Tokenizer, *, se
     calibration = calibrate(trained.checkpoint, text, params.calibrate, seed, process)
     log.add_section("calibrate", calibration.metrics, calibration.timing)
     start, parts = time.monotonic(), parts_of(outline(trained.checkpoint.model))
-    quantized, _ = quantize_model(trained.checkpoint, parts, calibration.hessians, params.quantize, process=process,
-                                  measure=lambda model: coding.code_bytes + len(pack(model, coding.codec, coding.level).blob))
+    measure = partial(artifact_bytes, coding)
+    quantized, _ = quantize_model(trained.checkpoint, parts, calibration.hessians, params.quantize, process=process, measure=measure)
+    if params.quantize.distill.steps:
+        reference = build_model(trained.checkpoint.model, trained.checkpoint.weights).to(process.device)
+        loader = Loader(text, params.train.sequence_tokens, params.quantize.distill.batch_sequences, seed)
+        quantized, seconds = distill(reference, reference.logits, lambda step: loader.batch(step, process)[:, :-1], quantized,
+                                     params.quantize, process=process, measure=measure)
+        log.add_section("distill", {}, {"seconds": seconds})
     packed = pack(quantized, coding.codec, coding.level)
     rows = list_parts(quantized, packed, {name: part.role for name, part in parts.items()}, num_code_bytes)
     check_limit(rows, coding.limit_bytes)

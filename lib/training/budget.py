@@ -56,7 +56,7 @@ class Budget:
     """
 
     def __init__(self, params: TrainParams) -> None:
-        self._seconds = None if params.budget_seconds is None else params.budget_seconds - (params.reserve_seconds or 0.0)
+        self._seconds = None if params.budget_seconds is None else params.budget_seconds - params.reserved_seconds
         steps = params.budget_steps
         self.plan = Plan([] if steps is None else [(0, steps)] if isinstance(steps, int) else steps)
         self._timed_from, self._revised = (0, 0.0), (0, 0.0)  # steps and seconds: where timing begins, at the last of `REVISIONS`

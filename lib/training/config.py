@@ -94,6 +94,8 @@ class TrainParams(Params):
     """Exactly one of the two budgets is given; schedules follow the fraction of it that is done."""
     reserve_seconds: PositiveFloat | None
     """Part of `budget_seconds` that is left for calibrate, which then fails if it takes longer; None if it has no limit."""
+    reserve_distill_seconds: PositiveFloat | None
+    """The same for ``quantize.distill``."""
     sequence_tokens: Annotated[Positive, Field(ge=2)]
     batch_sequences: Positive
     """Sequences per optimizer step, over all processes, which need not divide it."""
@@ -110,6 +112,11 @@ class TrainParams(Params):
     averaging: AveragingParams
     qat: QatParams
 
+    @property
+    def reserved_seconds(self) -> float:
+        """Part of `budget_seconds` that is left for later stages."""
+        return (self.reserve_seconds or 0.0) + (self.reserve_distill_seconds or 0.0)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.budget_steps is None) == (self.budget_seconds is None):
@@ -120,9 +127,9 @@ class TrainParams(Params):
             if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)) or any(step > end for step, end in self.budget_steps):
                 raise ValueError("budget_steps: expected pairs of a step, rising from 0, and planned numbers of steps from there on, found "
                                  f"{[list(pair) for pair in self.budget_steps]}")
-        if self.reserve_seconds is not None and (self.budget_seconds is None or self.reserve_seconds >= self.budget_seconds):
-            raise ValueError(f"reserve_seconds: expected null, or a number below budget_seconds {self.budget_seconds}, "
-                             f"found {self.reserve_seconds}")
+        if self.reserved_seconds and (self.budget_seconds is None or self.reserved_seconds >= self.budget_seconds):
+            raise ValueError("reserve_seconds, reserve_distill_seconds: expected null, or together a number below budget_seconds "
+                             f"{self.budget_seconds}, found {self.reserve_seconds} and {self.reserve_distill_seconds}")
         if self.averaging.select == "swa" and not self._takes_snapshots():
             raise ValueError("averaging.select: swa needs a snapshot, and none is taken; raise averaging.swa_below_lr or lower "
                              "averaging.swa_every_steps")

@@ -269,7 +269,7 @@ def test_what_a_strategy_leaves_in_the_model_or_hides_from_the_record_is_caught(
 
 @pytest.mark.parametrize("thorough", [False, True])
 def test_honest_strategies_are_not_accused(thorough: bool) -> None:
-    assert replay(*LEGAL, thorough=thorough) == dict.fromkeys(LEGAL, [True, True, True])
+    assert replay(*LEGAL, thorough=thorough) == {name: [True, True, True] for name in LEGAL}
 
 
 @pytest.mark.parametrize("changes", [{"window_tokens": 64, "stride_tokens": 8, "score_first": {"chunk_tokens": 64}},

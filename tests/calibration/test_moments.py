@@ -38,9 +38,10 @@ def make_sequences(num_sequences: int = 6, num_tokens: int = 8) -> Tensor:
 
 
 def collect(model: GPT, sequences: Tensor, *, num_gradient_sequences: int | None = None, batch_sequences: int = 4, seed: int = 0,
-            precision: Precision = "fp32", process: Process = SINGLE_CPU) -> Moments:
+            precision: Precision = "fp32", process: Process = SINGLE_CPU, with_outputs: bool = False) -> Moments:
     return collect_moments(model, model.logits, sequences, num_gradient_sequences=num_gradient_sequences or len(sequences),
-                           batch_sequences=batch_sequences, precision=precision, seed=seed, process=process, description="test")
+                           batch_sequences=batch_sequences, precision=precision, seed=seed, process=process, description="test",
+                           with_outputs=with_outputs)
 
 
 def linear_inputs(model: GPT) -> dict[str, tuple[str, ...]]:
@@ -107,6 +108,22 @@ def test_gradients_are_those_of_the_outputs_of_every_linear_layer() -> None:
         for name in names:
             expected = gradients[name.removesuffix(".weight")].double().square().mean((0, 1)).float()
             torch.testing.assert_close(moments.gradients[name], expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.usefixtures("fixed_labels")
+@pytest.mark.parametrize("max_outputs", [4096, MODEL["vocab_size"] - 1])
+def test_all_of_g_is_the_second_moment_of_the_gradients_of_linear_layers(max_outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.calibration.moments.MAX_OUTPUTS", max_outputs)
+    model, sequences = make_model(tied_head=False), make_sequences()
+    moments, (_, _, gradients) = collect(model, sequences, with_outputs=True), record_outputs(model, sequences)
+    names = {name for names in linear_inputs(model).values() for name in names}
+    assert moments.outputs.keys() == (names if max_outputs >= MODEL["vocab_size"] else names - {"head.weight"})
+    for name, found in moments.outputs.items():
+        g = gradients[name.removesuffix(".weight")].flatten(0, 1).double()
+        torch.testing.assert_close(found, (g.T @ g / len(g)).float(), rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(found.diagonal(), moments.gradients[name], rtol=1e-5, atol=1e-12)
+    alone = collect(model, sequences)
+    assert not alone.outputs and all(torch.equal(alone.gradients[name], value) for name, value in moments.gradients.items())
 
 
 @pytest.mark.usefixtures("fixed_labels")

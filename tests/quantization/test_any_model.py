@@ -17,9 +17,10 @@ from lib.calibration.sums import matrix_inputs
 from lib.compression.container import pack, unpack
 from lib.distributed import SINGLE_CPU
 from lib.model.parts import parts_of, read_weights, write_weights
+from lib.quantization.distillation import distill
 from lib.quantization.gptq import row_errors
 from lib.quantization.policy import quantize_model
-from tests.quantization.test_config import make_quantize
+from tests.quantization.test_config import QUANTIZE, make_quantize
 
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE, TARGET_BYTES = 97, 9000
@@ -62,6 +63,10 @@ def collect(model: Any, seed: int) -> Any:
                            batch_sequences=16, precision="fp32", seed=0, process=SINGLE_CPU, description="test")
 
 
+def size(quantized: QuantizedModel) -> int:
+    return len(pack(quantized, "range", 19).blob)
+
+
 @torch.no_grad()
 def divergence(model: Any, reference: Any) -> float:
     """Mean Kullback-Leibler divergence from the reference's next tokens, nats per token."""
@@ -75,9 +80,6 @@ def test_a_causal_language_model_meets_its_byte_budget_and_is_better_than_rounde
     parts, weights = parts_of(model), read_weights(model)
     hessians = Hessians(matrix_inputs(parts), collect(model, 1), collect(model, 2))
     checkpoint = Checkpoint(weights, {"architecture": name}, {})
-
-    def size(quantized: QuantizedModel) -> int:
-        return len(pack(quantized, "range", 19).blob)
 
     found = {}
     for method in ("gptq", "rtn"):
@@ -97,6 +99,21 @@ def test_a_causal_language_model_meets_its_byte_budget_and_is_better_than_rounde
                             for source, keys in hessians.inputs.items() for key in keys)
             assert 0.75 < predicted / found[method] < 1.25
     assert 0 < found["gptq"] < 0.9 * found["rtn"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama, tied"])
+def test_a_distilled_model_meets_its_byte_budget(name: str) -> None:
+    model = make(name)
+    parts, before = parts_of(model), read_weights(model)
+    params = make_quantize(target_bytes=TARGET_BYTES, bits={part.role: "free" for part in parts.values() if part.is_matrix},
+                           free_rows=False, free_columns=False, distill=QUANTIZE["distill"] | {"steps": 20, "code_lr": 0.06})
+    start, _ = quantize_model(Checkpoint(before, {}, {}), parts, Hessians(matrix_inputs(parts), collect(model, 1), collect(model, 2)),
+                              params, process=SINGLE_CPU, measure=size)
+    quantized, _ = distill(model, lambda tokens: model(tokens).logits, lambda step: make_sequences(8, 100 + step), start, params,
+                           process=SINGLE_CPU, measure=size)
+    assert size(start) > 1.02 * TARGET_BYTES and 0.99 * TARGET_BYTES < size(quantized) <= TARGET_BYTES
+    assert all(torch.equal(weight, before[key]) for key, weight in read_weights(model).items())
+    assert all(not torch.equal(matrix.codes, start.matrices[key].codes) for key, matrix in quantized.matrices.items())
 
 
 def test_the_example_of_the_page_meets_its_budget() -> None:
@@ -151,8 +168,8 @@ def test_the_predicted_loss_of_a_matrix_that_is_used_several_times_is_the_diverg
     model = Looped(num_passes)
     tokens = torch.randint(0, 31, (512, 8), generator=torch.Generator().manual_seed(0))
     moments = collect_moments(model, model, tokens, num_gradient_sequences=512, batch_sequences=256, precision="fp32", seed=0,
-                              process=SINGLE_CPU, description="test")
-    ratios = []
+                              process=SINGLE_CPU, description="test", with_outputs=True)
+    ratios, whole_ratios = [], []
     with torch.no_grad():
         before = model(tokens).double().log_softmax(-1)
         for seed in range(20):
@@ -162,4 +179,7 @@ def test_the_predicted_loss_of_a_matrix_that_is_used_several_times_is_the_diverg
             model.layer.weight.sub_(error)
             predicted = (moments.gradients["layer.weight"].double() * row_errors(error, moments.hessians["layer"])).sum() / 2
             ratios.append(float(predicted / found))
+            outputs = moments.outputs["layer.weight"].double()
+            whole_ratios.append(float((outputs @ error.double() * (error.double() @ moments.hessians["layer"].double())).sum() / 2 / found))
     assert 0.7 < sum(ratios) / len(ratios) < 1.3
+    assert 0.7 < sum(whole_ratios) / len(whole_ratios) < 1.3

@@ -14,8 +14,10 @@ BITS: dict[str, Any] = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "
 QUANTIZE: dict[str, Any] = {
     "target_bytes": None, "method": "gptq", "bits": BITS, "bits_of": {}, "free_rows": True, "free_columns": True,
     "clip": {"rule": "mse", "percentiles": [0.999, 1.0], "num_candidates": 50, "num_std": 4.0, "num_std_of": {}, "floor": 0.0},
-    "damping": 0.01, "block_size": 128, "act_order": True, "scale_factors": [1.0], "refits": 0, "rate_weight": 0.0,
+    "damping": 0.01, "feedback_damping": None, "block_size": 128, "act_order": True, "scale_factors": [1.0],
+    "refits": 0, "rate_weight": 0.0,
     "prune_fraction": 0.0, "low_rank": {"max_bytes": 0, "bits": 8}, "vector_mantissa_bits": 10, "heldout_tokens": 1000,
+    "distill": {"steps": 0, "batch_sequences": 2, "code_lr": 0.02, "vector_lr": 0.002, "excess": 0.03, "precision": "fp32"},
 }
 FREE_BITS = dict.fromkeys(BITS, "free")
 
@@ -62,6 +64,12 @@ def test_there_is_a_target_exactly_when_something_is_free(change: dict[str, Any]
     with pytest.raises(ParamsError, match=r"quantize\.target_bytes: expected a number exactly when .* free, found "
                                           + ("None and some" if free else "1000 and no")):
         make_quantize(**change, target_bytes=None if free else 1000)
+
+
+@pytest.mark.parametrize("change", [{"prune_fraction": 0.1}, {"low_rank": {"max_bytes": 1, "bits": 8}}])
+def test_what_distillation_would_undo_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ParamsError, match=r"quantize\.distill\.steps: expected 0, or neither pruning nor low-rank corrections"):
+        make_quantize(**change, distill=QUANTIZE["distill"] | {"steps": 1})
 
 
 def test_gradients_come_from_the_same_sequences() -> None:

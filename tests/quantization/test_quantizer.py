@@ -13,7 +13,7 @@ from lib.quantization.clipping import row_scales
 from lib.quantization.gptq import Problem, factorize, round_gptq, row_errors
 from lib.quantization.grid import round_to_grid
 from lib.quantization.quantizer import Matrices, Quantizer, smallest
-from tests.quantization.power_law import SHAPES, entropy_bits, make_layers
+from tests.quantization.power_law import SHAPES, entropy_bits, make_hessian, make_layers
 from tests.quantization.test_config import FREE_BITS, make_quantize
 
 WEIGHTS, HESSIANS = make_layers()
@@ -168,6 +168,37 @@ def test_a_low_rank_correction_is_in_the_model_and_lowers_the_loss(kind: int | s
         assert 0.99 * 4000 <= measure(found) <= 4000  # the correction counts
     else:
         assert loss_of(found) < 0.97 * loss_of(plain)
+
+
+def correlate(moments: Moments) -> Moments:
+    """With gradients of outputs that go together in part, of the same size each."""
+    outputs = {}
+    for number, (name, gradients) in enumerate(moments.gradients.items()):
+        hessian = make_hessian(len(gradients), number)
+        scales = (gradients / hessian.diagonal()).sqrt()
+        outputs[name] = scales[:, None] * hessian * scales
+    return Moments(moments.hessians, moments.gradients, outputs)
+
+
+def test_feedback_across_outputs_meets_the_target_with_a_lower_loss() -> None:
+    hessians = Hessians(HESSIANS.inputs, correlate(HESSIANS.calibration), correlate(HESSIANS.verification))
+    losses = []
+    for damping in (None, 0.05):
+        found = quantize("free", hessians=hessians, target_bytes=3000, feedback_damping=damping)
+        assert 3000 * (1 - TOLERANCE) - 1 <= measure(found) <= 3000 and found.keys() == WEIGHTS.keys()
+        losses.append(sum(float(((hessians.verification.outputs[name] @ error) * (
+            error @ hessians.verification.hessians[SOURCES[name]])).sum()) for name in WEIGHTS
+            for error in [WEIGHTS[name] - found[name].weight()]))
+        if damping is None:
+            assert all(torch.equal(matrix.codes, found[name].codes) for name, matrix in quantize("free", target_bytes=3000).items())
+    assert losses[1] < 0.85 * losses[0]
+    nearest = quantize("free", hessians=hessians, target_bytes=3000, feedback_damping=0.05, method="rtn")
+    assert all(torch.equal(matrix.codes, nearest[name].codes) for name, matrix in quantize("free", target_bytes=3000, method="rtn").items())
+
+
+def test_feedback_across_outputs_needs_what_older_files_do_not_have() -> None:
+    with pytest.raises(ValueError, match=r"quantize\.feedback_damping: expected Hessians with second moments .*calibrate again"):
+        quantize("free", target_bytes=3000, feedback_damping=0.05)
 
 
 def test_targets_below_the_smallest_size_are_errors_that_name_it() -> None:

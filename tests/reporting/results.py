@@ -18,9 +18,9 @@ PARAMS = """
 seeds: {seeds}
 model: {{num_layers: 2, model_dim: 64, vocab_size: 512, num_xsa_layers: 0, tied_head: true}}
 tokenize: {{packages: [numpy, scipy]}}
-train: {{budget_steps: null, budget_seconds: 300.0, reserve_seconds: 10.0, qat: {{below_lr: 0.5}}}}
+train: {{budget_steps: null, budget_seconds: 300.0, reserve_seconds: 10.0, reserve_distill_seconds: null, qat: {{below_lr: 0.5}}}}
 calibrate: {{}}
-quantize: {{target_bytes: null, method: gptq, bits: {{mlp: 5, head: 8}}, bits_of: {{}}}}
+quantize: {{target_bytes: null, method: gptq, bits: {{mlp: 5, head: 8}}, bits_of: {{}}, distill: {{steps: 0}}}}
 compress: {{codec: range}}
 evaluate: {{limit_seconds: 600.0}}
 report:

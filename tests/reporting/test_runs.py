@@ -43,7 +43,8 @@ def test_seeds_of_one_run_belong_together(lock: dict[str, Any]) -> None:
 
 
 def test_other_parameters_for_one_seed_are_named(lock: dict[str, Any]) -> None:
-    lock["train@42"]["params"]["params.yaml"]["train"] = {"budget_steps": 150, "budget_seconds": 300.0, "qat": {"below_lr": 0.5}}
+    lock["train@42"]["params"]["params.yaml"]["train"] = {
+        "budget_steps": 150, "budget_seconds": 300.0, "reserve_distill_seconds": None, "qat": {"below_lr": 0.5}}
     lock["quantize@7"]["params"]["params.yaml"]["compress.codec"] = "zstd"
     assert differences(lock) == [
         "train@42: train.budget_steps: expected null as in params.yaml, found 150 in dvc.lock",

@@ -97,6 +97,20 @@ def test_free_steps_meet_the_target_in_bytes_of_the_artifact(project: Path) -> N
     assert load_metrics(stage_folder("quantize", SEED)).keys() == METRIC_KEYS
 
 
+def test_distillation_meets_the_target_reads_the_training_text_and_says_how_long_it_took(project: Path) -> None:
+    write_params(project, "quantize", **FREE | {"distill": PARAMS["quantize"]["distill"] | {"steps": 3}, "feedback_damping": 0.1,
+                                           "low_rank": PARAMS["quantize"]["low_rank"]})
+    calibrate.main(SEED)
+    quantize.main(SEED)
+    first = outputs("quantize")
+    quantize.main(SEED)
+    assert outputs("quantize") == first
+    compress.main(SEED)
+    sizes, timing = load_metrics(stage_folder("compress", SEED)), load_timing(stage_folder("quantize", SEED))
+    assert 0.99 * FREE["target_bytes"] <= sizes["blob_bytes"] + PARAMS["compress"]["code_bytes"] <= FREE["target_bytes"]
+    assert timing is not None and 0 < timing["distill_seconds"] < timing["seconds"]
+
+
 def test_a_target_that_cannot_be_reached_fails_and_writes_nothing(project: Path) -> None:
     calibrate.main(SEED)
     write_params(project, "quantize", **FREE | {"target_bytes": 1000})

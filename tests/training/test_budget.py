@@ -51,7 +51,7 @@ def run_with_clock(budget: Budget, seconds_of: list[float], seconds_per_step: fl
 @given(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=200), st.floats(0.05, 20.0))
 @example(seconds_of=[0.5, 0.9375, 1.90625, 0.5, 2.0, 1.90625], guess=1.0)  # a fast step just after a revision
 def test_a_budget_in_seconds_is_kept_to_a_step_whatever_the_first_guess(seconds_of: list[float], guess: float) -> None:
-    budget = Budget(make_params(budget_steps=None, budget_seconds=520.0, reserve_seconds=20.0))
+    budget = Budget(make_params(budget_steps=None, budget_seconds=520.0, reserve_seconds=15.0, reserve_distill_seconds=5.0))
     seconds = run_with_clock(budget, seconds_of, guess)
     assert 500 - 2 * 2.0 <= seconds <= 500 + 2.0
 
@@ -112,8 +112,9 @@ def test_state_is_kept() -> None:
     ({"budget_steps": [[1, 5]]}, "pairs of a step, rising from 0"),
     ({"budget_steps": [[0, 5], [0, 6]]}, "pairs of a step, rising from 0"),
     ({"budget_steps": [[0, 5], [7, 6]]}, "pairs of a step, rising from 0"),
-    ({"reserve_seconds": 3.0}, "reserve_seconds: expected null, or a number below budget_seconds None"),
-    ({"budget_steps": None, "budget_seconds": 3.0, "reserve_seconds": 3.0}, "null, or a number below budget_seconds 3.0"),
+    ({"reserve_seconds": 3.0}, "expected null, or together a number below budget_seconds None, found 3.0 and None"),
+    ({"budget_steps": None, "budget_seconds": 3.0, "reserve_seconds": 3.0}, "together a number below budget_seconds 3.0"),
+    ({"budget_steps": None, "budget_seconds": 3.0, "reserve_seconds": 1.0, "reserve_distill_seconds": 2.0}, "3.0, found 1.0 and 2.0"),
 ])
 def test_impossible_budgets_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ParamsError, match=message):

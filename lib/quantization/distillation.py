@@ -1,0 +1,296 @@
+"""Distillation: integer codes, and what is stored as floats beside them, trained on text towards the float model.
+
+The loss is KL(float || quantized) in nats per token + price x length of the codes in bits. What is trained of a matrix are latents, in
+steps, which start at the codes. Each forward pass rounds them, and the gradient at a code is taken for that at its latent
+(straight-through, arXiv:1308.3432). Latents do not start at the weights: those lie beside the thresholds, and noise would turn the codes of
+GPTQ back into the nearest ones. Steps stay as they are.
+
+Lengths are those of two-sided geometric distributions: a constant and `code_slopes` bits for every step away from 0. What a bit may cost
+is first what it costs GPTQ, then corrected so that the size, with the real coder, falls to the target by `SHRINK_FRACTION` of the steps.
+
+Shapes: R rows, C columns, B sequences of this process, T tokens, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, clip_range, scales_of
+from lib.distributed import Process
+from lib.errors import UserError
+from lib.model.parts import parts_of
+from lib.progress import Progress
+from lib.quantization.allocation import SizeSearch
+from lib.quantization.config import QuantizeParams
+from lib.quantization.gptq import SMALLEST_MAGNITUDE
+from lib.quantization.policy import truncate
+
+BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam
+SHARPNESS = 2.0  # of tanh, which stands for the sign of a latent
+NUM_SIZES = 20  # times that the size is measured and the price corrected
+FIRST_PRICE = 4.0  # KL falls about as exp(-4 x relative size) where GPTQ has 2 to 4 bits
+SHRINK_FRACTION = 0.5
+GAIN, SLOW_GAIN = 30.0, 5.0  # of the logarithm of the price, per relative excess of the size: at once, and for good
+LIMITS = 3.0, 1.5  # of the logarithm of the price over the first one: of all of it, of what is for good
+SHIFT_UNIT = 2.0**-16  # steps per bit per step, of the thresholds, when the target is met in the end
+ESTIMATE_UNITS = 64
+
+
+def code_slopes(codes: Tensor) -> Tensor:
+    """Bits that every step away from 0 adds to a code, by what the magnitudes of its row and its column lead to expect.
+
+    Args:
+        codes: (R, C) fp32 integers.
+
+    Returns:
+        (R, C) fp32, log2(1/theta) of the distribution (1 - theta) / (1 + theta) theta^|q| with a mean magnitude of 2 theta / (1 - theta^2).
+    """
+    magnitudes = codes.abs()
+    mean = magnitudes.mean().clamp(min=SMALLEST_MAGNITUDE)
+    rows, columns = ((magnitudes.sum(dim) + mean) / (magnitudes.shape[dim] + 1) for dim in (1, 0))  # as if there were one code more
+    expected = (rows[:, None] * columns / mean).clamp(min=SMALLEST_MAGNITUDE)
+    return torch.log2(((1 + expected.square()).sqrt() + 1) / expected)
+
+
+def code_bits(codes: Tensor) -> Tensor:
+    """Length of all codes (R, C) together, fp64, with `code_slopes`."""
+    slopes = code_slopes(codes).double()
+    return (slopes * codes.abs() - torch.log2(1 - 2 / (1 + torch.exp2(slopes)))).sum()
+
+
+@dataclass(eq=False)
+class _Codes:
+    """What is trained of one matrix.
+
+    Attributes:
+        start: the matrix before.
+        name: name of the parameter.
+        transposed: whether the model has it as (C, R).
+        steps: (R, C) fp32.
+        latents: (R, C) fp32, in steps.
+        slopes: (R, C) fp32, `code_slopes`; 0 for grids that clip.
+    """
+
+    start: QuantizedTensor
+    name: str
+    transposed: bool
+    steps: Tensor
+    latents: Tensor
+    slopes: Tensor
+
+    def rounded(self, shift: float = 0.0) -> Tensor:
+        """Codes as fp32, of latents moved towards 0 by `shift` steps for each bit per step."""
+        nearest = (self.latents.abs() - shift * self.slopes).clamp_(min=0).round_().clamp_(max=clip_range(self.start.bits))
+        return nearest.mul_(self.latents.sign())
+
+    def set_gradient(self, gradient: Tensor, price: float) -> None:
+        """Take the gradient at the weights, as the model has them, for that at the latents, and add that of the length."""
+        self.latents.grad = (gradient.T if self.transposed else gradient).float() * self.steps
+        self.latents.grad.addcmul_(self.slopes, torch.tanh(SHARPNESS * self.latents), value=price)
+
+
+class _Student:
+    """A model in which quantized weights, which are trained, take turns with its own."""
+
+    def __init__(self, model: nn.Module, start: QuantizedModel, params: QuantizeParams, device: torch.device) -> None:
+        self._start, self._mantissa_bits, parts = start, params.vector_mantissa_bits, parts_of(model)
+        self.parameters = dict(model.named_parameters())
+        self._own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._frozen = [parameter for parameter in self.parameters.values() if not parameter.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self.codes = []
+        for name, matrix in start.matrices.items():
+            steps, latents = scales_of(matrix.row_exponents)[:, None] * scales_of(matrix.column_exponents), matrix.codes.float()
+            self.codes.append(_Codes(matrix, name, parts[name].transposed, steps.to(device), latents.to(device),
+                                     torch.zeros_like(latents, device=device)))
+        self.vectors = {name: vector.to(device, torch.float32) for name, vector in start.vectors.items() if not parts[name].is_matrix}
+        self.optimizer = torch.optim.Adam([{"params": [codes.latents for codes in self.codes], "lr": params.distill.code_lr},
+                                           {"params": list(self.vectors.values()), "lr": params.distill.vector_lr}],
+                                          betas=BETAS, eps=EPSILON)
+
+    @torch.no_grad()
+    def put_own(self) -> None:
+        """Give the model its own weights."""
+        for name, own in self._own.items():
+            self.parameters[name].copy_(own)
+
+    @torch.no_grad()
+    def put_quantized(self) -> None:
+        """Give the model what the codes and vectors stand for."""
+        for codes in self.codes:
+            weight = codes.rounded().mul_(codes.steps)
+            self.parameters[codes.name].copy_(weight.T if codes.transposed else weight)
+        for name, vector in self._quantized_vectors().items():
+            self.parameters[name].copy_(vector)
+
+    def measure_slopes(self) -> None:
+        """Let lengths be those of the codes as they are now."""
+        for codes in self.codes:
+            if codes.start.bits is None:
+                codes.slopes = code_slopes(codes.rounded())
+
+    def quantized(self, shift: float = 0.0) -> QuantizedModel:
+        """The quantized model as it is now, on the CPU."""
+        matrices = {codes.name: QuantizedTensor(codes.rounded(shift).to(torch.int16).cpu(), codes.start.row_exponents,
+                                                codes.start.column_exponents, codes.start.bits) for codes in self.codes}
+        vectors = self._start.vectors | {name: vector.cpu() for name, vector in self._quantized_vectors().items()}
+        return QuantizedModel(self._start.model, self._start.training, matrices, vectors)
+
+    def step(self, price: float, lr_multiplier: float) -> None:
+        """One step of Adam with the gradients that the model has."""
+        for codes in self.codes:
+            gradient = self.parameters[codes.name].grad
+            assert gradient is not None
+            codes.set_gradient(gradient, price)
+        for name, vector in self.vectors.items():
+            gradient = self.parameters[name].grad
+            assert gradient is not None
+            vector.grad = gradient.float()
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= lr_multiplier
+        self.optimizer.step()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def restore(self) -> None:
+        """Leave the model as it was."""
+        self.put_own()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def _quantized_vectors(self) -> dict[str, Tensor]:
+        """fp16, as they are stored."""
+        return {name: truncate(vector, self._mantissa_bits) for name, vector in self.vectors.items()}
+
+
+def distill(model: nn.Module, logits: Callable[[Tensor], Tensor], batch_of: Callable[[int], Tensor], start: QuantizedModel,
+            params: QuantizeParams, *, process: Process, measure: Callable[[QuantizedModel], int]) -> tuple[QuantizedModel, float]:
+    """Train the codes and vectors of a quantized model. A run that was interrupted begins anew.
+
+    Args:
+        model: the float model, any module with `lib.model.parts`, on the process's device; it is left as it was.
+        logits: one forward pass of it, tokens (B, T) -> logits (B, T, V).
+        batch_of: number of a step -> (B, T) int64, training tokens of this process; B may be 0 in some of the processes.
+        start: the model quantized, `params.first_target_bytes` large.
+        params: section ``quantize``; without steps of distillation nothing is done.
+        process: every process calls this and gets the whole result.
+        measure: size of code and artifact in bytes with a model; called by the main process alone.
+
+    Returns:
+        The quantized model, of at most ``target_bytes``; and the seconds that it took.
+
+    Raises:
+        TargetError: ``target_bytes`` was not reached.
+        UserError: it took longer than training has left for it.
+    """
+    settings, begin = params.distill, time.monotonic()
+    if not settings.steps:
+        return start, 0.0
+    student = _Student(model, start, params, process.device)
+    try:
+        _train(student, logits, batch_of, params, process=process, size=lambda: _size(student.quantized(), process, measure))
+        found = student.quantized()
+        if params.target_bytes is not None:
+            student.measure_slopes()
+            found = _meet_target(student, params.target_bytes, lambda model: _size(model, process, measure))
+    finally:
+        student.restore()
+    seconds, = process.max(time.monotonic() - begin)
+    reserve = start.training.get("distillation_seconds")
+    if reserve is not None and seconds > reserve:
+        raise UserError(f"quantize.distill: expected at most the {reserve:g} s that train.reserve_distill_seconds left of the training "
+                        f"budget, took {seconds:.1f} s; lower quantize.distill.steps, or raise that and train again")
+    return found, seconds
+
+
+def _size(model: QuantizedModel, process: Process, measure: Callable[[QuantizedModel], int]) -> int:
+    return process.broadcast(measure(model) if process.is_main else 0)
+
+
+def _train(student: _Student, logits: Callable[[Tensor], Tensor], batch_of: Callable[[int], Tensor], params: QuantizeParams, *,
+           process: Process, size: Callable[[], int]) -> None:
+    settings, price, controller = params.distill, 0.0, None
+    interval, kl = max(1, settings.steps // NUM_SIZES), torch.zeros(())
+    with Progress("distill", settings.steps, "step", enabled=process.is_main) as progress:
+        for step in range(settings.steps):
+            multiplier = (1 + math.cos(math.pi * step / settings.steps)) / 2
+            if step % interval == 0 and params.target_bytes is not None:
+                student.measure_slopes()
+                found = size()
+                if controller is not None:
+                    price = controller.correct(found, step / settings.steps, multiplier)
+            kl = _backward(student, logits, batch_of(step).to(process.device), settings.precision, process)
+            if step == 0 and params.target_bytes is not None:
+                bits = float(sum(code_bits(codes.rounded()) for codes in student.codes if codes.start.bits is None))
+                controller = _Price(FIRST_PRICE * float(kl) / bits, found, params.target_bytes, bits / 8)
+                price = controller.correct(found, 0.0, 1.0)
+            student.step(price, multiplier)
+            status: dict[str, Any] = {} if controller is None else {"bytes": f"{found:,}", "price": price}
+            progress.update(1, **(status | {"kl": float(kl)} if step % interval == 0 else status))
+
+
+class _Price:
+    """What a bit may cost, in nats per token, so that the size goes where it is to be.
+
+    Args:
+        first: price to begin with.
+        first_bytes: size at the beginning.
+        target_bytes: size at `SHRINK_FRACTION` of the steps, and from there on.
+        code_bytes: what of the size the price has power over.
+    """
+
+    def __init__(self, first: float, first_bytes: int, target_bytes: int, code_bytes: float) -> None:
+        self._first, self._first_bytes, self._target_bytes, self._code_bytes = first, first_bytes, target_bytes, max(1.0, code_bytes)
+        self._correction = 0.0
+
+    def correct(self, size: int, done: float, lr_multiplier: float) -> float:
+        """The price from now on, by the size after a fraction `done` of the steps; corrected more where the learning rate is low."""
+        planned = self._target_bytes + (self._first_bytes - self._target_bytes) * max(0.0, 1 - done / SHRINK_FRACTION)
+        excess = (size - planned) / self._code_bytes / max(0.1, lr_multiplier)
+        self._correction = min(LIMITS[1], max(-LIMITS[1], self._correction + SLOW_GAIN * excess))
+        return self._first * math.exp(min(LIMITS[0], max(-LIMITS[0], self._correction + GAIN * excess)))
+
+
+def _backward(student: _Student, logits: Callable[[Tensor], Tensor], tokens: Tensor, precision: str, process: Process) -> Tensor:
+    """KL(float || quantized) per token, over all processes, and its gradients at the parameters of the model."""
+    count = process.sum(torch.tensor(float(tokens.numel()), device=process.device))
+    total = torch.zeros((), device=process.device)
+    for parameter in student.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    if len(tokens):
+        with torch.autocast(process.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            student.put_own()
+            with torch.no_grad():
+                reference = logits(tokens).float().log_softmax(-1)
+            student.put_quantized()
+            with torch.enable_grad():
+                found = F.kl_div(logits(tokens).float().log_softmax(-1), reference, reduction="sum", log_target=True) / count
+        found.backward()
+        total += found.detach()
+    for parameter in student.parameters.values():
+        assert parameter.grad is not None
+        process.sum(parameter.grad)
+    return process.sum(total)
+
+
+def _meet_target(student: _Student, target_bytes: int, size: Callable[[QuantizedModel], int]) -> QuantizedModel:
+    """The model with thresholds that are moved a little, all codes alike for a bit, so that its size comes just below the target."""
+    probe = ESTIMATE_UNITS * SHIFT_UNIT
+    bits = sum(float(((codes.rounded() - codes.rounded(probe)).abs() * codes.slopes).sum()) for codes in student.codes)
+    search, best = SizeSearch(target_bytes, max(1.0, bits) / ESTIMATE_UNITS / 8), student.quantized()
+    while (units := search.next_units) is not None:
+        model = student.quantized(units * SHIFT_UNIT)
+        search.tell(size(model))
+        if search.best_units == units:
+            best = model
+    return best
