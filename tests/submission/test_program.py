@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {
     "train": {"qat": {"below_lr": 0.5}, "budget_steps": 30}, "quantize": {"target_bytes": CODE_BYTES + 20_000},
     "evaluate": {"audit": False, "strategies": ["plain", "lora"], "strategy": "lora"}}
-PROGRESS = r"(train|calibrate|verify|factorize|quantize|evaluate): |lora trains |$"
+PROGRESS = r"(note|train|calibrate|verify|factorize|quantize|evaluate): |lora trains |$"
 ONE_PROCESS, TWO_PROCESSES = ["train_gpt.py"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
 
 
