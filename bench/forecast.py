@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib.artifacts.checkpoint import load_checkpoint
+from lib.artifacts.checkpoint import Training, load_checkpoint
 from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, exponents_of
 from lib.compression.budget import summarize
 from lib.compression.config import CompressParams
@@ -68,7 +68,8 @@ def pack_nearest(weights: Mapping[str, Tensor], model: ModelParams, params: Quan
             codes = round_to_grid(weights[name], scales[:, None], int(bits)).to(torch.int16)
             matrices[name] = QuantizedTensor(codes, exponents_of(scales), torch.zeros(codes.shape[1], dtype=torch.int16), int(bits))
     vectors = {name: weight.half() for name, weight in weights.items() if name not in matrices}
-    return len(pack(QuantizedModel(model.model_dump(mode="json"), {}, matrices, vectors), coding.codec, coding.level).blob)
+    quantized = QuantizedModel(model.model_dump(mode="json"), Training(sequence_tokens=1), matrices, vectors)
+    return len(pack(quantized, coding.codec, coding.level).blob)
 
 
 def compare(weights: Mapping[str, Tensor], model: ModelParams, params: QuantizeParams, coding: CompressParams) -> Row:

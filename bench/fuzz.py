@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import zstandard
 
+from lib.artifacts.checkpoint import Training
 from lib.artifacts.files import sha256_of
 from lib.artifacts.quantized import LEFT, RIGHT, SCALE, QuantizedModel, QuantizedTensor
 from lib.artifacts.tokens import SPLIT_FILE, SplitWriter, load_split
@@ -54,7 +55,7 @@ def make_model(seed: int) -> QuantizedModel:
         rows, columns = (torch.randint(-9, 9, (size,), generator=generator) * 128 for size in codes.shape)
         return QuantizedTensor(codes.short(), rows.short(), columns.short(), bits)
 
-    return QuantizedModel({"num_layers": seed}, {"qat": None}, {
+    return QuantizedModel({"num_layers": seed}, Training(sequence_tokens=8), {
         "a": make_tensor(40, 30, None, 30), "a" + LEFT: make_tensor(40, 2, 8, 20), "a" + RIGHT: make_tensor(2, 30, 8, 20),
         "b": make_tensor(16, 64, 5, 3), "zero": make_tensor(64, 64, 2, 0),
     }, {"gain": torch.randn(9, generator=generator).half(), "mix": torch.ones(2, 3),

@@ -109,7 +109,7 @@ class Bench:
         if not params.distill.steps:
             return start
         text = load_split(self.root / TOKENIZE_FOLDER / "train", self.model.params.vocab_size)
-        loader = Loader(text, self.checkpoint.training["sequence_tokens"], params.distill.batch_sequences, self.seed)
+        loader = Loader(text, self.checkpoint.training.sequence_tokens, params.distill.batch_sequences, self.seed)
         return distill(self.model, self.model.logits, lambda step: loader.batch(step)[:, :-1], start, params, process=self.process,
                        measure=measure)[0]
 
@@ -148,7 +148,7 @@ class Bench:
         figures = summarize(rows)
         model = build_model(self.checkpoint.model, result.quantized.weights()).to(self.process.device)
         compared = compare_heldout(model.logits, self.model.logits, self.heldout, self.tokenizer, process=self.process, batch_windows=16,
-                                   window_tokens=self.checkpoint.training["sequence_tokens"], max_tokens=self.heldout_tokens)
+                                   window_tokens=self.checkpoint.training.sequence_tokens, max_tokens=self.heldout_tokens)
         bits, error, predicted = 8 * result.num_bytes, figures["relative_error"], figures["predicted_loss"]
         print(f"{name:44}{result.num_bytes:>12,}{bits / self.num_weights:>9.2f}{bits / self.num_live:>9.2f}{error:>10.5f}"
               f"{predicted:>11.6f}{compared.kl:>11.6f}{compared.loss_increase:>+11.6f}{result.seconds:>9.1f}{result.unpack_seconds:>8.2f}",

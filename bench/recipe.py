@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lib.artifacts.checkpoint import Checkpoint
+from lib.artifacts.checkpoint import Checkpoint, Training
 from lib.artifacts.hessians import Hessians
 from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.tokens import load_split
@@ -67,7 +67,7 @@ class Bench:
         loader = Loader(self.splits["train"], params.sequence_tokens, params.batch_sequences, seed)
         with tempfile.TemporaryDirectory() as folder:
             candidates = train(model, params, loader, self.process, Path(folder) / "resume.pt", status=dict).candidates
-        training = {"sequence_tokens": params.sequence_tokens, "qat": None}
+        training = Training(sequence_tokens=params.sequence_tokens)
         figures: Figures = {}
         for average, weights in candidates.items():
             checkpoint = Checkpoint(weights, architecture.model_dump(mode="json"), training)

@@ -36,7 +36,7 @@ def main(seed: int) -> None:
         params, coding = load_params("quantize", QuantizeParams), load_params("compress", CompressParams)
         checkpoint, hessians = load_checkpoint(sources[0]), load_hessians(sources[1], checkpoint=sources[0])
         reference, measure = build_model(checkpoint.model, checkpoint.weights).to(process.device), partial(artifact_bytes, coding)
-        parts, window_tokens, timing = parts_of(reference), checkpoint.training["sequence_tokens"], {}
+        parts, window_tokens, timing = parts_of(reference), checkpoint.training.sequence_tokens, {}
         quantized, dampings = quantize_model(checkpoint, parts, hessians, params, process=process, measure=measure)
         if batch := params.distill.steps and params.distill.batch_sequences:
             loader = Loader(load_split(TOKENIZE_FOLDER / "train", reference.params.vocab_size), window_tokens, batch, seed)

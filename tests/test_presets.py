@@ -316,11 +316,10 @@ def test_a_wrong_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("old", "new", "message"), [
     ("vocab_size: 1024", "vocab_size: 2048", r"model\.vocab_size: expected tokenize\.vocab_size 1024, found 2048"),
-    ("target_bytes: 562000", "target_bytes: 562001",
-     r"quantize\.target_bytes: expected at most compress\.limit_bytes 562000, found 562001")])
+    (r"(target_bytes: \d+)", r"\g<1>0", r"quantize\.target_bytes: expected at most compress\.limit_bytes \d+, found \d+0")])
 def test_sections_must_agree(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = compose("default", tmp_path / "params.yaml")
-    assert load_settings(str(path)).quantize.target_bytes == 562_000
-    path.write_text(path.read_text().replace(old, new, 1))
+    load_settings(str(path))
+    path.write_text(re.sub(old, new, path.read_text(), count=1))
     with pytest.raises(ParamsError, match=rf"params\.yaml: {message}"):
         load_settings(str(path))

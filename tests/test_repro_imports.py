@@ -62,7 +62,7 @@ def test_a_checkpoint_goes_on_to_the_report_without_training(clone: Clone) -> No
     assert "final_model.pt" in (clone.folder / "artifacts/report/report.html").read_text()
     figures = read_metrics(clone, "quantize", CHECKPOINT)
     assert figures["heldout_bpb"] == pytest.approx(figures["heldout_bpb_float"], abs=0.01)
-    assert load_artifact(clone.folder / f"artifacts/compress/seed{CHECKPOINT}/model.ptz").training["imported"] == "final_model.pt"
+    assert load_artifact(clone.folder / f"artifacts/compress/seed{CHECKPOINT}/model.ptz").training.imported == "final_model.pt"
 
 
 def test_an_artifact_is_scored_and_audited_as_published(clone: Clone) -> None:

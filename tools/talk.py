@@ -124,7 +124,7 @@ def _open_tokenizer(path: Path, model: GPT) -> Tokenizer:
 
 
 def _trained_tokens(artifact: QuantizedModel, model: GPT) -> int:
-    trained: int = artifact.training["sequence_tokens"]
+    trained = artifact.training.sequence_tokens
     return min(trained, model.params.rope_trained_tokens or trained)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib.artifacts.checkpoint import Training
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tensors import load_tensors, save_tensors
 
@@ -99,7 +100,7 @@ class QuantizedModel:
     """
 
     model: dict[str, Any]
-    training: dict[str, Any]
+    training: Training
     matrices: dict[str, QuantizedTensor]
     vectors: dict[str, Tensor]
 
@@ -130,7 +131,7 @@ def save_quantized(path: Path, quantized: QuantizedModel, sources: Sequence[Path
     for name, matrix in quantized.matrices.items():
         tensors |= {CODES + name: matrix.codes, ROWS + name: matrix.row_exponents, COLUMNS + name: matrix.column_exponents}
     bits = {name: matrix.bits for name, matrix in quantized.matrices.items()}
-    save_tensors(path, tensors, {"model": quantized.model, "training": quantized.training, "bits": bits}, sources)
+    save_tensors(path, tensors, {"model": quantized.model, "training": quantized.training.model_dump(), "bits": bits}, sources)
 
 
 def load_quantized(path: Path) -> QuantizedModel:
@@ -144,6 +145,6 @@ def load_quantized(path: Path) -> QuantizedModel:
         matrices = {name: QuantizedTensor(tensors[CODES + name], tensors[ROWS + name], tensors[COLUMNS + name], bits)
                     for name, bits in metadata["bits"].items()}
         vectors = {name.removeprefix(VECTORS): tensor for name, tensor in tensors.items() if name.startswith(VECTORS)}
-        return QuantizedModel(metadata["model"], metadata["training"], matrices, vectors)
+        return QuantizedModel(metadata["model"], Training.parse(metadata["training"], str(path)), matrices, vectors)
     except KeyError as error:
         raise ArtifactError(f"{path}: not a quantized model (no {error}); `dvc repro -f` makes it anew") from None

@@ -37,12 +37,12 @@ def calibrate(checkpoint: Checkpoint, text: Split, params: CalibrateParams, seed
     """
     model = build_model(checkpoint.model, checkpoint.weights).to(process.device)
     start = time.monotonic()  # what training itself would have had to do: the model is there, the processes are connected
-    sequences = draw_sequences(text, params.num_sequences, checkpoint.training["sequence_tokens"], seed)
+    sequences = draw_sequences(text, params.num_sequences, checkpoint.training.sequence_tokens, seed)
     moments = [collect_moments(model, model.logits, tokens, num_gradient_sequences=params.num_gradient_sequences,
                                batch_sequences=params.batch_sequences, precision=params.precision, seed=seed, process=process,
                                description=name, with_outputs=name == "calibrate")
                for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
     seconds, = process.max(time.monotonic() - start)
-    check_reserve(seconds, checkpoint.training["calibration_seconds"])
+    check_reserve(seconds, checkpoint.training.calibration_seconds)
     return Calibration(Hessians(matrix_inputs(parts_of(model)), *moments),
                        {"num_tokens": sequences[0].numel(), "num_hessians": len(moments[0].hessians)}, {"seconds": seconds})

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from pydantic import Field, JsonValue, ValidationError
 
+from lib.artifacts.checkpoint import Training
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, SCALE, QuantizedModel, QuantizedTensor
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
@@ -73,7 +74,7 @@ class Header(Params):
     """What the header says; `model` and `training` as in `QuantizedModel`."""
 
     model: dict[str, JsonValue]
-    training: dict[str, JsonValue]
+    training: Training
     codec: str
     level: Annotated[int, Field(ge=1, le=22)]
     codes_bytes: NonNegative
@@ -244,7 +245,7 @@ def _unpack(blob: bytes) -> QuantizedModel:
 
 def _check(header: Header, num_bytes: int) -> None:
     """Raise ValueError for contradictions, and for values that a file of `num_bytes` bytes should not make anybody allocate."""
-    json.dumps([header.model, header.training], allow_nan=False)  # pydantic lets NaN and infinity pass in JSON
+    json.dumps(header.model, allow_nan=False)  # pydantic lets NaN and infinity pass in JSON
     if header.codec not in CODECS:
         raise UserError(f"header: codec: expected one of {', '.join(CODECS)}, found {header.codec!r}")
     names = [matrix.name for matrix in header.matrices] + [vector.name for vector in header.vectors]

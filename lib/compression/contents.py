@@ -43,7 +43,7 @@ def describe_artifact(path: Path, roles_of: Callable[[dict[str, Any]], Mapping[s
         f"checksum  {blob[-CHECKSUM_BYTES:].hex()}, fits",
         f"container version {VERSION}, codec {header.codec}, level {header.level}",
         f"model     {_list_settings(header.model)}",
-        f"training  {_list_settings(header.training)}",
+        f"training  {_list_settings(header.training.model_dump())}",
         f"vectors   {_list_vectors(quantized.vectors.values())}",
         "",
         "matrix".ljust(name_width) + NUMBERS.format("size", "bits", "codes", "entropy", "coded", "bytes"),

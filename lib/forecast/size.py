@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lib.artifacts.checkpoint import Training
 from lib.artifacts.hessians import Hessians, Moments
 from lib.artifacts.quantized import QuantizedModel, QuantizedTensor
 from lib.compression.budget import CODE, CONTAINER, SCALES, VECTORS, SizeRow
@@ -101,9 +102,9 @@ def forecast_parts(samples: Samples, model: ModelParams, params: QuantizeParams,
                         process=_Alone(0, 1, torch.device("cpu"))).round_clipped()
     vectors = {name: weight.half() if name in bits else truncate(weight, params.vector_mantissa_bits)
                for name, weight in weights.items() if bits.get(name, FLOAT_BITS) == FLOAT_BITS}
-    packed = pack(QuantizedModel(model.model_dump(mode="json"), {}, {first: _join([rounded[name] for name in names])
-                                                                     for first, names in groups.items()}, vectors),
-                  coding.codec, coding.level)
+    matrices = {first: _join([rounded[name] for name in names]) for first, names in groups.items()}
+    quantized = QuantizedModel(model.model_dump(mode="json"), Training(sequence_tokens=1), matrices, vectors)
+    packed = pack(quantized, coding.codec, coding.level)
     shares = {name: samples.num_rows[name] / len(weights[name]) for name in bits}
     parts = []
     for role in sorted({roles[first] for first in groups}):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.artifacts.checkpoint import Checkpoint
+from lib.artifacts.checkpoint import Checkpoint, Training
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.metrics import METRICS_FILE
 from lib.artifacts.paths import stage_folder
@@ -110,8 +110,8 @@ def _make_matrix(codes: Tensor) -> QuantizedTensor:
     return QuantizedTensor(codes, rows, columns, bits)
 
 
-def _training(published: Published, sequence_tokens: int) -> dict[str, Any]:
-    return {"sequence_tokens": sequence_tokens, "qat": None, "calibration_seconds": None, **describe_origin(published)}
+def _training(published: Published, sequence_tokens: int) -> Training:
+    return Training(sequence_tokens=sequence_tokens, **describe_origin(published))
 
 
 def _turn(name: str, weight: Tensor, model: ModelParams) -> Tensor:

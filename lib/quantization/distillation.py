@@ -206,7 +206,7 @@ def distill(model: nn.Module, logits: Callable[[Tensor], Tensor], batch_of: Call
     finally:
         student.restore()
     seconds, = process.max(time.monotonic() - begin)
-    reserve = start.training.get("distillation_seconds")
+    reserve = start.training.distillation_seconds
     if reserve is not None and seconds > reserve:
         raise UserError(f"quantize.distill: expected at most the {reserve:g} s that train.reserve_distill_seconds left of the training "
                         f"budget, took {seconds:.1f} s; lower quantize.distill.steps, or raise that and train again")

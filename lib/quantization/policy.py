@@ -4,12 +4,11 @@ The role decides the bits, and exceptions by name; never the size: nothing stays
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib.artifacts.checkpoint import Checkpoint
+from lib.artifacts.checkpoint import Checkpoint, TrainedGrid
 from lib.artifacts.hessians import Hessians
 from lib.artifacts.quantized import QuantizedModel
 from lib.distributed import Process
@@ -57,7 +56,7 @@ def quantize_model(checkpoint: Checkpoint, parts: Mapping[str, Part], hessians: 
         ValueError: a parameter that fp16 cannot hold, a Hessian that has no Cholesky decomposition, Hessians of another
             model, or exceptions for matrices that do not exist; the message names the tensor.
     """
-    weights, bits, grid = checkpoint.weights, choose_bits(parts, params), checkpoint.training.get("qat")
+    weights, bits, grid = checkpoint.weights, choose_bits(parts, params), checkpoint.training.qat
     if grid is not None and (differences := list_grid_differences(grid, params)):
         say("note: the checkpoint was trained for another grid than this one: " + "; ".join(differences), enabled=process.is_main)
     if different := sorted({name for names in hessians.inputs.values() for name in names} ^ bits.keys()):
@@ -91,8 +90,8 @@ def truncate(values: Tensor, mantissa_bits: int) -> Tensor:
     return torch.ldexp((mantissa * scale).round() / scale, exponent).clamp(-largest, largest).half()
 
 
-def list_grid_differences(trained: Mapping[str, Any], params: QuantizeParams) -> list[str]:
-    """Where the grid that the checkpoint was trained for, ``checkpoint.training["qat"]``, differs from that of the export.
+def list_grid_differences(trained: TrainedGrid, params: QuantizeParams) -> list[str]:
+    """Where the grid that the checkpoint was trained for, ``checkpoint.training.qat``, differs from that of the export.
 
     Args:
         trained: section ``train.qat``.
@@ -101,12 +100,12 @@ def list_grid_differences(trained: Mapping[str, Any], params: QuantizeParams) ->
     Returns:
         One phrase for each differing key; empty if training and export share the grid.
     """
-    clip, quantile = params.clip, trained["clip_quantile"]
+    clip, quantile = params.clip, trained.clip_quantile
     rule = {"max": [1.0], "percentile": list(clip.percentiles)}.get(clip.rule)
-    differences = [f"bits.{role} {trained['bits'].get(role)} in training, {bits} here"
-                   for role, bits in params.bits.items() if trained["bits"].get(role) != bits]
+    differences = [f"bits.{role} {trained.bits.get(role)} in training, {bits} here"
+                   for role, bits in params.bits.items() if trained.bits.get(role) != bits]
     if rule != [quantile]:
         differences.append(f"clip_quantile {quantile:g} in training, clip rule {clip.rule} here")
-    if trained["floor"] != clip.floor:
-        differences.append(f"floor {trained['floor']:g} in training, {clip.floor:g} here")
-    return differences + (["full_range in training, symmetric here"] if trained["full_range"] else [])
+    if trained.floor != clip.floor:
+        differences.append(f"floor {trained.floor:g} in training, {clip.floor:g} here")
+    return differences + (["full_range in training, symmetric here"] if trained.full_range else [])

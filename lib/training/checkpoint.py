@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.artifacts.checkpoint import Checkpoint
+from lib.artifacts.checkpoint import Checkpoint, TrainedGrid, Training
 from lib.artifacts.tokens import Split
 from lib.data.loader import Loader
 from lib.data.tokenizer import Tokenizer
@@ -68,9 +68,9 @@ def train_checkpoint(section: ModelSection, params: TrainParams, text: Split, he
     selected = select(scores := score_candidates(model, result.candidates, score), params.averaging.select)
     checkpoint = Checkpoint(
         {name: weight.cpu() for name, weight in result.candidates[selected].items()}, section.architecture.model_dump(mode="json"),
-        {"sequence_tokens": params.sequence_tokens, "num_steps": len(result.losses), "selected": selected,
-         "calibration_seconds": params.reserve_seconds, "qat": params.qat.model_dump(mode="json") if params.qat.below_lr else None,
-         **({"distillation_seconds": reserve} if (reserve := params.reserve_distill_seconds) is not None else {})})
+        Training(sequence_tokens=params.sequence_tokens, num_steps=len(result.losses), selected=selected,
+                 qat=TrainedGrid(**params.qat.model_dump()) if params.qat.below_lr else None,
+                 calibration_seconds=params.reserve_seconds, distillation_seconds=params.reserve_distill_seconds))
     return Trained(checkpoint, result.loss_curve, {
         "heldout_bpb": round(scores[selected].bpb, 8), "heldout_loss": round(scores[selected].loss, 8), "selected": selected,
         **{f"heldout_bpb_{kind}": round(score.bpb, 8) for kind, score in scores.items()}, "num_parameters": model.num_parameters,

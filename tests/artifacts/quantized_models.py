@@ -2,7 +2,10 @@
 
 import torch
 
+from lib.artifacts.checkpoint import Training
 from lib.artifacts.quantized import LEFT, RIGHT, SCALE, QuantizedModel, QuantizedTensor, clip_range
+
+TRAINING = Training(sequence_tokens=8)
 
 
 def make_quantized_tensor(num_rows: int, num_columns: int, bits: int | None, seed: int = 0) -> QuantizedTensor:
@@ -22,7 +25,7 @@ def make_quantized_tensor(num_rows: int, num_columns: int, bits: int | None, see
 def make_quantized_model() -> QuantizedModel:
     """A grid with bits and row scales of its own, free steps with a correction of rank 2, vectors of both types."""
     return QuantizedModel(
-        {"num_layers": 2}, {"qat": None, "sequence_tokens": 8},
+        {"num_layers": 2}, TRAINING,
         {"b.weight": make_quantized_tensor(3, 7, 5), "a.weight": make_quantized_tensor(9, 6, None),
          "a.weight" + LEFT: make_quantized_tensor(9, 2, 8, 1), "a.weight" + RIGHT: make_quantized_tensor(2, 6, 8, 2)},
         {"scale": torch.tensor(0.5).half(), "mix": torch.ones(2, 3).half(), "gain": torch.tensor([0.1, 1e-30]),

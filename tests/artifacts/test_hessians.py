@@ -6,6 +6,7 @@ import torch
 from lib.artifacts.checkpoint import Checkpoint, save_checkpoint
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.hessians import Hessians, Moments, load_hessians, save_hessians
+from tests.artifacts.quantized_models import TRAINING
 
 INPUTS = {"blocks.0.attention.input": ("query.weight", "key.weight"), "head": ("head.weight",),
           "token_embedding": ("token_embedding.weight",)}
@@ -20,7 +21,7 @@ def make_moments(seed: int) -> Moments:
 
 def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
     hessians = Hessians(INPUTS, make_moments(0), make_moments(1))
-    save_checkpoint(tmp_path / "checkpoint", Checkpoint({"a": torch.ones(2)}, {}, {}))
+    save_checkpoint(tmp_path / "checkpoint", Checkpoint({"a": torch.ones(2)}, {}, TRAINING))
     save_hessians(tmp_path / "hessians", hessians, tmp_path / "checkpoint")
     found = load_hessians(tmp_path / "hessians", tmp_path / "checkpoint")
     assert found.inputs == INPUTS
@@ -33,6 +34,6 @@ def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
 
 
 def test_other_files_are_errors(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "checkpoint", Checkpoint({"a": torch.ones(2)}, {}, {}))
+    save_checkpoint(tmp_path / "checkpoint", Checkpoint({"a": torch.ones(2)}, {}, TRAINING))
     with pytest.raises(ArtifactError, match="checkpoint: not the Hessians of a model"):
         load_hessians(tmp_path / "checkpoint", tmp_path / "checkpoint")

@@ -22,7 +22,7 @@ from lib.artifacts.quantized import (
     save_quantized,
     scales_of,
 )
-from tests.artifacts.quantized_models import assert_same, make_quantized_model, make_quantized_tensor
+from tests.artifacts.quantized_models import TRAINING, assert_same, make_quantized_model, make_quantized_tensor
 
 
 def int16(values: object) -> Tensor:
@@ -59,7 +59,7 @@ def test_exponents_are_the_nearest_multiples() -> None:
 def test_weights_are_codes_times_scales_in_fp32() -> None:
     matrix = QuantizedTensor(int16([[-15, 0, 7], [1, 2, 3]]), int16([-OCTAVE, OCTAVE]), int16([0, 0, 2 * OCTAVE]), None)
     expected = torch.tensor([[-7.5, 0.0, 14.0], [2.0, 4.0, 24.0]])
-    weights = QuantizedModel({}, {}, {"a": matrix}, {"b": torch.tensor([1.5]).half()}).weights()
+    weights = QuantizedModel({}, TRAINING, {"a": matrix}, {"b": torch.tensor([1.5]).half()}).weights()
     assert weights.keys() == {"a", "b"} and torch.equal(weights["a"], expected)
     assert all(weight.dtype == torch.float32 for weight in weights.values())
 
@@ -67,27 +67,28 @@ def test_weights_are_codes_times_scales_in_fp32() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_row_scales_multiply_the_rows_of_their_matrix(dtype: torch.dtype) -> None:
     codes, scales = [[-15, 0, 7], [1, 2, 3]], torch.tensor([0.1, 3e-5]).to(dtype)
-    weights = QuantizedModel({}, {}, {"a": make_tensor(codes), "b": make_tensor(codes)}, {"a" + SCALE: scales}).weights()
+    weights = QuantizedModel({}, TRAINING, {"a": make_tensor(codes), "b": make_tensor(codes)}, {"a" + SCALE: scales}).weights()
     assert weights.keys() == {"a", "b"} and torch.equal(weights["b"], torch.tensor(codes).float())
     assert torch.equal(weights["a"], torch.tensor(codes).float() * scales.float()[:, None])
 
 
 @pytest.mark.parametrize(("name", "shape"), [("c", (2,)), ("a", (1,)), ("a", (3,)), ("a", ()), ("a", (2, 1)), ("b", (2,))])
 def test_row_scales_without_these_rows_are_errors(name: str, shape: tuple[int, ...]) -> None:
-    model = QuantizedModel({}, {}, {"a": make_tensor([[1], [2]])}, {name + SCALE: torch.ones(shape), "b": torch.ones(2, 2)})
+    model = QuantizedModel({}, TRAINING, {"a": make_tensor([[1], [2]])}, {name + SCALE: torch.ones(shape), "b": torch.ones(2, 2)})
     with pytest.raises(ArtifactError, match=f"{name}:scale: expected a matrix with one row for each of these scales"):
         model.weights()
 
 
 def test_corrections_are_added_to_their_matrix() -> None:
     matrices = {"a": make_tensor([[1, 2, 3], [4, 5, 6]]), "a" + LEFT: make_tensor([[1], [2]]), "a" + RIGHT: make_tensor([[1, 0, -1]])}
-    weights = QuantizedModel({}, {}, matrices, {}).weights()
+    weights = QuantizedModel({}, TRAINING, matrices, {}).weights()
     assert weights.keys() == {"a"} and weights["a"].tolist() == [[2, 2, 2], [6, 5, 4]]
     for name in matrices:
         with pytest.raises(ArtifactError, match="a: the matrix and the factors"):
-            QuantizedModel({}, {}, {key: matrix for key, matrix in matrices.items() if key != name} | {"b": matrices["a"]}, {}).weights()
+            others = {key: matrix for key, matrix in matrices.items() if key != name}
+            QuantizedModel({}, TRAINING, others | {"b": matrices["a"]}, {}).weights()
     with pytest.raises(ArtifactError, match="a: the matrix and the factors"):
-        QuantizedModel({}, {}, matrices | {"a" + LEFT: make_tensor([[1], [2], [3]])}, {}).weights()
+        QuantizedModel({}, TRAINING, matrices | {"a" + LEFT: make_tensor([[1], [2], [3]])}, {}).weights()
 
 
 def test_entropy() -> None:
@@ -121,7 +122,7 @@ def test_clip_range() -> None:
 
 
 def test_other_files_are_errors(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "checkpoint", Checkpoint({"a": torch.ones(2)}, {}, {}))
+    save_checkpoint(tmp_path / "checkpoint", Checkpoint({"a": torch.ones(2)}, {}, TRAINING))
     with pytest.raises(ArtifactError, match="checkpoint: not a quantized model"):
         load_quantized(tmp_path / "checkpoint")
     with pytest.raises(ArtifactError, match="no such file"):

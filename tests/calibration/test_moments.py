@@ -25,6 +25,7 @@ from lib.model.parts import parts_of
 from lib.params import Precision
 from lib.quantization.gptq import row_errors
 from lib.quantization.quantizer import Quantizer
+from tests.artifacts.quantized_models import TRAINING
 from tests.evaluation.tiny import FRONTIER, MODEL, make_model
 from tests.processes import run_processes
 from tests.quantization.power_law import quadratic_error
@@ -302,7 +303,7 @@ def test_moments_in_bf16_give_a_quantized_model_that_is_as_good() -> None:
                               process=SINGLE_CPU)
         quantized = mild_model()
         with torch.no_grad():
-            for name, weight in QuantizedModel({}, {}, quantizer.round_clipped(), {}).weights().items():
+            for name, weight in QuantizedModel({}, TRAINING, quantizer.round_clipped(), {}).weights().items():
                 quantized.get_parameter(name).copy_(weight)
             kl = (reference.exp() * (reference - quantized.logits(sequences).log_softmax(-1))).sum(-1)
         return torch.stack([part.mean() for part in kl.split(24)])

@@ -6,7 +6,7 @@ import torch
 from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, QuantizedTensor, clip_range
 from lib.compression.budget import BudgetError, SizeRow, check_limit, list_parts, summarize
 from lib.compression.container import pack
-from tests.artifacts.quantized_models import make_quantized_tensor
+from tests.artifacts.quantized_models import TRAINING, make_quantized_tensor
 
 ROLES = {"up": "mlp", "down": "mlp", "query": "attention", "mix": "vector"}
 CODE_BYTES = 1000
@@ -25,7 +25,7 @@ def make_parts(mlp_bits: int | None = 5, attention_bits: int | None = 5, down_bi
                 "query": make_matrix(60, attention_bits, 2)}
     if rank:
         matrices |= {"query" + LEFT: make_quantized_tensor(60, rank, 8), "query" + RIGHT: make_quantized_tensor(rank, 200, 8)}
-    quantized = QuantizedModel({}, {}, matrices, {"mix": torch.ones(2, 3).half()})
+    quantized = QuantizedModel({}, TRAINING, matrices, {"mix": torch.ones(2, 3).half()})
     packed = pack(quantized, "range", 19)
     parts = list_parts(quantized, packed, ROLES, CODE_BYTES)
     assert summarize(parts) == {"artifact_bytes": len(packed.blob) + CODE_BYTES, "code_bytes": CODE_BYTES, "blob_bytes": len(packed.blob)}

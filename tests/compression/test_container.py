@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib.artifacts.checkpoint import TrainedGrid, Training
 from lib.artifacts.quantized import LEFT, RIGHT, SCALE, QuantizedModel, QuantizedTensor, clip_range
 from lib.compression import container
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
@@ -28,7 +29,7 @@ from lib.compression.container import (
     read_header,
     unpack,
 )
-from tests.artifacts.quantized_models import assert_same, make_quantized_model, make_quantized_tensor
+from tests.artifacts.quantized_models import TRAINING, assert_same, make_quantized_model, make_quantized_tensor
 
 names = st.text("abcé_.0", min_size=1, max_size=8)
 numbers = st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False)
@@ -67,6 +68,10 @@ def float_tensors(draw: st.DrawFn, *sizes: int) -> torch.Tensor:
     return torch.tensor(bits, dtype=of_bits).view(dtype).reshape(tuple(shape))
 
 
+trainings = st.builds(Training, sequence_tokens=st.integers(1, 2**40), selected=st.none() | st.text(max_size=3), qat=st.none() | st.builds(
+    TrainedGrid, below_lr=st.floats(0, 2), bits=st.dictionaries(names, st.integers(2, 16), max_size=3), floor=st.floats(0, 1)))
+
+
 @st.composite
 def quantized_models(draw: st.DrawFn) -> QuantizedModel:
     matrices = draw(st.dictionaries(names, quantized_tensors(), max_size=3))
@@ -76,7 +81,7 @@ def quantized_models(draw: st.DrawFn) -> QuantizedModel:
     for name in draw(st.sets(st.sampled_from(sorted(matrices)))) if matrices else ():
         (num_rows, num_columns), rank = matrices[name].codes.shape, draw(st.integers(0, 3))
         matrices |= {name + LEFT: draw(quantized_tensors(num_rows, rank)), name + RIGHT: draw(quantized_tensors(rank, num_columns))}
-    return QuantizedModel(draw(st.dictionaries(names, plain, max_size=3)), draw(st.dictionaries(names, plain, max_size=3)), matrices,
+    return QuantizedModel(draw(st.dictionaries(names, plain, max_size=3)), draw(trainings), matrices,
                           {name: vector for name, vector in vectors.items() if name not in matrices})
 
 
@@ -144,8 +149,8 @@ def seal(header: bytes, content: bytes = EMPTY_FRAME) -> bytes:
 
 
 def header(**changes: Any) -> bytes:
-    fields = {"model": {}, "training": {}, "codec": "zstd", "level": 3, "codes_bytes": 0, "exponents_bytes": 0, "matrices": [],
-              "vectors": []} | changes
+    fields = {"model": {}, "training": {"sequence_tokens": 8}, "codec": "zstd", "level": 3, "codes_bytes": 0, "exponents_bytes": 0,
+              "matrices": [], "vectors": []} | changes
     return json.dumps(fields).encode()
 
 
@@ -162,7 +167,7 @@ def factors(rows: int, left_columns: int, right_rows: int, columns: int, name: s
 
 
 def test_the_sealed_container_is_valid_otherwise() -> None:
-    assert_same(unpack(seal(header())), QuantizedModel({}, {}, {}, {}))
+    assert_same(unpack(seal(header())), QuantizedModel({}, TRAINING, {}, {}))
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -176,7 +181,7 @@ MISFIT = "header: .*: the matrix and the factors of its correction do not fit to
     (seal(header().replace(b'"level": 3', b'"level": ' + b"9" * 1_000_000)), "header: "),
     (seal(header().replace(b'"level": 3', b'"level": NaN')), "header: "),
     (seal(header(model={"a": [math.nan]})), "Out of range float"),
-    (seal(header(training={"a": 1.5}).replace(b"1.5", b"1e999")), "Out of range float"),
+    (seal(header(model={"a": 1.5}).replace(b"1.5", b"1e999")), "Out of range float"),
     (seal(b"\xff\xfe"), "header: "),
     (seal(b"{}"), "header: model: missing"),
     (seal(header(extra=1)), "header: extra: "),
@@ -234,11 +239,13 @@ def make_zeros(num_rows: int, num_columns: int) -> QuantizedTensor:
 
 
 @pytest.mark.parametrize(("quantized", "message"), [
-    (QuantizedModel({"a": math.nan}, {}, {}, {}), "cannot be packed"),
-    (QuantizedModel({"a": "b" * MAX_HEADER_BYTES}, {}, {}, {}), "cannot be packed: expected a zstandard frame of at most"),
-    (QuantizedModel({}, {}, {"a" + LEFT: make_quantized_tensor(1, 1, 5)}, {}), "cannot be packed: header: a: the matrix and the factors"),
-    (QuantizedModel({}, {}, {"a": make_quantized_tensor(1, 1, 5)}, {"a": torch.zeros(1).half()}), "cannot be packed: .* a name twice"),
-    (QuantizedModel({}, {}, {"a": make_zeros(1024, 1025)}, {}), "cannot be packed: header: expected at most 1048576 values"),
+    (QuantizedModel({"a": math.nan}, TRAINING, {}, {}), "cannot be packed"),
+    (QuantizedModel({"a": "b" * MAX_HEADER_BYTES}, TRAINING, {}, {}), "cannot be packed: expected a zstandard frame of at most"),
+    (QuantizedModel({}, TRAINING, {"a" + LEFT: make_quantized_tensor(1, 1, 5)}, {}),
+     "cannot be packed: header: a: the matrix and the factors"),
+    (QuantizedModel({}, TRAINING, {"a": make_quantized_tensor(1, 1, 5)}, {"a": torch.zeros(1).half()}),
+     "cannot be packed: .* a name twice"),
+    (QuantizedModel({}, TRAINING, {"a": make_zeros(1024, 1025)}, {}), "cannot be packed: header: expected at most 1048576 values"),
 ])
 def test_what_could_not_be_unpacked_is_not_packed(quantized: QuantizedModel, message: str) -> None:
     with pytest.raises(ContainerError, match=message):
@@ -290,9 +297,9 @@ def test_a_small_file_cannot_take_much_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for codec, shape in product(CODECS, ((1024, 1024), (1, MIN_MAX_VALUES // 2), (MIN_MAX_VALUES // 2, 1))):
         zeros = make_zeros(*shape)
-        blob = pack(QuantizedModel({}, {}, {"a": zeros}, {}), codec, 3).blob
+        blob = pack(QuantizedModel({}, TRAINING, {"a": zeros}, {}), codec, 3).blob
         assert len(blob) < 1000
-        assert_same(unpack(blob), QuantizedModel({}, {}, {"a": zeros}, {}))
+        assert_same(unpack(blob), QuantizedModel({}, TRAINING, {"a": zeros}, {}))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # kibibytes
 
 

@@ -8,7 +8,7 @@ import pytest
 from lib.artifacts.quantized import QuantizedModel
 from lib.compression.container import ContainerError, pack
 from lib.compression.contents import describe_artifact
-from tests.artifacts.quantized_models import make_quantized_model, make_quantized_tensor
+from tests.artifacts.quantized_models import TRAINING, make_quantized_model, make_quantized_tensor
 
 
 def roles_of(model: dict[str, Any]) -> dict[str, str]:
@@ -29,7 +29,7 @@ def test_everything_is_there_and_the_parts_are_the_file(tmp_path: Path, codec: s
     assert lines[0] == f"file      {tmp_path / 'model.ptz'}, {len(blob):,} bytes"
     assert lines[1] == f"checksum  {blob[-16:].hex()}, fits"
     assert lines[2] == f"container version 3, codec {codec}, level 7"
-    assert lines[3:6] == ["model     num_layers 2", "training  qat null, sequence_tokens 8",
+    assert lines[3:6] == ["model     num_layers 2", "training  sequence_tokens 8",
                           "vectors   3 with 10 values, float16, 1 with 2 values, float32"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[8:12]}
     packed, free = pack(quantized, codec, 7), quantized.matrices["a.weight"]
@@ -45,9 +45,9 @@ def test_everything_is_there_and_the_parts_are_the_file(tmp_path: Path, codec: s
 
 def test_empty_matrices_and_no_matrices(tmp_path: Path) -> None:
     empty = make_quantized_tensor(0, 3, 5)
-    text, _ = describe(tmp_path / "model.ptz", QuantizedModel({}, {}, {"a.weight": empty}, {}), "zstd")
+    text, _ = describe(tmp_path / "model.ptz", QuantizedModel({}, TRAINING, {"a.weight": empty}, {}), "zstd")
     assert re.search(r"a\.weight +0 x 3 +5 +-?0\.000 ", text) and "model     none" in text
-    text, blob = describe(tmp_path / "model.ptz", QuantizedModel({}, {}, {}, {}), "brotli")
+    text, blob = describe(tmp_path / "model.ptz", QuantizedModel({}, TRAINING, {}, {}), "brotli")
     assert f"{len(blob)} bytes" in text
 
 

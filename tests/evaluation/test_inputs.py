@@ -12,6 +12,7 @@ from lib.data.encoder import encode_documents
 from lib.data.tokenizer import Tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.evaluation.inputs import open_inputs
+from tests.artifacts.quantized_models import TRAINING
 from tests.evaluation.tiny import make_model
 
 DOCUMENTS = ["a cat and a dog", "one more cat", "dogs and cats and dogs"]
@@ -25,7 +26,7 @@ def make_inputs() -> tuple[QuantizedModel, Tokenizer, Split]:
     num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
     model = make_model(vocab_size=VOCAB_SIZE)
     vectors = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-    artifact = QuantizedModel(model.params.model_dump(mode="json"), {}, {}, vectors)
+    artifact = QuantizedModel(model.params.model_dump(mode="json"), TRAINING, {}, vectors)
     return artifact, tokenizer, Split(Path("val"), (tokens[:9], tokens[9:]), len(DOCUMENTS), num_bytes, num_bytes, VOCAB_SIZE)
 
 

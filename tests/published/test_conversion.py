@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib.artifacts.checkpoint import Training
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.metrics import save_metrics
 from lib.artifacts.quantized import QuantizedModel, load_quantized, save_quantized
@@ -102,9 +103,8 @@ def test_every_tensor_is_the_published_one(tmp_path: Path, dtype: torch.dtype) -
         else:
             assert torch.equal(weight, expected[name].float())
     assert checkpoint.model == MODEL
-    assert checkpoint.training == {
-        "sequence_tokens": 8, "qat": None, "calibration_seconds": None, "imported": "published", "imported_bytes": len(content),
-        "imported_sha256": published.sha256}
+    assert checkpoint.training == Training(
+        sequence_tokens=8, imported="published", imported_bytes=len(content), imported_sha256=published.sha256)
 
 
 def assert_has_the_weights(quantized: QuantizedModel, expected: State) -> None:

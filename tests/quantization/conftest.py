@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib.artifacts.checkpoint import Checkpoint
+from lib.artifacts.checkpoint import Checkpoint, Training
 from lib.artifacts.hessians import Hessians
 from lib.calibration.moments import collect_moments
 from lib.calibration.sums import matrix_inputs
@@ -20,7 +20,7 @@ MODEL_CHANGES: dict[str, Any] = {"tied_head": False}
 @pytest.fixture(scope="session")
 def checkpoint() -> Checkpoint:
     weights = {name: parameter.detach() for name, parameter in make_model(**MODEL_CHANGES).named_parameters()}
-    return Checkpoint(weights, MODEL | MODEL_CHANGES, {"sequence_tokens": 16, "qat": None})
+    return Checkpoint(weights, MODEL | MODEL_CHANGES, Training(sequence_tokens=16))
 
 
 @pytest.fixture(scope="session")

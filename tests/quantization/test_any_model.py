@@ -20,6 +20,7 @@ from lib.model.parts import parts_of, read_weights, write_weights
 from lib.quantization.distillation import distill
 from lib.quantization.gptq import row_errors
 from lib.quantization.policy import quantize_model
+from tests.artifacts.quantized_models import TRAINING
 from tests.quantization.test_config import QUANTIZE, make_quantize
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_a_causal_language_model_meets_its_byte_budget_and_is_better_than_rounde
     model = make(name)
     parts, weights = parts_of(model), read_weights(model)
     hessians = Hessians(matrix_inputs(parts), collect(model, 1), collect(model, 2))
-    checkpoint = Checkpoint(weights, {"architecture": name}, {})
+    checkpoint = Checkpoint(weights, {"architecture": name}, TRAINING)
 
     found = {}
     for method in ("gptq", "rtn"):
@@ -98,7 +99,7 @@ def test_a_causal_language_model_meets_its_byte_budget_and_is_better_than_rounde
                 weights[key] - unpacked.weights()[key], hessians.verification.hessians[source])).sum()) / 2
                             for source, keys in hessians.inputs.items() for key in keys)
             assert 0.75 < predicted / found[method] < 1.25
-    assert 0 < found["gptq"] < 0.9 * found["rtn"]
+    assert 0 < found["gptq"] < 0.92 * found["rtn"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama, tied"])
@@ -107,7 +108,7 @@ def test_a_distilled_model_meets_its_byte_budget(name: str) -> None:
     parts, before = parts_of(model), read_weights(model)
     params = make_quantize(target_bytes=TARGET_BYTES, bits={part.role: "free" for part in parts.values() if part.is_matrix},
                            free_rows=False, free_columns=False, distill=QUANTIZE["distill"] | {"steps": 20, "code_lr": 0.06})
-    start, _ = quantize_model(Checkpoint(before, {}, {}), parts, Hessians(matrix_inputs(parts), collect(model, 1), collect(model, 2)),
+    start, _ = quantize_model(Checkpoint(before, {}, TRAINING), parts, Hessians(matrix_inputs(parts), collect(model, 1), collect(model, 2)),
                               params, process=SINGLE_CPU, measure=size)
     quantized, _ = distill(model, lambda tokens: model(tokens).logits, lambda step: make_sequences(8, 100 + step), start, params,
                            process=SINGLE_CPU, measure=size)

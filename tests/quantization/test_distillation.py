@@ -1,6 +1,7 @@
 """Distillation of small language models: gradients by finite differences, lengths by the coder, sizes, any number of processes."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lib.artifacts.checkpoint import Training
 from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, scales_of
 from lib.compression.container import pack
 from lib.compression.context import encode_range
 from lib.distributed import SINGLE_CPU, Process
 from lib.model.parts import parts_of, read_weights, write_weights
 from lib.quantization.distillation import SHARPNESS, _backward, _Price, _Student, code_bits, code_slopes, distill
+from tests.artifacts.quantized_models import TRAINING
 from tests.processes import run_processes
 from tests.quantization.test_config import QUANTIZE, make_quantize
 
@@ -51,7 +54,7 @@ def round_weights(model: nn.Module, exponent: int, bits: int | None = None) -> Q
             matrices[name] = QuantizedTensor(codes.to(torch.int16), rows, columns, bits)
         else:
             vectors[name] = weight.half()
-    return QuantizedModel({}, {}, matrices, vectors)
+    return QuantizedModel({}, TRAINING, matrices, vectors)
 
 
 def size(quantized: QuantizedModel) -> int:
@@ -160,7 +163,7 @@ def test_the_price_rises_where_the_size_is_above_its_plan() -> None:
 def test_longer_than_training_left_for_it_is_an_error() -> None:
     model = Bigrams()
     start = round_weights(model, -1024)
-    start.training["distillation_seconds"] = 1e-6
+    start = replace(start, training=Training(sequence_tokens=8, distillation_seconds=1e-6))
     with pytest.raises(ValueError, match=r"quantize\.distill: expected at most the 1e-06 s that train\.reserve_distill_seconds left"):
         distill(model, model, batch_of, start, make_quantize(distill=SETTINGS | {"steps": 1}), process=SINGLE_CPU, measure=size)
 

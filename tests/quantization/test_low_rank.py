@@ -11,6 +11,7 @@ from lib.quantization.config import LowRankParams
 from lib.quantization.gptq import row_errors
 from lib.quantization.grid import CLIPPED_RESOLUTION
 from lib.quantization.low_rank import DAMPING, MAX_RANK, Error, correct
+from tests.artifacts.quantized_models import TRAINING
 from tests.quantization.power_law import make_hessian, make_weight
 
 
@@ -101,7 +102,7 @@ def test_it_is_part_of_the_weights_and_lowers_the_loss_of_the_model() -> None:
     codes, rows, columns = (torch.zeros(shape, dtype=torch.int16) for shape in ((16, 24), 16, 24))
     zeros = QuantizedTensor(codes, rows, columns, 5)
     found = correct({"a": error}, LowRankParams(max_bytes=200, bits=8))
-    weights = QuantizedModel({}, {}, {"a": zeros} | found, {}).weights()
+    weights = QuantizedModel({}, TRAINING, {"a": zeros} | found, {}).weights()
     assert weights.keys() == {"a"} and torch.equal(weights["a"], correction(found, "a"))
     assert predicted_loss(error, weights["a"]) < 0.5 * predicted_loss(error, torch.zeros(16, 24))
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.artifacts.checkpoint import Checkpoint
+from lib.artifacts.checkpoint import Checkpoint, TrainedGrid
 from lib.artifacts.hessians import Hessians, Moments
 from lib.artifacts.quantized import QuantizedModel
 from lib.distributed import SINGLE_CPU, Process
@@ -162,7 +162,7 @@ def test_weights_beyond_fp16_are_errors_that_name_the_tensor(checkpoint: Checkpo
 
 def test_hessians_of_another_model_are_an_error(checkpoint: Checkpoint, hessians: Hessians) -> None:
     other = Checkpoint({name: weight for name, weight in checkpoint.weights.items() if name != "head.weight"},
-                       checkpoint.model | {"tied_head": True}, {})
+                       checkpoint.model | {"tied_head": True}, checkpoint.training)
     with pytest.raises(ValueError, match=r"head\.weight: .*in the checkpoint.* the Hessians"):
         quantize(other, hessians)
     inputs = {source: names for source, names in hessians.inputs.items() if source != "bigram.table"}
@@ -177,17 +177,17 @@ def test_hessians_that_overflowed_are_an_error_that_names_the_input(checkpoint: 
 
 
 def test_grid_differences_name_the_keys() -> None:
-    grid = {"bits": BITS, "full_range": False, "clip_quantile": 1.0, "floor": 0.0, "below_lr": 0.1}
+    grid = TrainedGrid(below_lr=0.1, bits=BITS)
     clip = QUANTIZE["clip"] | {"rule": "max"}
     same, published = (parse_params(QUANTIZE | {"clip": each}, QuantizeParams, "")
                        for each in (clip, clip | {"rule": "percentile", "percentiles": [0.9995], "floor": 1.0}))
     assert list_grid_differences(grid, same) == []
-    assert list_grid_differences(grid | {"clip_quantile": 0.9995, "floor": 1.0}, published) == []
-    assert list_grid_differences(grid | {"bits": BITS | {"mlp": 6}, "clip_quantile": 0.99}, same) == [
+    assert list_grid_differences(grid.model_copy(update={"clip_quantile": 0.9995, "floor": 1.0}), published) == []
+    assert list_grid_differences(grid.model_copy(update={"bits": BITS | {"mlp": 6}, "clip_quantile": 0.99}), same) == [
         "bits.mlp 6 in training, 5 here", "clip_quantile 0.99 in training, clip rule max here"]
     assert list_grid_differences(grid, published) == [
         "clip_quantile 1 in training, clip rule percentile here", "floor 0 in training, 1 here"]
-    assert list_grid_differences(grid | {"full_range": True}, same) == ["full_range in training, symmetric here"]
+    assert list_grid_differences(grid.model_copy(update={"full_range": True}), same) == ["full_range in training, symmetric here"]
     free = parse_params(QUANTIZE | {"clip": clip, "bits": BITS | {"head": "free"}, "target_bytes": 1}, QuantizeParams, "")
     assert list_grid_differences(grid, free) == ["bits.head 8 in training, free here"]
 

@@ -13,6 +13,7 @@ from lib.quantization.clipping import row_scales
 from lib.quantization.gptq import Problem, factorize, round_gptq, row_errors
 from lib.quantization.grid import round_to_grid
 from lib.quantization.quantizer import Matrices, Quantizer, smallest
+from tests.artifacts.quantized_models import TRAINING
 from tests.quantization.power_law import SHAPES, entropy_bits, make_hessian, make_layers
 from tests.quantization.test_config import FREE_BITS, make_quantize
 
@@ -38,7 +39,7 @@ def quantize(kind: int | str | dict[str, Any], **changes: Any) -> Matrices:
 
 def loss_of(matrices: Matrices, moments: Moments = HESSIANS.verification) -> float:
     """Predicted, nats per token."""
-    weights = QuantizedModel({}, {}, matrices, {}).weights()
+    weights = QuantizedModel({}, TRAINING, matrices, {}).weights()
     return sum(float((moments.gradients[name].double() * row_errors(WEIGHTS[name] - weight, moments.hessians[SOURCES[name]])).sum()) / 2
                for name, weight in weights.items())
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ruamel.yaml import YAML
 
-from lib.artifacts.checkpoint import Checkpoint, save_checkpoint
+from lib.artifacts.checkpoint import Checkpoint, TrainedGrid, Training, save_checkpoint
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import SplitWriter
 from lib.audit import isolation
@@ -65,7 +65,7 @@ def write_inputs(folder: Path, qat: dict[str, Any] | None = None, **options: Any
         writer.close()
     model = make_model(vocab_size=VOCAB_SIZE, **options)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    training = {"sequence_tokens": 16, "qat": qat, "calibration_seconds": None}
+    training = Training(sequence_tokens=16, qat=None if qat is None else TrainedGrid(**qat))
     save_checkpoint(folder / stage_folder("train", SEED) / "checkpoint.safetensors",
                     Checkpoint(weights, MODEL | options | {"vocab_size": VOCAB_SIZE}, training))
     (folder / "lib/submission").mkdir(parents=True)

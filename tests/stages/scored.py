@@ -14,6 +14,7 @@ from lib.compression.container import pack
 from lib.data.encoder import encode_documents
 from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
+from tests.artifacts.quantized_models import TRAINING
 from tests.evaluation.tiny import make_model
 
 DOCUMENTS = [textwrap.dedent(str(kind.__doc__)) for kind in (str, list, dict, json, textwrap, np.ndarray)]
@@ -30,4 +31,4 @@ def write_scored(artifact: Path) -> None:
     writer.close()
     model = make_model(vocab_size=VOCAB_SIZE)
     vectors = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-    write_bytes(artifact, pack(QuantizedModel(model.params.model_dump(mode="json"), {"sequence_tokens": 8}, {}, vectors), "zstd", 3).blob)
+    write_bytes(artifact, pack(QuantizedModel(model.params.model_dump(mode="json"), TRAINING, {}, vectors), "zstd", 3).blob)

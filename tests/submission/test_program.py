@@ -120,8 +120,9 @@ def test_it_makes_the_artifact_and_the_digits_of_the_pipeline(pipeline: Path, fo
         assert float(sections[stage]["seconds"]) > 0
     sizes = {key: int(value) for key, value in sections["quantize and compress"].items() if key.endswith("_bytes")}
     num_code_bytes = (folder / "train_gpt.py").stat().st_size
-    assert sizes == {"blob_bytes": metrics["compress"]["blob_bytes"], "code_bytes": num_code_bytes, "limit_bytes": 562_000,
-                     "artifact_bytes": metrics["compress"]["blob_bytes"] + num_code_bytes}
+    blob_bytes, limit_bytes = metrics["compress"]["blob_bytes"], read_params(pipeline / "params.yaml")["compress"]["limit_bytes"]
+    assert sizes == {"blob_bytes": blob_bytes, "code_bytes": num_code_bytes, "limit_bytes": limit_bytes,
+                     "artifact_bytes": blob_bytes + num_code_bytes}
     losses = (pipeline / stage_folder("train", SEED) / "loss.csv").read_text().splitlines()[1:]
     assert output.count(" train_loss:") == len(losses)
     lines = output.splitlines()

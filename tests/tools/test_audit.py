@@ -17,6 +17,7 @@ from lib.data.tokenizer import load_tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 from lib.params import SECTIONS
 from stages import evaluate
+from tests.artifacts.quantized_models import TRAINING
 from tests.evaluation.tiny import EVALUATE, make_model
 from tools import audit
 
@@ -43,7 +44,7 @@ def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                                             "shared_documents": {"train and val": 0}})
     model = make_model(vocab_size=VOCAB_SIZE)
     vectors = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-    quantized = QuantizedModel(model.params.model_dump(mode="json"), {}, {}, vectors)
+    quantized = QuantizedModel(model.params.model_dump(mode="json"), TRAINING, {}, vectors)
     write_bytes(Path("artifacts/compress/seed3/model.ptz"), pack(quantized, "zstd", 3).blob)
 
 

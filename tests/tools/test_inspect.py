@@ -9,7 +9,7 @@ import torch
 from lib.artifacts.files import write_bytes, write_csv
 from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, scales_of
 from lib.compression.container import pack
-from tests.artifacts.quantized_models import make_quantized_tensor
+from tests.artifacts.quantized_models import TRAINING, make_quantized_tensor
 from tests.evaluation.tiny import MODEL
 from tools import inspect
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_model(path: Path, name: str = "blocks.0.mlp.up.weight") -> None:
-    quantized = QuantizedModel(MODEL, {}, {name: make_quantized_tensor(4, 6, None)}, {"mix": torch.ones(2).half()})
+    quantized = QuantizedModel(MODEL, TRAINING, {name: make_quantized_tensor(4, 6, None)}, {"mix": torch.ones(2).half()})
     path.write_bytes(pack(quantized, "range", 3).blob)
 
 
@@ -38,7 +38,7 @@ def write_run(folder: Path, entropy_error: float = 0.0) -> Path:
     factors = {names[0] + LEFT: make_quantized_tensor(4, 1, 8), names[0] + RIGHT: make_quantized_tensor(1, 6, 8)}
     vectors = {"blocks.1.mix": torch.ones(2, 3).half(), "head.weight": torch.ones(5, 4).half()}
     path = folder / "compress/seed3/model.ptz"
-    write_bytes(path, pack(QuantizedModel({}, {}, matrices | factors, vectors), "range", 3).blob)
+    write_bytes(path, pack(QuantizedModel({}, TRAINING, matrices | factors, vectors), "range", 3).blob)
     rows = [(name, "gptq", matrix.entropy_bits() + entropy_error, 0.01, 0.04, loss, 0.003, 2)
             for (name, matrix), loss in zip(matrices.items(), (0.003, 0.001), strict=True)]
     write_csv(folder / "quantize/seed3/tensors.csv", COLUMNS, [*rows, ("head.weight", "fp16", None, 0.0, 0.0, 0.0, None, 0)])
