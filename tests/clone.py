@@ -26,6 +26,7 @@ TINY: dict[str, Any] = {
     "quantize": {"target_bytes": CODE_BYTES + 20_000},
     "compress": {"code_bytes": CODE_BYTES},
     "evaluate": {"strategies": ["plain", "sliding", "score_first", "lora"], "window_tokens": 32, "stride_tokens": 16, "segment_tokens": 128,
+                 "audit": False,
                  "score_first": {"chunk_tokens": 512, "epochs": 1, "trainable": ["last_1_blocks"]},
                  "lora": {"window_tokens": 32, "chunk_tokens": 16}},
 }

@@ -40,7 +40,7 @@ def test_the_commands_of_the_page_do_what_it_says(tmp_path: Path) -> None:
     blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs/experiments.md").read_text(), re.DOTALL)
     assert [re.split(r"  +#", line)[0].strip() for block in blocks for line in block.splitlines()] == list(COMMANDS)
 
-    short = {"train": {"budget_steps": 10}, "evaluate": {"strategies": ["plain"], "strategy": "plain", "audit": False}}
+    short = {"train": {"budget_steps": 10}, "evaluate": {"strategies": ["plain"], "strategy": "plain"}}
     clone = Clone(tmp_path, {"seeds": [SEED], **short})
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/installed").touch()  # so that make uses the environment of this test
