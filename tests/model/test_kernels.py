@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -217,6 +218,18 @@ def test_documents_are_found_without_knowing_their_number(monkeypatch: pytest.Mo
     monkeypatch.setattr(flash, "MIN_DOCUMENTS", 4)
     with pytest.raises(RuntimeError, match=r"more than 4 documents in 12 tokens; set model.attention to sdpa"):
         find_documents(starts, 3, 5)
+
+
+def test_sdpa_computes_blocks_of_parts_and_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    sdpa, shapes = F.scaled_dot_product_attention, list[tuple[int, ...]]()
+
+    def watch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        shapes.append(tuple(options["attn_mask"].shape))
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    SDPA.within(SIGHTS["parts"], CPU)(*make_inputs(2, SIGHTS["parts"], (4, 4), 8, torch.float32))
+    assert shapes == [(2 * 5, 1, 5, 2 * 5)]  # five blocks of five of the 24 tokens
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
