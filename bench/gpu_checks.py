@@ -58,7 +58,7 @@ class Checks:
         if not self.params.compile:
             print("compiled training: not checked, train.compile is false")
             return
-        sequences, losses = min(MAX_SEQUENCES, self.params.batch_sequences), {}
+        sequences, losses = min(MAX_SEQUENCES, self.params.batch_sequences, self.params.micro_batch_sequences), {}
         kernel = choose_kernel(self.section.attention, self.section.architecture, self.params.precision, self.device)
         for compiled in (False, True):
             params = self.params.model_copy(update={"batch_sequences": sequences, "micro_batch_sequences": sequences, "compile": compiled})

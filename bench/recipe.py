@@ -64,7 +64,7 @@ class Bench:
         kernel = choose_kernel(self.section.attention, architecture, params.precision, self.process.device)
         model = GPT(architecture, kernel).to(self.process.device)
         model.initialize(seed)
-        loader = Loader(self.splits["train"], params.sequence_tokens, params.batch_sequences, seed)
+        loader = Loader(self.splits["train"], params.tokens_per_row, params.batch_sequences, seed)
         with tempfile.TemporaryDirectory() as folder:
             candidates = train(model, params, loader, self.process, Path(folder) / "resume.pt", status=dict).candidates
         training = Training(sequence_tokens=params.sequence_tokens)

@@ -8,7 +8,8 @@ fake quantization, no snapshots. Their losses must agree. ``--preset pr585 --seq
 ``--profile STEPS`` adds where the time of the project's loop goes: kernels of a GPU, operators of a CPU.
 
 Model FLOPs per token, forward and backward: 6 for each weight of a matrix that is multiplied with (a table that is only looked up does
-not count, a tied head does), and 12 * layers * width * T/2 for attention, of whose T keys a query sees half on average.
+not count, a tied head does), and 12 * layers * width * T/2 for attention, of whose T keys a query sees half on average. T are the
+tokens of a row, of packed rows those of a part (some are shorter, because documents end).
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.evaluate import Stopwatch
 from lib.artifacts.tokens import Split
 from lib.data.loader import Loader
+from lib.data.rows import find_parts
 from lib.distributed import Process, start_process
 from lib.evaluation.evaluation import peak_memory_mib
 from lib.model.config import ModelParams
@@ -41,7 +43,7 @@ from lib.presets import load_settings
 from lib.training.config import TrainParams
 from lib.training.flat import group_of
 from lib.training.loop import Run
-from lib.training.schedule import muon_momentum
+from lib.training.schedule import muon_momentum, part_tokens
 
 NUM_BLOCKS = 10  # of each loop, in turn; medians are of blocks
 LONG_RUN_STEPS = 10**9  # so that schedules stay where they begin
@@ -98,9 +100,11 @@ class PlainLoop:
         """One optimizer step on the next batch."""
         tokens = self.loader.batch(len(self.losses), self.process).to(self.process.device)  # (B, T+1)
         total = torch.zeros((), device=self.process.device)
+        span = first_part_tokens(self.params)
         for rows in tokens.split(self.params.micro_batch_sequences):
             with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.params.precision == "bf16"):
-                logits = self.model.logits(rows[:, :-1])
+                starts = None if span is None else find_parts(rows[:, :-1], self.model.params.bos_id, span)
+                logits = self.model.logits(rows[:, :-1], attention_tokens=span, starts=starts)
             loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum") / tokens[:, 1:].numel()
             loss.backward()
             total += loss.detach()
@@ -141,12 +145,17 @@ def newton_schulz(matrix: Tensor, num_steps: int) -> Tensor:
     return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
 
 
+def first_part_tokens(params: TrainParams) -> int | None:
+    """Tokens of the parts of packed rows at the beginning of a run, at most; None for rows that are not packed."""
+    return part_tokens(0, params.sequence_schedule, params.sequence_tokens) if params.row_tokens else None
+
+
 def make_loader(params: TrainParams, vocab_size: int) -> Loader:
     """Batches of random tokens."""
-    num_tokens = params.sequence_tokens * (params.batch_sequences * EPOCH_STEPS + 1)
+    num_tokens = params.tokens_per_row * (params.batch_sequences * EPOCH_STEPS + 1)
     tokens = np.random.default_rng(0).integers(0, vocab_size, num_tokens).astype(np.uint16)
     split = Split(Path("random tokens"), (tokens,), 1, num_tokens, num_tokens, vocab_size)
-    return Loader(split, params.sequence_tokens, params.batch_sequences, seed=0)
+    return Loader(split, params.tokens_per_row, params.batch_sequences, seed=0)
 
 
 def make_loops(model_params: ModelParams, params: TrainParams, kernel: Kernel, process: Process) -> dict[str, Callable[[], Loop]]:
@@ -198,13 +207,13 @@ def measure(loops: Mapping[str, Callable[[], Loop]], process: Process, num_steps
     return {name: Measured(median(seconds[name]), loop.losses, peaks[name]) for name, loop in made.items()}
 
 
-def flops_per_token(model: GPT, sequence_tokens: int) -> float:
-    """Operations of forward and backward pass; see the head of this file."""
+def flops_per_token(model: GPT, num_tokens: int) -> float:
+    """Operations of forward and backward pass, T = `num_tokens`; see the head of this file."""
     order = model.params.layer_order()
     weights = sum(model.get_parameter(name).numel() * (1 if part.layer is None else order.count(part.layer))
                   for name, part in parts_of(model).items() for module in part.modules
                   if part.is_matrix and not isinstance(model.get_submodule(module), nn.Embedding))
-    return 6 * weights + 12 * len(order) * model.params.model_dim * sequence_tokens / 2
+    return 6 * weights + 12 * len(order) * model.params.model_dim * num_tokens / 2
 
 
 def find_peak(process: Process, precision: Precision) -> tuple[float, str]:
@@ -286,14 +295,14 @@ def main() -> None:
         measured = measure(loops, process, options.steps)
         with torch.device("meta"):
             model = GPT(section.architecture)
-        flops = flops_per_token(model, params.sequence_tokens)
+        flops = flops_per_token(model, first_part_tokens(params) or params.sequence_tokens)
         peak, source = (options.device_peak_tflops, "given") if options.device_peak_tflops else find_peak(process, params.precision)
         print(f"{Stopwatch(process, processor=False).describe()}, Python {platform.python_version()}; attention by {kernel.reason}")
         print(f"{options.preset}: {model.num_parameters:,} parameters, {params.precision}, {'' if params.compile else 'not '}compiled; "
-              f"{params.batch_sequences} sequences of {params.sequence_tokens} tokens in a step, at most {params.micro_batch_sequences} "
+              f"{params.batch_sequences} sequences of {params.tokens_per_row} tokens in a step, at most {params.micro_batch_sequences} "
               "at once")
         print(f"{flops / 1e6:,.2f} million model FLOPs per token; the device's peak is {peak:,.3f} TFLOP/s, {source}")
-        print_table(measured, params.batch_sequences * params.sequence_tokens, flops, peak)
+        print_table(measured, params.tokens_per_step, flops, peak)
         check_losses(measured, params.precision)
         if options.profile:
             print_profile(loops["lib.training.loop"], process, options.profile)

@@ -33,10 +33,11 @@ GPU = Process(0, 1, torch.device("cuda", 0))
 @pytest.mark.parametrize(("changes", "tolerance"), [
     ({}, 1e-5),
     ({"micro_batch_sequences": 3}, 1e-5),
+    ({"row_tokens": 20, "sequence_schedule": [[0.5, 3]]}, 1e-5),
     ({"averaging": {"ema_every_steps": 3}}, 1e-5),
     ({"budget_steps": None, "budget_seconds": 9.0, "optimizer": {"momentum_warmup": 0.0, "warmdown": 1.0}}, 1e-5),
     ({"precision": "bf16"}, 1e-3),
-], ids=["default", "micro-batches", "rare averages", "seconds", "bf16"])
+], ids=["default", "micro-batches", "packed", "rare averages", "seconds", "bf16"])
 def test_both_loops_train_the_same(changes: dict[str, Any], tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses of every step, weights and averages, from the same start, where no gradient is near zero, on the same batches."""
     initialize = GPT.initialize

@@ -197,6 +197,7 @@ def test_1855_has_the_published_values() -> None:
         "adam_betas": [0.9, 0.99], "adam_eps": 1e-8, "grad_clip": 0.3, "warmdown": 0.85, "lr_floor": 0.1}
     expected = {f"train.optimizer.{key}": value for key, value in optimizer.items()} | {
         "train.averaging.ema_decay": 0.9965, "train.averaging.select": "ema", "train.loop_start": 0.35, "train.qat.below_lr": 0.0,
+        "train.row_tokens": 98_304, "train.sequence_tokens": 2048,
         "model.embedding_init_std": 0.005, "model.logit_softcap": 30.0, "model.rope_dims": 16, "model.rope_base": 10_000.0,
         "model.tied_head": True, "model.ln_scale": True, "model.residual_mix": True, "model.unet_skips": True, "model.smear_gate": True,
         "quantize.clip.num_std": 13.0, "quantize.clip.num_std_of.mlp": 11.5, "quantize.clip.num_std_of.embedding": 14.0,
@@ -209,7 +210,7 @@ def test_1855_has_the_published_values() -> None:
 @pytest.mark.parametrize("preset", ["pr585", "pr410", "pr410-qat", "pr1855"])
 def test_presets_train_on_the_published_batch_for_the_published_limit(preset: str) -> None:
     params = load_settings(preset, FOLDER)
-    assert params.train.batch_sequences * params.train.sequence_tokens == 786_432
+    assert params.train.tokens_per_step == 786_432
     assert params.train.batch_sequences % 8 == 0
     assert params.quantize.target_bytes is None and params.compress.limit_bytes == 16_000_000
 

@@ -72,9 +72,10 @@ class Loader:
         self._epochs: dict[int, tuple[Int64s, int]] = {}
         if self._rows.num_rows < num_sequences:
             longest = max(map(len, split.shards), default=0)
-            raise UserError(f"{split.folder}: expected at least train.batch_sequences = {num_sequences} sequences of "
-                            f"train.sequence_tokens = {sequence_tokens} tokens, found {self._rows.num_rows} in {split.num_tokens} tokens "
-                            f"({longest} in the longest shard); make the batch or the sequences smaller, or the corpus larger")
+            raise UserError(f"{split.folder}: expected at least train.batch_sequences = {num_sequences} rows of {sequence_tokens} tokens "
+                            f"(train.row_tokens, or train.sequence_tokens where that is null), found {self._rows.num_rows} in "
+                            f"{split.num_tokens} tokens ({longest} in the longest shard); make the batch or the rows smaller, or the "
+                            "corpus larger")
         self._stride = coprime_stride(self._rows.num_rows)
 
     @property

@@ -26,12 +26,13 @@ def check_corpus(splits: Mapping[str, Mapping[str, Any]]) -> None:
         UserError: too few sequences or tokens; all shortages in one message.
     """
     train, calibrate = load_params("train", TrainParams), load_params("calibrate", CalibrateParams)
-    length = train.sequence_tokens
-    rows = int(count_rows([shard["tokens"] for shard in splits["train"]["shards"]], length).sum())
-    sequences = f"sequences of train.sequence_tokens {length} tokens in train"
+    length, shards = train.sequence_tokens, [shard["tokens"] for shard in splits["train"]["shards"]]
+    batch_rows, sequences = (int(count_rows(shards, tokens).sum()) for tokens in (train.tokens_per_row, length))
+    key = "row_tokens" if train.row_tokens else "sequence_tokens"
     needs = [
-        (train.batch_sequences, rows, f"train.batch_sequences: {{}} {sequences}"),
-        (2 * calibrate.num_sequences, rows, f"calibrate.num_sequences {calibrate.num_sequences}, twice: {{}} {sequences}"),
+        (train.batch_sequences, batch_rows, f"train.batch_sequences: {{}} sequences of train.{key} {train.tokens_per_row} tokens in train"),
+        (2 * calibrate.num_sequences, sequences,
+         f"calibrate.num_sequences {calibrate.num_sequences}, twice: {{}} sequences of train.sequence_tokens {length} tokens in train"),
         (length + 1, splits["heldout"]["tokens"], "quantize: {} tokens in heldout, train.sequence_tokens and one more"),
         (1, splits["heldout"]["accounted_bytes"], "train.averaging.select: {} byte of text in heldout")]
     if "val" in splits:  # which train cannot read; what it needs is in no setting

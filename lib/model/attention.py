@@ -42,7 +42,8 @@ class Scope(NamedTuple):
     attend: Attend
 
 
-def make_scope(kernel: Kernel, rotation: Rotation, positions: slice, attention_tokens: int | None, starts: Tensor | None) -> Scope:
+def make_scope(kernel: Kernel, rotation: Rotation, positions: slice, attention_tokens: int | None, starts: Tensor | None, *,
+               is_packed: bool) -> Scope:
     """The scope of some positions.
 
     Args:
@@ -51,10 +52,11 @@ def make_scope(kernel: Kernel, rotation: Rotation, positions: slice, attention_t
         positions: the P positions whose output is wanted.
         attention_tokens: how many tokens a position attends to at most, itself included; None for all before it.
         starts: (B, T) bool, true where a document begins and at position 0; None if documents see each other.
+        is_packed: whether no document is longer than `attention_tokens`.
     """
     first, last, _ = positions.indices(len(rotation.cos))
     span = attention_tokens if attention_tokens is not None and attention_tokens < last else None
-    sight = Sight(first, last, span, None if starts is None else starts[:, :last])
+    sight = Sight(first, last, None if is_packed else span, None if starts is None else starts[:, :last], span if is_packed else None)
     return Scope(rotation, first, last, kernel.within(sight, rotation.cos.device))
 
 

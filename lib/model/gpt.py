@@ -11,6 +11,7 @@ has two lanes, (2, B, T, D), that of attention and that of the MLP.
 """
 
 import math
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -277,7 +278,8 @@ class GPT(nn.Module):
             positions: the P of the T positions that are scored.
             attention_tokens: how many tokens a position attends to at most, itself included; None for all.
             starts: (B, T) bool, true at position 0 and wherever a part of a row begins that sees nothing before it; None for the documents
-                of a model with document mask, or nowhere else. The smear gate of tokens goes by documents whatever it says.
+                of a model with document mask, or nowhere else. Parts that are given have at most `attention_tokens` tokens. The smear
+                gate of tokens goes by documents whatever it says.
             looped: whether the layers of the loop are run through several times; False only early in training.
             compiled: whether embedding, blocks and head run through ``torch.compile``, each shape anew.
 
@@ -305,11 +307,13 @@ class GPT(nn.Module):
         The first half of the blocks that are run through, repetitions included, leave their outputs for skips: with S of them block
         S + n takes that of block S - 1 - n.
         """
+        is_packed = starts is not None
         if starts is None and self.params.document_mask:
             starts = self._starts(tokens)
         x0, x, y, added_values, rotation, input_scales = call(GPT.start, self, tokens, starts, attention_tokens, compiled=compiled)
-        everywhere = make_scope(self.kernel, rotation, ALL_POSITIONS, attention_tokens, starts)
-        at_positions = everywhere if positions == ALL_POSITIONS else make_scope(self.kernel, rotation, positions, attention_tokens, starts)
+        scope = partial(make_scope, self.kernel, rotation, attention_tokens=attention_tokens, starts=starts, is_packed=is_packed)
+        everywhere = scope(positions=ALL_POSITIONS)
+        at_positions = everywhere if positions == ALL_POSITIONS else scope(positions=positions)
         order = self.params.layer_order(looped=looped)
         num_skips = 0 if self.skip_weights is None else len(order) // 2
         kept: list[Tensor] = []

@@ -1,7 +1,7 @@
 """The calling convention of attention kernels, and the one that runs everywhere: PyTorch's scaled dot-product attention (SDPA).
 
 Shapes: B batch, L keys (the tokens up to the last attending position), P attending positions, H query heads, K key/value heads,
-E head dimension, A tokens that a position attends to at most, N blocks of A positions.
+E head dimension, A tokens that a position attends to at most, by a window or the length of documents, N blocks of A positions.
 """
 
 from collections.abc import Callable
@@ -29,12 +29,14 @@ class Sight(NamedTuple):
         last: the end of the attending positions, L.
         attention_tokens: A, itself included, below L (sliding-window attention, arXiv:2004.05150); None for all.
         starts: (B, L) bool, true where a document begins and at position 0; None if documents see each other.
+        longest: tokens of the longest document at most, below L, in place of `attention_tokens`; None where it is not known.
     """
 
     first: int
     last: int
     attention_tokens: int | None
     starts: Tensor | None
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Kernel:
 
 def attend_by_sdpa(sight: Sight, device: torch.device) -> Attend:
     """Attention within a sight, for queries, keys and values of any dtype."""
-    if sight.attention_tokens is not None:
-        mask = _band(sight, sight.attention_tokens, device)
+    if (span := sight.attention_tokens or sight.longest) is not None:
+        mask = _band(sight, span, device)
         return lambda q, k, v: _attend_to_latest((q, k, v), sight.first, mask)
     if sight.first == 0 and sight.starts is None:
         return partial(_attend_to_all, mask=None)

@@ -61,10 +61,11 @@ def train_checkpoint(section: ModelSection, params: TrainParams, text: Split, he
     say(f"train: attention by {kernel.reason}", enabled=process.is_main)
     model = GPT(section.architecture, kernel).to(process.device)
     model.initialize(seed)
-    loader = Loader(text, params.sequence_tokens, params.batch_sequences, seed)
+    loader = Loader(text, params.tokens_per_row, params.batch_sequences, seed)
     result = train(model, params, loader, process, resume_path, status=watch(model))
+    batch_windows = params.micro_batch_sequences * params.tokens_per_row // params.sequence_tokens
     score = partial(score_heldout, split=heldout, tokenizer=tokenizer, window_tokens=params.sequence_tokens,
-                    batch_windows=params.micro_batch_sequences, precision=params.precision, process=process)
+                    batch_windows=batch_windows, precision=params.precision, process=process)
     selected = select(scores := score_candidates(model, result.candidates, score), params.averaging.select)
     checkpoint = Checkpoint(
         {name: weight.cpu() for name, weight in result.candidates[selected].items()}, section.architecture.model_dump(mode="json"),

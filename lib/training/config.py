@@ -97,10 +97,16 @@ class TrainParams(Params):
     reserve_distill_seconds: PositiveFloat | None
     """The same for ``quantize.distill``."""
     sequence_tokens: Annotated[Positive, Field(ge=2)]
+    """The largest context, also of all later stages."""
+    row_tokens: Positive | None
+    """Packed rows of so many tokens, whose parts do not see each other: one begins with the row, at every BOS, and every
+    `sequence_tokens` after each (#1855: 98,304). None: rows of `sequence_tokens`, which are not packed."""
+    sequence_schedule: tuple[tuple[Fraction, Annotated[Positive, Field(ge=2)]], ...]
+    """(fraction of the budget at which it ends, tokens in place of `sequence_tokens`) pairs, both rising, for packed rows."""
     batch_sequences: Positive
-    """Sequences per optimizer step, over all processes, which need not divide it."""
+    """Rows per optimizer step, over all processes, which need not divide it."""
     micro_batch_sequences: Positive
-    """Sequences per forward pass of one process, at most; less memory, more passes."""
+    """Rows per forward pass of one process, at most; less memory, more passes."""
     loop_start: Fraction
     """Fraction of the budget from which on the layers of ``model.loop`` are run through several times; before it, once, which is faster.
     Averages, and all later stages, run them several times."""
@@ -111,6 +117,16 @@ class TrainParams(Params):
     optimizer: OptimizerParams
     averaging: AveragingParams
     qat: QatParams
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Inputs of a row, packed or not."""
+        return self.row_tokens or self.sequence_tokens
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Inputs of a step, over all processes."""
+        return self.batch_sequences * self.tokens_per_row
 
     @property
     def reserved_seconds(self) -> float:
@@ -130,6 +146,14 @@ class TrainParams(Params):
         if self.reserved_seconds and (self.budget_seconds is None or self.reserved_seconds >= self.budget_seconds):
             raise ValueError("reserve_seconds, reserve_distill_seconds: expected null, or together a number below budget_seconds "
                              f"{self.budget_seconds}, found {self.reserve_seconds} and {self.reserve_distill_seconds}")
+        if self.row_tokens is not None and self.row_tokens < self.sequence_tokens:
+            raise ValueError(f"row_tokens: expected null, or at least sequence_tokens {self.sequence_tokens}, found {self.row_tokens}")
+        bounded = (0.0, 1), *self.sequence_schedule, (1.0, self.sequence_tokens)
+        if any(end >= later or tokens >= more for (end, tokens), (later, more) in pairwise(bounded)):
+            raise ValueError("sequence_schedule: expected pairs of a fraction of the budget, rising between 0 and 1, and tokens, rising "
+                             f"below sequence_tokens {self.sequence_tokens}, found {[list(pair) for pair in self.sequence_schedule]}")
+        if self.sequence_schedule and self.row_tokens is None:
+            raise ValueError("sequence_schedule: expected an empty list for rows that are not packed; set row_tokens")
         if self.averaging.select == "swa" and not self._takes_snapshots():
             raise ValueError("averaging.select: swa needs a snapshot, and none is taken; raise averaging.swa_below_lr or lower "
                              "averaging.swa_every_steps")

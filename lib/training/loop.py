@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lib.data.loader import Loader, Prefetch
+from lib.data.rows import find_parts
 from lib.distributed import Process
 from lib.errors import UserError
 from lib.model.gpt import GPT
@@ -30,7 +31,7 @@ from lib.training.flat import FlatParameters
 from lib.training.optim import Optimizers
 from lib.training.qat import FakeQuantization
 from lib.training.resume import load_resume, save_resume
-from lib.training.schedule import lr_multiplier, muon_momentum
+from lib.training.schedule import lr_multiplier, muon_momentum, part_tokens
 
 WARM_UP_STEPS = 3  # the first two compile and set up; the last is timed
 WARM_UP_SECONDS = 1e-3  # time of a step that is assumed before one is timed
@@ -73,6 +74,18 @@ class TrainResult:
         return [(end * tokens_per_step, sum(losses) / len(losses)) for end, losses in blocks]
 
 
+class Stage(NamedTuple):
+    """What the forward pass of a step depends on, beside the batch; each stage of a run has graphs of its own.
+
+    Attributes:
+        is_looped: whether the layers of the model's loop are run through several times.
+        part_tokens: tokens of the parts of packed rows, at most; None for rows that are not packed.
+    """
+
+    is_looped: bool
+    part_tokens: int | None
+
+
 class Run:
     """The state of one training run, between steps; `state_dict` is all that a continued run needs."""
 
@@ -99,7 +112,7 @@ class Run:
     @property
     def num_tokens(self) -> int:
         """Tokens trained on so far, over all processes."""
-        return self.num_steps * self.params.batch_sequences * self.params.sequence_tokens
+        return self.num_steps * self.params.tokens_per_step
 
     @property
     def is_sync_due(self) -> bool:
@@ -112,29 +125,32 @@ class Run:
         state = copy.deepcopy(self.state_dict())
         if not self.budget.has_plan:
             self.budget.start(WARM_UP_SECONDS)
-        for looped in dict.fromkeys((self.model.params.loop is not None, self.is_looped)):  # as it is now, last
+        now, params = self.budget.plan.fraction(self.num_steps), self.params
+        changes = {end for end in (params.loop_start, *(end for end, _ in params.sequence_schedule)) if now < end < 1}
+        for stage in dict.fromkeys(self.stage_at(fraction) for fraction in (*sorted(changes, reverse=True), now)):
             for _ in range(WARM_UP_STEPS):
                 self.process.synchronize()
                 start = time.monotonic()
-                self.step(looped=looped)
+                self.step(stage)
                 self.process.synchronize()
         seconds, = self.process.max(time.monotonic() - start)
         self.load_state_dict(state)
         if not self.budget.has_plan:
             self.budget.start(seconds)
 
-    @property
-    def is_looped(self) -> bool:
-        """Whether the layers of the model's loop are run through several times by now."""
-        return self.model.params.loop is not None and self.budget.plan.fraction(self.num_steps) >= self.params.loop_start
+    def stage_at(self, fraction: float) -> Stage:
+        """The stage of the run when `fraction` of the budget is done."""
+        params = self.params
+        return Stage(self.model.params.loop is not None and fraction >= params.loop_start,
+                     part_tokens(fraction, params.sequence_schedule, params.sequence_tokens) if params.row_tokens else None)
 
-    def step(self, *, looped: bool | None = None) -> None:
-        """One optimizer step on the next global batch; `looped` in place of `is_looped`."""
+    def step(self, stage: Stage | None = None) -> None:
+        """One optimizer step on the next global batch; `stage` in place of that of the plan."""
         optimizer = self.params.optimizer
         fraction = self.budget.plan.fraction(self.num_steps)
         multiplier = lr_multiplier(fraction, optimizer.warmdown, optimizer.lr_floor)
         with self.fake_quantization.applied(self.fake_quantization.is_on(multiplier)):
-            loss = self.backward(self.is_looped if looped is None else looped)
+            loss = self.backward(stage or self.stage_at(fraction))
         self.parameters.collect()
         gradients = self.process.sum(self.parameters.gradients)
         norm = torch.linalg.vector_norm(gradients)
@@ -144,15 +160,18 @@ class Run:
         self.num_steps += 1
         self.averages.update(self.num_steps, multiplier)
 
-    def backward(self, looped: bool) -> Tensor:
+    def backward(self, stage: Stage) -> Tensor:
         """Gradients of the mean loss over the global batch, this process's share of the sum; returns its share of the loss."""
         tokens = self.batches.of_step(self.num_steps)  # (B, T+1)
         total = torch.zeros((), device=self.process.device)
+        span, bos_id = stage.part_tokens, self.model.params.bos_id
         for rows in tokens.split(self.params.micro_batch_sequences):
             if len(rows):  # a process has none when there are fewer rows than processes
                 with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.params.precision == "bf16"):
-                    losses = self.model(rows[:, :-1], rows[:, 1:], looped=looped, compiled=self.params.compile)
-                loss = losses.sum() / (self.params.batch_sequences * self.params.sequence_tokens)
+                    inputs = rows[:, :-1]
+                    losses = self.model(inputs, rows[:, 1:], attention_tokens=span, looped=stage.is_looped, compiled=self.params.compile,
+                                        starts=None if span is None else find_parts(inputs, bos_id, span))
+                loss = losses.sum() / self.params.tokens_per_step
                 loss.backward()
                 total += loss.detach()
         return total

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lib.artifacts.tokens import Split
 from lib.data.loader import Loader, Prefetch, coprime_stride, sample_sequences
+from lib.data.rows import find_parts
 from lib.distributed import SINGLE_CPU, Process
 
 SHARD_LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=5)
@@ -41,7 +42,7 @@ def test_each_row_once_per_epoch(lengths: list[int], sequence_tokens: int, num_s
     split = make_split(lengths)
     num_rows = sum(max(length // sequence_tokens - 1, int(length > sequence_tokens)) for length in lengths)
     if num_rows < num_sequences:
-        with pytest.raises(ValueError, match=rf"train: .* {num_sequences} sequences of train.sequence_tokens = {sequence_tokens} tokens, "
+        with pytest.raises(ValueError, match=rf"train: .* {num_sequences} rows of {sequence_tokens} tokens \(train.row_tokens, .*\), "
                                              rf"found {num_rows} in {sum(lengths)} tokens \({max(lengths)} in the longest shard\);"):
             Loader(split, sequence_tokens, num_sequences, seed)
         return
@@ -154,3 +155,32 @@ def test_samples_come_from_every_shard_and_depend_on_the_seed() -> None:
     for sample in samples:
         assert np.bincount(sample.numpy() // 500, minlength=6).tolist() == [2] * 6
     assert not torch.equal(samples[0], samples[1])
+
+
+BOS = 1
+
+
+def list_parts(row: list[int], part_tokens: int) -> list[bool]:
+    """One token after the other."""
+    starts, since = [], 0
+    for place, token in enumerate(row):
+        since = 0 if place == 0 or token == BOS else since + 1
+        if since == part_tokens:
+            since = 0
+        starts.append(since == 0)
+    return starts
+
+
+@given(seed=st.integers(0, 10**6), num_tokens=st.integers(1, 40), num_ids=st.integers(2, 20), part_tokens=st.integers(1, 45))
+def test_parts_begin_where_a_plain_loop_says(seed: int, num_tokens: int, num_ids: int, part_tokens: int) -> None:
+    rows = torch.from_numpy(np.random.default_rng(seed).integers(0, num_ids, (3, num_tokens)))
+    assert find_parts(rows, BOS, part_tokens).tolist() == [list_parts(row, part_tokens) for row in rows.tolist()]
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ([BOS, 5, 5, 5, 5, 5, 5], [0, 3, 6]), ([5, 5, 5, 5], [0, 3]), ([5, BOS, BOS, BOS, 5], [0, 1, 2, 3]),
+    ([BOS, 5, 5, BOS, 5, 5, BOS], [0, 3, 6]), ([5, 5, BOS, 5, 5, 5, 5], [0, 2, 5]), ([5, 5], [0])],
+    ids=["BOS first", "no BOS", "adjacent", "at multiples", "late", "short"])
+def test_parts_of_three_tokens(row: list[int], expected: list[int]) -> None:
+    other = [BOS] + [5] * (len(row) - 1)  # rows before and after it change nothing
+    assert find_parts(torch.tensor([other, row, other]), BOS, 3)[1].nonzero()[:, 0].tolist() == expected

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from lib.data.rows import find_parts
 from lib.model import compilation
 from lib.model.attention import ALL_POSITIONS
 from lib.model.compilation import compile_seconds
@@ -93,6 +94,20 @@ def test_repetitions_and_lanes_share_graphs(counting: Counting) -> None:
     for looped in (True, False):
         model(rows[:, :-1], rows[:, 1:], looped=looped, compiled=True)
     assert counting.num_graphs == 2 + 2 + 7
+
+
+@pytest.mark.parametrize("options", [FULL, FRONTIER], ids=["full", "frontier"])
+def test_other_parts_of_a_length_need_no_new_graph_and_another_length_those_of_attention(options: dict[str, Any],
+                                                                                         counting: Counting) -> None:
+    model, found = make_model(**options), list[int]()
+    for span in (3, 5, 3, 5):
+        for seed in range(2):
+            rows = torch.randint(0, 4, (2, 17), generator=torch.Generator().manual_seed(seed))
+            starts = find_parts(rows[:, :-1], 1, span)
+            model(rows[:, :-1], rows[:, 1:], attention_tokens=span, starts=starts, compiled=True)
+            found.append(counting.num_graphs)
+    assert len(set(found[:2])) == 1 and len(set(found[2:])) == 1
+    assert found[2] - found[1] == 3, "the start, and two first halves of blocks"
 
 
 def attach_adapters(model: GPT) -> Callable[[], None]:

@@ -205,7 +205,7 @@ def test_logits_equal_the_published_description(options: dict[str, Any], num_tok
 
 
 @pytest.mark.parametrize("options", [FULL, FRONTIER, {**FRONTIER, "document_mask": True}], ids=["full", "frontier", "documents"])
-@pytest.mark.parametrize("attention_tokens", [None, 3])
+@pytest.mark.parametrize("attention_tokens", [None, 11])
 def test_parts_that_are_listed_see_nothing_before_them(options: dict[str, Any], attention_tokens: int | None) -> None:
     """Of two packed rows: where parts begin is given, whatever the tokens are; only the smear gate of tokens goes by BOS."""
     model, boundaries = make_model(options), [[0, 3, 4, 9], [0, 11]]

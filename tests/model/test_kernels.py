@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lib.data.rows import find_parts
 from lib.model import compilation, flash
 from lib.model.config import KernelName, ModelParams, ModelSection, parse_model
 from lib.model.flash import find_documents
@@ -51,6 +53,10 @@ def make_starts(batch: int, num_tokens: int, seed: int, share: float = 0.2) -> T
     return starts
 
 
+def make_parts(batch: int, num_tokens: int, seed: int, longest: int) -> Tensor:
+    return find_parts(make_starts(batch, num_tokens, seed, 0.1).long(), 1, longest)
+
+
 def make_inputs(batch: int, sight: Sight, heads: tuple[int, int], width: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
     shapes = (batch, sight.last - sight.first, heads[0], width), *[(batch, sight.last, heads[1], width)] * 2
@@ -72,6 +78,8 @@ def test_sdpa_and_its_gradients_are_those_of_one_softmax_per_query(
     starts = make_starts(batch, num_tokens, num_tokens) if data.draw(st.booleans()) else None
     window = data.draw(st.none() | st.integers(1, num_tokens - 1)) if num_tokens > 1 else None
     sight = Sight(data.draw(st.integers(0, num_tokens - 1)), num_tokens, window, starts)
+    if window is not None and data.draw(st.booleans()):
+        sight = sight._replace(attention_tokens=None, starts=make_parts(batch, num_tokens, num_tokens, window), longest=window)
     inputs = make_inputs(batch, sight, heads, 4, torch.float64)
     found, expected = (run(attend, inputs) for attend in (SDPA.within(sight, CPU), partial(attend_by_hand, sight=sight)))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -83,7 +91,9 @@ SIGHTS = {
     "documents": Sight(0, 24, None, make_starts(2, 24, 0)), "documents, positions": Sight(9, 24, None, make_starts(2, 24, 1)),
     "documents, the last position": Sight(23, 24, None, make_starts(2, 24, 2)), "documents of one token": Sight(
         0, 24, None, torch.ones(2, 24, dtype=torch.bool)), "documents, window": Sight(0, 24, 5, make_starts(2, 24, 3, 0.1)),
-    "documents, window, positions": Sight(9, 24, 5, make_starts(2, 24, 4, 0.1))}
+    "documents, window, positions": Sight(9, 24, 5, make_starts(2, 24, 4, 0.1)), "parts": Sight(0, 24, None, make_parts(2, 24, 3, 5), 5),
+    "parts, positions": Sight(9, 24, None, make_parts(2, 24, 4, 5), 5),
+    "parts of one token": Sight(0, 24, None, make_parts(2, 24, 4, 1), 1)}
 every_sight = pytest.mark.parametrize("sight", SIGHTS.values(), ids=SIGHTS)
 HEADS = {"equal": (4, 4), "grouped": (4, 2), "one key head": (4, 1)}
 every_heads = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
@@ -161,13 +171,14 @@ def test_adapters_take_what_autocast_gives(name: KernelName, monkeypatch: pytest
 
 def test_operators_of_flash4_are_registered_as_torch_demands(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "flash4")
-    for sight in (SIGHTS["all"], SIGHTS["window, positions"], SIGHTS["documents, positions"]):
+    for sight in (SIGHTS["all"], SIGHTS["window, positions"], SIGHTS["documents, positions"], SIGHTS["parts"]):
         q, k, v = (x.requires_grad_() for x in make_inputs(2, sight, (4, 2), 8, torch.bfloat16))
-        documents = None if sight.starts is None else find_documents(sight.starts, sight.first)
-        torch.library.opcheck(flash._flash4, (q, k, v, sight.attention_tokens, documents))
+        limits = [(sight.attention_tokens or 0) - 1, sight.longest or sight.last]
+        documents = None if sight.starts is None else find_documents(sight.starts, sight.first, limits[1])
+        torch.library.opcheck(flash._flash4, (q, k, v, limits, documents))
         with torch.no_grad():
-            y, lse = flash._flash4(q, k, v, sight.attention_tokens, documents)
-            torch.library.opcheck(flash._flash4_backward, (y, [q, k, v, y, lse], sight.attention_tokens, documents))
+            y, lse = flash._flash4(q, k, v, limits, documents)
+            torch.library.opcheck(flash._flash4_backward, (y, [q, k, v, y, lse], limits, documents))
 
 
 @pytest.mark.parametrize(("name", "document_mask", "positions", "window"), [
@@ -197,14 +208,53 @@ def test_a_compiled_model_is_the_eager_one(name: KernelName, document_mask: bool
 
 def test_documents_are_found_without_knowing_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = torch.tensor([[1, 0, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0]], dtype=torch.bool)
-    queries, keys = find_documents(starts, 3).tolist()
+    queries, keys = find_documents(starts, 3, 5).tolist()
     assert keys == [0, 2, 5, 6, 7] + [12] * 8  # as many as tokens, and the end
     assert queries == [0, 0, 2, 3, 3] + [6] * 8
-    assert find_documents(torch.ones(1, 5000, dtype=torch.bool)[:, :1024], 0).shape == (2, 1025)
-    assert find_documents(make_starts(40, 1000, 0, 0.01), 0).shape == (2, 40 + 40000 // 32 + 1)
+    assert find_documents(torch.ones(1, 5000, dtype=torch.bool)[:, :1024], 0, 1).shape == (2, 1025)
+    assert find_documents(make_starts(40, 1000, 0, 0.01), 0, 1000).shape == (2, 40 + 40000 // 32 + 1)
+    with pytest.raises(RuntimeError, match="expected at most 4 tokens in a document"):
+        find_documents(starts, 3, 4)
     monkeypatch.setattr(flash, "MIN_DOCUMENTS", 4)
     with pytest.raises(RuntimeError, match=r"more than 4 documents in 12 tokens; set model.attention to sdpa"):
-        find_documents(starts, 3)
+        find_documents(starts, 3, 5)
+
+
+def test_sdpa_computes_blocks_of_parts_and_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    sdpa, shapes = F.scaled_dot_product_attention, list[tuple[int, ...]]()
+
+    def watch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        shapes.append(tuple(options["attn_mask"].shape))
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    SDPA.within(SIGHTS["parts"], CPU)(*make_inputs(2, SIGHTS["parts"], (4, 4), 8, torch.float32))
+    assert shapes == [(2 * 5, 1, 5, 2 * 5)]  # five blocks of five of the 24 tokens
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_flash_is_launched_for_parts_and_not_for_rows(name: KernelName, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, calls = make_fake(monkeypatch, name), list[dict[str, Any]]()
+    module = sys.modules[LIBRARIES[name].module]
+    varlen = module.flash_attn_varlen_func
+
+    def watch(**options: Any) -> Tensor:
+        calls.append(options)
+        found: Tensor = varlen(**options)
+        return found
+
+    monkeypatch.setattr(module, "flash_attn_varlen_func", watch)
+    model = GPT(MODEL, kernel)
+    model.initialize(0)
+    tokens = torch.tensor([[5, 5, 1, 5, 5, 5, 5, 1, 1, 5, 5, 5], [1, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 1]])  # BOS = 1
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, tokens, attention_tokens=3, starts=find_parts(tokens, 1, 3))
+    assert len(calls) == MODEL.num_layers
+    for call in calls:
+        lengths = [2, 3, 2, 1, 3, 1, 3, 3, 3, 2, 1]
+        ends = list(itertools.accumulate(lengths)) + [24] * (24 - len(lengths))
+        assert call["cu_seqlens_q"].tolist() == call["cu_seqlens_k"].tolist() == [0, *ends]
+        assert (call["max_seqlen_q"], call["max_seqlen_k"], call["window_size"]) == (3, 3, (-1, -1))
 
 
 @pytest.mark.parametrize(("installed", "capability", "expected", "reason"), [

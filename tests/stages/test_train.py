@@ -295,6 +295,7 @@ PARAMETER_PROBLEMS = {
     "model.rope_dims=10": r"params\.yaml: model\.rope_dims: expected an even number from 4 to the head dimension 8, found 10",
     "model.attention=flash3": r"model\.attention: expected .*, found flash3, which needs .*; .*set model\.attention to auto or sdpa",
     "train.batch_sequences=1000": r"train\.batch_sequences: 1000 sequences of train\.sequence_tokens 16 tokens .*, found \d+\. Enlarge",
+    "train.row_tokens=5000": r"train\.batch_sequences: 4 sequences of train\.row_tokens 5000 tokens in train, found 0\. Enlarge",
     "train.sequence_tokens=5000": r"train\.sequence_tokens 5000 tokens in train, found 0; .*; quantize: 5001 tokens in heldout",
     "train.sequence_tokens=9223372036854775808": r"params\.yaml: train\.sequence_tokens: expected a number below 9\d+, found",
     "calibrate.num_sequences=1000": r"expected splits .*: calibrate\.num_sequences 1000, twice: 2000 sequences .*, found \d+\. Enlarge",

@@ -16,8 +16,11 @@ import lib.training.loop
 from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU, Process
 from lib.model import compilation
+from lib.model.gpt import GPT
+from lib.params import ParamsError
 from lib.training.config import TrainParams
-from lib.training.loop import Run, TrainingError, TrainResult, train
+from lib.training.loop import Run, Stage, TrainingError, TrainResult, train
+from tests.data.test_loader import list_parts
 from tests.processes import run_processes
 from tests.training.tiny import make_model, make_params, make_split
 
@@ -33,7 +36,7 @@ def run_training(folder: Path, params: TrainParams | None = None, process: Proce
                  **model: Any) -> TrainResult:
     params = params or make_params()
     split = make_split(folder / f"train{process.rank}")
-    loader = Loader(split, params.sequence_tokens, params.batch_sequences, seed=5)
+    loader = Loader(split, params.tokens_per_row, params.batch_sequences, seed=5)
     result = train(make_model(**model), params, loader, process, folder / resume, status=dict)
     if process.is_main:
         (folder / resume).unlink()
@@ -123,8 +126,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     save_at_every_synchronization(monkeypatch)
     backward = Run.backward
 
-    def poisoned(run: Run, looped: bool) -> torch.Tensor:
-        loss = backward(run, looped)
+    def poisoned(run: Run, stage: Stage) -> torch.Tensor:
+        loss = backward(run, stage)
         if run.num_steps == 15:
             assert run.model.token_embedding.weight.grad is not None
             run.model.token_embedding.weight.grad[0, 0] = float("inf")
@@ -162,8 +165,8 @@ def test_the_loop_begins_at_its_fraction_of_the_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at_step", [7, 21])
-def test_a_run_with_a_loop_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
-    params = make_params(loop_start=0.5)
+def test_a_run_with_stages_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
+    params = make_params(loop_start=0.5, **PACKED)
     expected, step = run_training(tmp_path, params, **LOOP), Run.step
 
     def interrupt(run: Run) -> None:
@@ -178,25 +181,93 @@ def test_a_run_with_a_loop_continues_to_the_same_result(tmp_path: Path, monkeypa
     assert_same(run_training(tmp_path, params, **LOOP), expected)
 
 
-@pytest.mark.parametrize(("start", "expected"), [(0.0, [True] * 3), (0.5, [True] * 3 + [False] * 3)])
-def test_what_the_loop_needs_is_warmed_up_before_what_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: float,
-                                                               expected: list[bool]) -> None:
-    params, backward, seen = make_params(loop_start=start), Run.backward, list[bool]()
+PACKED: dict[str, Any] = {"row_tokens": 20, "sequence_schedule": [[0.25, 3], [0.5, 6]]}
 
-    def watch(run: Run, looped: bool) -> torch.Tensor:
-        seen.append(looped)
-        return backward(run, looped)
+
+def watch_stages(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
+    backward, seen = Run.backward, list[Stage]()
+
+    def watch(run: Run, stage: Stage) -> torch.Tensor:
+        seen.append(stage)
+        return backward(run, stage)
 
     monkeypatch.setattr(Run, "backward", watch)
-    loader = Loader(make_split(tmp_path / "train"), params.sequence_tokens, params.batch_sequences, seed=5)
-    Run(make_model(**LOOP), params, loader, SINGLE_CPU).warm_up()
-    assert seen == expected
+    return seen
 
 
-@pytest.mark.parametrize("model", [{}, LOOP], ids=["plain", "loop"])
-def test_warming_up_leaves_no_trace(tmp_path: Path, model: dict[str, Any]) -> None:
-    params = make_params(loop_start=0.5)
-    loader = Loader(make_split(tmp_path / "train"), params.sequence_tokens, params.batch_sequences, seed=5)
+@pytest.mark.parametrize(("changes", "first", "expected"), [
+    ({"loop_start": 0.0}, 0, [(True, None)]), ({"loop_start": 0.5}, 0, [(True, None), (False, None)]),
+    ({"loop_start": 1.0}, 0, [(False, None)]), ({"loop_start": 0.5}, 15, [(True, None)]),
+    (PACKED | {"loop_start": 0.4}, 0, [(True, 8), (True, 6), (False, 6), (False, 3)]),
+    (PACKED | {"loop_start": 0.4}, 14, [(True, 8), (True, 6)]),
+    (PACKED | {"loop_start": 0.5}, 0, [(True, 8), (False, 6), (False, 3)])])
+def test_what_later_stages_need_is_warmed_up_before_what_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any],
+                                                                  first: int, expected: list[tuple[bool, int | None]]) -> None:
+    params, seen = make_params(**changes), watch_stages(monkeypatch)
+    loader = Loader(make_split(tmp_path / "train"), params.tokens_per_row, params.batch_sequences, seed=5)
+    run = Run(make_model(**LOOP), params, loader, SINGLE_CPU)
+    run.num_steps = first
+    run.warm_up()
+    assert seen == [stage for stage in expected for _ in range(3)]
+
+
+def test_parts_grow_at_their_fractions_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watch_stages(monkeypatch)
+    result = run_training(tmp_path, make_params(**PACKED))
+    assert [stage.part_tokens for stage in seen] == [3] * 8 + [6] * 7 + [8] * 15  # from steps 7.5 and 15 on
+    assert result.num_tokens == 30 * 4 * 20
+
+
+def make_noisy_model(**changes: Any) -> GPT:
+    """Whose blocks are not the identity."""
+    model, generator = make_model(**changes), torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    return model
+
+
+@pytest.mark.parametrize("part_tokens", [1, 3, 8])
+def test_losses_of_packed_rows_are_those_of_their_parts(tmp_path: Path, part_tokens: int) -> None:
+    params, model = make_params(row_tokens=20, micro_batch_sequences=3), make_noisy_model()
+    loader = Loader(make_split(tmp_path / "train"), 20, 4, seed=5)
+    loss, nats, batch = Run(model, params, loader, SINGLE_CPU).backward(Stage(False, part_tokens)), 0.0, loader.batch(0)
+    assert (batch[:, 1:-1] == model.params.bos_id).any(), "documents begin within rows"
+    for row in batch:
+        starts = [place for place, begins in enumerate(list_parts(row[:-1].tolist(), part_tokens)) if begins]
+        for start, end in itertools.pairwise([*starts, 20]):
+            nats += float(model(row[None, start:end], row[None, start + 1:end + 1]).detach().sum())
+    assert float(loss) == pytest.approx(nats / 80, rel=1e-5)
+
+
+def test_rows_that_are_not_packed_go_through_the_model_as_they_are(tmp_path: Path) -> None:
+    """Bit for bit; packed rows of the same tokens have another loss where a document begins within them."""
+    loader = Loader(make_split(tmp_path / "train"), 8, 4, seed=5)
+    rows = loader.batch(0)
+    runs = [Run(make_noisy_model(), make_params(row_tokens=row_tokens), loader, SINGLE_CPU) for row_tokens in (None, 8)]
+    plain, packed = (run.backward(run.stage_at(0.0)) for run in runs)
+    model = make_noisy_model()
+    expected = model(rows[:, :-1], rows[:, 1:]).sum() / 32
+    expected.backward()
+    assert torch.equal(plain, expected.detach()) and abs(packed - plain) > 1e-3
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(runs[0].model.get_parameter(name).grad, parameter.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"row_tokens": 7}, r"row_tokens: expected null, or at least sequence_tokens 8, found 7"),
+    ({"sequence_schedule": [[0.5, 4]]}, r"sequence_schedule: expected an empty list for rows that are not packed; set row_tokens"),
+    *(({"row_tokens": 8, "sequence_schedule": schedule}, r"sequence_schedule: expected pairs .* below sequence_tokens 8, found \[\[")
+      for schedule in ([[0.5, 8]], [[0.0, 4]], [[1.0, 4]], [[0.5, 4], [0.4, 6]], [[0.5, 4], [0.6, 4]]))])
+def test_settings_of_packed_rows_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        make_params(**changes)
+
+
+@pytest.mark.parametrize(("model", "changes"), [({}, {}), (LOOP, {}), (LOOP, PACKED)], ids=["plain", "loop", "packed"])
+def test_warming_up_leaves_no_trace(tmp_path: Path, model: dict[str, Any], changes: dict[str, Any]) -> None:
+    params = make_params(loop_start=0.5, **changes)
+    loader = Loader(make_split(tmp_path / "train"), params.tokens_per_row, params.batch_sequences, seed=5)
     warm, cold = (Run(make_model(**model), params, loader, SINGLE_CPU) for _ in range(2))
     warm.warm_up()
     for run in (warm, cold):
@@ -226,10 +297,10 @@ class Waiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("document_mask", [False, True])
-def test_nothing_waits_for_the_device_within_a_step(tmp_path: Path, precision: str, document_mask: bool) -> None:
-    params = make_params(precision=precision, micro_batch_sequences=3, qat={"below_lr": 2.0, "clip_quantile": 0.9})
-    loader = Loader(make_split(tmp_path / "train"), params.sequence_tokens, params.batch_sequences, seed=5)
+@pytest.mark.parametrize(("document_mask", "row_tokens"), [(False, None), (True, None), (True, 20)])
+def test_nothing_waits_for_the_device_within_a_step(tmp_path: Path, precision: str, document_mask: bool, row_tokens: int | None) -> None:
+    params = make_params(precision=precision, micro_batch_sequences=3, qat={"below_lr": 2.0, "clip_quantile": 0.9}, row_tokens=row_tokens)
+    loader = Loader(make_split(tmp_path / "train"), params.tokens_per_row, params.batch_sequences, seed=5)
     run = Run(make_model(document_mask=document_mask), params, loader, SINGLE_CPU)
     with Waiting():  # type: ignore[no-untyped-call]
         for _ in range(3):
@@ -252,8 +323,8 @@ def test_a_full_disk_costs_a_state_but_not_the_run(tmp_path: Path, monkeypatch: 
     assert not full.is_symlink()
 
 
-def _compare(process: Process, folder: Path, expected: dict[str, Any], batch_sequences: int) -> None:
-    result = run_training(folder, make_params(batch_sequences=batch_sequences), process)
+def _compare(process: Process, folder: Path, expected: dict[str, Any], changes: dict[str, Any]) -> None:
+    result = run_training(folder, make_params(**changes), process)
     assert result.losses == pytest.approx(expected["losses"], abs=1e-4)
     assert len({tuple(losses) for losses in process.gather(result.losses)}) == 1, "all processes know the same losses"
     for kind, weights in result.candidates.items():
@@ -262,11 +333,12 @@ def _compare(process: Process, folder: Path, expected: dict[str, Any], batch_seq
             assert all(torch.equal(weight, other) for other in process.gather(weight)), "all processes have the same weights"
 
 
-@pytest.mark.parametrize(("num_processes", "batch_sequences"), [(2, 5), (4, 3)])  # uneven shares; the last of 4 processes has no sequence
-def test_several_processes_train_the_same_model(tmp_path: Path, num_processes: int, batch_sequences: int) -> None:
-    single = run_training(tmp_path, make_params(batch_sequences=batch_sequences))
+@pytest.mark.parametrize(("num_processes", "changes"), [  # uneven shares; the last of 4 processes has no sequence
+    (2, {"batch_sequences": 5, **PACKED}), (4, {"batch_sequences": 3})])
+def test_several_processes_train_the_same_model(tmp_path: Path, num_processes: int, changes: dict[str, Any]) -> None:
+    single = run_training(tmp_path, make_params(**changes))
     (tmp_path / "several").mkdir()
-    run_processes(_compare, num_processes, tmp_path / "several", {"losses": single.losses, **single.candidates}, batch_sequences)
+    run_processes(_compare, num_processes, tmp_path / "several", {"losses": single.losses, **single.candidates}, changes)
 
 
 def _interrupt_and_continue(process: Process, folder: Path, expected: list[float]) -> None:
@@ -305,7 +377,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, monkeypa
         patch.setattr(Run, "step", interrupt)
         with pytest.raises(SystemExit):
             run_training(tmp_path)
-    run_processes(_compare, 2, tmp_path, {"losses": expected.losses, **expected.candidates}, 4)
+    run_processes(_compare, 2, tmp_path, {"losses": expected.losses, **expected.candidates}, {})
 
 
 def _train_with_own_parameters(process: Process, folder: Path) -> None:

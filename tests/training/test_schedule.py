@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.training.schedule import lr_multiplier, muon_momentum
+from lib.training.schedule import lr_multiplier, muon_momentum, part_tokens
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (2600, 1.0), (2601, 3499 / 3500), (4350, 0.5), (6099, 1 / 3500)])
@@ -31,3 +31,10 @@ def test_without_warmup_and_warmdown_all_is_constant() -> None:
 
 def test_the_multiplier_never_leaves_its_range() -> None:
     assert all(0 < lr_multiplier(n / 1000, warmdown, 0.0) <= 1 for n in range(1000) for warmdown in (0.01, 0.5, 1.0))
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 1024), (0.0999, 1024), (0.1, 2048), (0.6999, 2048), (0.7, 3072), (1.0, 3072)])
+def test_pr2014_context_grows(fraction: float, expected: int) -> None:
+    """1024 until 10 % of the time, 2048 until 70 %, then 3072."""
+    assert part_tokens(fraction, [(0.1, 1024), (0.7, 2048)], 3072) == expected
+    assert part_tokens(fraction, [], 3072) == 3072
