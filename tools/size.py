@@ -50,7 +50,7 @@ NOW = "as it is"
 DIRECTIONS = {"bigram_rows": "tables", "mlp_hidden_dim": "linear layers"}
 COLUMNS = ("kind", "model", *Point._fields, "bits", "loss")
 CAVEATS = """One seed: how much another one would change was not measured. Repeat with another first seed before you trust a small gain.
-Short trainings understate what large models gain later."""
+Short trainings understate what wide layers gain later, and overstate tables, which learn fast: settle it with runs of the whole budget."""
 
 P = TypeVar("P", bound=Params)
 
@@ -146,7 +146,10 @@ class Bench:
 
 
 class Answer(NamedTuple):
-    """What was found in one direction: a larger model, the fit, and for each model of the grid what is predicted within the budget."""
+    """What was found in one direction: a larger model, the fit, and for models of the grid what is predicted within the budget.
+
+    Where a larger model has the higher loss, nothing is predicted of smaller ones: the line does not go on there.
+    """
 
     larger: Measured
     direction: Direction
@@ -186,8 +189,9 @@ def format_answers(first: Measured, answers: Mapping[str, Answer]) -> str:
                     f"{math.exp(direction.residual):.2f} (root mean square)")
         predicted += [[f"{label}, {model.name}", *cells(answer.predicted[model])]
                       for model in dict.fromkeys((next(model for model in grid if model.name == NOW), best))]
-        edge = ", the last one that was tried; measure again from there" if best in (grid[0], grid[-1]) else ""
-        keys.append(f"{PARAMS_FILE}: model.{key}: {getattr(best.section, key)}{' as it is' if best.name == NOW else ''}{edge}")
+        note = " as it is" if best.name == NOW else ", the end of the grid; measure again from there" if best in (grid[0], grid[-1]) else ""
+        unknown = "" if direction.value > 0 else "; more weights lose here, and whether fewer gain was not measured"
+        keys.append(f"{PARAMS_FILE}: model.{key}: {getattr(best.section, key)}{note}{unknown}")
     return "\n\n".join([align(measured, "lrrrrrrrr"), "\n".join(fits), align(predicted, "lrrrrrr"), "\n".join(keys)])
 
 
@@ -227,7 +231,8 @@ def main() -> None:
             larger = next(model for model in grid if model.num_weights >= GROWTH * bench.now.num_weights)
             measured = bench.measure(larger, bench.budget(**{f"budget_{arguments.equal}": spent[arguments.equal]}))
             direction = fit_direction(first.points, measured.points)
-            answers[key] = Answer(measured, direction, {model: direction.predict(model.num_weights, bench.num_bytes) for model in grid})
+            answers[key] = Answer(measured, direction, {model: direction.predict(model.num_weights, bench.num_bytes) for model in grid
+                                                        if direction.value > 0 or model.num_weights >= bench.now.num_weights})
     if process.is_main:
         print(f"held-out text, seed {bench.seed}, equal {arguments.equal}, {bench.num_bytes:,} bytes for weights, nats per token\n")
         print(format_answers(first, answers), CAVEATS, sep="\n\n")

@@ -67,21 +67,28 @@ def test_it_prints_and_writes_what_the_budget_wants_and_leaves_the_rest_alone(
     assert before.items() <= after.items()
 
 
-def test_the_other_trainings_get_the_seconds_of_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_seconds_and_what_is_said_of_weights_that_pay_and_that_do_not(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     del folder
     budgets = []
 
-    def stop_at_the_third(self: size.Bench, model: size.Model, params: Any) -> size.Measured:
+    def measure(self: size.Bench, model: size.Model, params: Any) -> size.Measured:
+        del self
         budgets.append((params.budget_steps, params.budget_seconds))
-        if len(budgets) == 3:
-            raise KeyboardInterrupt
-        trained = Trained(None, [], {"num_steps": 5, "heldout_loss": 2.0}, {"seconds": 1.5})  # type: ignore[arg-type]
-        return size.Measured(model.name, trained, [Point(model.num_weights, n, 2.0, 0.01) for n in (3000, 5000)])
+        loss = 2.0 + {"as": 0.0, "bigram_rows": -0.5, "mlp_hidden_dim": 0.5}[model.name.split()[0]]
+        points = [Point(model.num_weights, num_bytes, loss, 2 ** (-16 * num_bytes / model.num_weights)) for num_bytes in (6000, 5000, 4000)]
+        trained = Trained(None, [], {"num_steps": 5, "heldout_loss": loss, "heldout_bpb": loss}, {"seconds": 1.5})  # type: ignore[arg-type]
+        return size.Measured(model.name, trained, points)
 
-    monkeypatch.setattr(size.Bench, "measure", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch)
+    monkeypatch.setattr(size.Bench, "measure", measure)
+    run(monkeypatch)
     assert budgets == [(7, None), (None, 1.5), (None, 1.5)]  # a quarter of 30 steps
+    tables, layers = capsys.readouterr().out.split("\n\n")[4].splitlines()
+    rows = read_csv(Path("artifacts/size/size.csv"), size.COLUMNS)
+    grid = [row["model"] for row in rows if row["kind"] == "predicted, tables"]
+    assert tables == f"params.yaml: model.bigram_rows: {grid[-1].split()[1]}, the end of the grid; measure again from there"
+    assert layers == ("params.yaml: model.mlp_hidden_dim: 24 as it is; more weights lose here, and whether fewer gain was not measured")
+    assert next(row["model"] for row in rows if row["kind"] == "predicted, linear layers") == size.NOW
 
 
 @pytest.mark.parametrize(("key", "now", "expected"), [
