@@ -10,7 +10,7 @@ THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # Tools are run as modules: their scripts in the environment have its path inside, which is another one after the folder was moved.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test quick lint lowest audit decode bench compare deps preset sweep talk gpu-bundle clean
+.PHONY: repro test quick lint lowest audit decode bench compare deps preset size sweep talk gpu-bundle clean
 
 repro: $(INSTALLED)  ## run what has changed of the pipeline, then print the results
 	@python -m tools.check_params
@@ -46,6 +46,9 @@ preset: $(INSTALLED)  ## make a preset the parameters: make preset NAME=pr585; a
 
 compare: $(INSTALLED)  ## parameters that differ, and figures: make compare REVS="HEAD~1 my-branch"; alone: HEAD, workspace, experiments
 	@python -m tools.compare $(REVS)
+
+size: $(INSTALLED)  ## which size of model the byte budget wants, from three short trainings: make size STEPS=400 EQUAL=steps
+	@python -m tools.size $(if $(STEPS),--steps $(STEPS)) $(if $(EQUAL),--equal $(EQUAL))
 
 sweep: $(INSTALLED)  ## rate-distortion curve: make sweep TARGETS="400000 600000"
 	@python -m tools.sweep $(TARGETS)

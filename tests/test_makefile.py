@@ -48,6 +48,8 @@ def folder(tmp_path: Path) -> Path:
     (["sweep"], 'usage: make sweep TARGETS="400000 600000"'),
     (["sweep", "TARGETS=some"], 'usage: make sweep TARGETS="400000 600000"'),
     (["sweep", "TARGETS=-5"], "TARGETS: expected numbers of bytes above 0, found -5"),
+    (["size", "STEPS=some"], "usage: make size [STEPS=400] [EQUAL=steps]"),
+    (["size", "EQUAL=bytes"], "argument --equal: invalid choice: 'bytes'"),
     (["preset"], "usage: make preset NAME=pr585\n  default "),
     (["preset", "NAME=pr584"], "NAME: expected a preset, found 'pr584'; did you mean pr585?\n  default "),
     (["decode"], "usage: make decode SEED=1337 [STRATEGY=lora] [TOKENS=300]"),
