@@ -81,7 +81,7 @@ class Bench:
         sequences = draw_sequences(self.splits["train"], calibrate.num_sequences, train_params.sequence_tokens, seed)
         moments = [collect_moments(reference, reference.logits, tokens, num_gradient_sequences=calibrate.num_gradient_sequences, seed=seed,
                                    batch_sequences=calibrate.batch_sequences, precision=calibrate.precision, process=self.process,
-                                   description=name)
+                                   description=name, with_outputs=name == "calibrate")
                    for name, tokens in zip(("calibrate", "verify"), sequences, strict=True)]
         hessians = Hessians(matrix_inputs(parts_of(reference)), *moments)
         coding = load_params("compress", CompressParams)

@@ -90,8 +90,9 @@ class Quantizer:
     def __init__(self, weights: Mapping[str, Tensor], hessians: Hessians, bits: Mapping[str, int | str], params: QuantizeParams, *,
                  roles: Mapping[str, str], process: Process) -> None:
         self._weights, self._hessians, self._params, self._process = weights, hessians, params, process
-        self._outputs = hessians.calibration.outputs if params.method == "gptq" and params.feedback_damping is not None else {}
-        if params.feedback_damping is not None and not hessians.calibration.outputs:
+        with_feedback = params.feedback_damping is not None and params.method == "gptq" and FREE in bits.values()
+        self._outputs = hessians.calibration.outputs if with_feedback else {}
+        if with_feedback and not self._outputs:
             raise UserError("quantize.feedback_damping: expected Hessians with second moments of output gradients, found a file without; "
                             "calibrate again (`dvc repro -f calibrate`), or set it to null")
         members = []

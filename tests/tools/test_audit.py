@@ -24,13 +24,15 @@ from tools import audit
 TOKENIZE, SCORES, AUDIT = Path("artifacts/tokenize"), Path("artifacts/evaluate/seed3"), Path("artifacts/audit/seed3/audit.json")
 DOCUMENTS = [textwrap.dedent(str(kind.__doc__)).strip()[:200] for kind in (str, list, dict, textwrap, int)]
 VOCAB_SIZE = 400
+STRATEGIES = ["plain", "score_first", "two_phase"]
 
 
 @pytest.fixture(autouse=True)
 def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A project with an artifact to evaluate, and shards that evaluate must not see."""
     monkeypatch.chdir(tmp_path)
-    write_json(Path("params.yaml"), dict.fromkeys(SECTIONS) | {"seeds": [3], "evaluate": EVALUATE})  # JSON is YAML
+    sections = {"seeds": [3], "evaluate": EVALUATE | {"strategies": STRATEGIES}}
+    write_json(Path("params.yaml"), dict.fromkeys(SECTIONS) | sections)  # JSON is YAML
     write_json(Path("dvc.yaml"), {"stages": {"evaluate": {"deps": [str(TOKENIZE / "val")]}}})
     write_bytes(TOKENIZE / "tokenizer.model", train_tokenizer(DOCUMENTS, VOCAB_SIZE, 100_000))
     tokenizer = load_tokenizer(TOKENIZE / "tokenizer.model")
