@@ -114,6 +114,7 @@ def test_wheels_are_installed_once_and_anew_when_others_are_packed(tmp_path: Pat
     assert module.read_text() == "VERSION = '2.0'\n"
 
 
+@pytest.mark.slow
 def test_the_bundle_has_wheels_text_tokenizer_and_tree(tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch,
                                                        capfd: pytest.CaptureFixture[str]) -> None:
     """Wheels of other packages stand for the project's; the tokenizer is trained on the training documents."""
@@ -230,6 +231,7 @@ def test_a_command_that_fails_stops_no_other(bundle: Path, capsys: pytest.Captur
     assert "next\n```\n" in second
 
 
+@pytest.mark.slow
 def test_a_piece_ends_at_its_limit(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.gpu, "PIECE_SECONDS", 2.0)
     start = time.monotonic()
@@ -238,6 +240,7 @@ def test_a_piece_ends_at_its_limit(bundle: Path, monkeypatch: pytest.MonkeyPatch
     assert (bundle / "results.md").read_text().count("FAILED with status -9: more than the 2 seconds of the piece") == 2
 
 
+@pytest.mark.slow
 def test_pieces_that_fail_or_are_unknown_are_an_exit_status(bundle: Path, monkeypatch: pytest.MonkeyPatch,
                                                             capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(PIECES, "train", lambda bundle, smoke: [Command("-c raise(SystemExit(3))", {})])

@@ -51,6 +51,7 @@ def test_an_example_makes_no_stage_stale_that_does_not_use_it(chapter: str, reru
     assert {name for name, stage in stages.items() if changed & set(stage["deps"])} == rerun
 
 
+@pytest.mark.slow
 def test_the_worked_examples_work(tmp_path: Path) -> None:
     for name in COPIED:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, tmp_path / name)

@@ -19,6 +19,7 @@ def _collect(process: Process) -> None:
     process.synchronize()
 
 
+@pytest.mark.slow
 def test_two_processes_add_merge_and_find_the_largest() -> None:
     run_processes(_collect, 2)
 

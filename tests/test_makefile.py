@@ -44,6 +44,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["sweep"], 'usage: make sweep TARGETS="400000 600000"'),
     (["sweep", "TARGETS=some"], 'usage: make sweep TARGETS="400000 600000"'),

@@ -27,6 +27,7 @@ def code(stage: str) -> set[str]:
     return {path for path in paths(stage, "deps") if path.startswith(("lib/", "stages/"))}
 
 
+@pytest.mark.slow
 def test_declared_code_is_what_make_deps_writes() -> None:
     """Two lists are looked at by hand, because the rest is what the tool says itself."""
     filled = copy.deepcopy(PIPELINE)

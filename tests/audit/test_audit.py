@@ -288,6 +288,7 @@ def _audit_in_processes(process: Process) -> None:
         raise_violations(report)
 
 
+@pytest.mark.slow
 def test_all_processes_get_the_same_audit_and_none_can_hide() -> None:
     run_processes(_audit_in_processes, 2)
 

@@ -58,6 +58,7 @@ def results(report: dict[str, Any], name: StrategyName) -> list[Any]:
     return [causality["passed"], distribution["passed"], *([isolated["passed"]] if isolated else [])]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_noisy_gradients")
 @pytest.mark.parametrize("name", LEGAL)
 def test_what_is_legal_is_never_violated_where_gradients_are_noisy(name: StrategyName) -> None:

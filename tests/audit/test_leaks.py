@@ -211,6 +211,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, run: Run, name: StrategyName = "score
     monkeypatch.setitem(STRATEGIES, name, STRATEGIES[name]._replace(run=run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("leak", "thorough"), [*((leak, False) for leak in QUICK), *((leak, True) for leak in LEAKS)])
 def test_a_planted_leak_is_caught(leak: str, thorough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, LEAKS[leak])
@@ -267,11 +268,13 @@ def test_what_a_strategy_leaves_in_the_model_or_hides_from_the_record_is_caught(
     assert not replayed("score_first")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thorough", [False, True])
 def test_honest_strategies_are_not_accused(thorough: bool) -> None:
     assert replay(*LEGAL, thorough=thorough) == {name: [True, True, True] for name in LEGAL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"window_tokens": 64, "stride_tokens": 8, "score_first": {"chunk_tokens": 64}},
                                      {"lora": {"window_tokens": 64, "chunk_tokens": 16}}])
 def test_windows_far_beyond_the_trained_length_are_not_accused(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

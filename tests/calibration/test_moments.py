@@ -353,6 +353,7 @@ def _compare_with_one_process(process: Process, expected: dict[str, Any], sequen
         assert_close(found, moments)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fixed_labels")
 def test_two_processes_find_the_same() -> None:
     """Also where one of them has no sequence for gradients."""

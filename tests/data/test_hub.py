@@ -157,6 +157,7 @@ def test_a_pinned_commit_needs_no_network_the_second_time(user: User) -> None:
         assert re.search(r"owner/data at .*: expected to get revision .*; without a network, tokenize\.hub\.revision must be a", message)
 
 
+@pytest.mark.slow
 def test_a_broken_transfer_goes_on_where_it_broke(user: User) -> None:
     user.hub.cut_after = {LARGE: [CHUNK_BYTES + 100, 5000]}
     (dataset,), _ = user.download()
@@ -165,6 +166,7 @@ def test_a_broken_transfer_goes_on_where_it_broke(user: User) -> None:
     assert all(user.hub.transfers(name) == [0] for name in WANTED if name != LARGE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_files_that_arrived_before_a_download_was_stopped_are_kept(user: User, signal_number: int) -> None:
     user.environment = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}  # seconds until a thread that waits for the server sees that it is to stop
@@ -239,6 +241,7 @@ def test_damaged_files_are_refused_and_fetched_again(user: User) -> None:
     assert user.hub.transfers(LARGE) == [0]
 
 
+@pytest.mark.slow
 def test_files_that_changed_in_the_cache_are_refused(user: User) -> None:
     (dataset,), _ = user.download()
     for path, content in ((dataset["shards"]["val"][0], b"short"), (dataset["tokenizer"], b"some modem")):

@@ -246,6 +246,7 @@ def run_late(monkeypatch: pytest.MonkeyPatch, name: str, limit_seconds: float,
         return evaluation, limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fraction"), [("score_first", 0.9), ("score_first", 0.5), ("phased", 0.9), ("phased", 0.6)])
 def test_late_evaluations_train_for_fewer_epochs_and_say_so(name: StrategyName, fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
     full, clock = run_late(monkeypatch, name, 1e6)
@@ -294,6 +295,7 @@ def afford_in_process(process: Process, folder: Path) -> None:
             (folder / f"{process.rank}.txt").write_text(repr((limit.affordable(600), limit.projected_seconds)))
 
 
+@pytest.mark.slow
 def test_processes_that_opened_the_artifact_at_different_times_agree_on_what_they_can_afford(tmp_path: Path) -> None:
     run_processes(afford_in_process, 2, tmp_path)
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()

@@ -108,6 +108,7 @@ def _compare_with_one_process(process: Process, expected: dict[int, HeldoutCompa
         assert found == pytest.approx(comparison, rel=1e-5), (max_tokens, found)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same() -> None:
     """Also with one window, which leaves one of them without any."""
     expected = {max_tokens: compare(*make_pair(), make_split(), max_tokens=max_tokens) for max_tokens in (42, 1)}
@@ -153,5 +154,6 @@ def _check_losses(process: Process, expected: list[np.ndarray[Any, Any]]) -> Non
         assert found == pytest.approx(alone, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_losses_of_one() -> None:
     run_processes(_check_losses, 2, _losses_of_some_lengths(SINGLE_CPU))

@@ -57,5 +57,6 @@ def _join(process: Process) -> None:
     assert empty.events == [Event(0, "scored", SHARED, 0, 0)]
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_record_of_both_in_order() -> None:
     run_processes(_join, 2)

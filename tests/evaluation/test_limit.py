@@ -227,6 +227,7 @@ def _stop_together(process: Process) -> None:
         limit.advance(1)
 
 
+@pytest.mark.slow
 def test_processes_stop_at_the_same_place() -> None:
     run_processes(_stop_together, 2)
 

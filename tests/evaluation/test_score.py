@@ -202,6 +202,7 @@ def score_in_process(process: Process, folder: Path) -> None:
         folder / f"{process.rank}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_several_processes_give_the_scores_of_one(num_processes: int, tmp_path: Path) -> None:
     run_processes(score_in_process, num_processes, tmp_path)

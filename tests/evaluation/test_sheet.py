@@ -93,5 +93,6 @@ def _share(process: Process) -> None:
         sheet.collect_distribution(process)
 
 
+@pytest.mark.slow
 def test_two_processes_complete_each_other_and_count_together() -> None:
     run_processes(_share, 2)

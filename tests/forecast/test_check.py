@@ -79,6 +79,7 @@ def test_free_steps_need_no_torch() -> None:
     assert result.returncode == 0 and result.stdout.startswith(f"forecast: {target:,} bytes, which is what free steps are chosen for")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new", "message"), [
     (r"target_bytes: \d+", "target_bytes: 20000", "quantize.target_bytes: expected more than"),
     (r"bits_of: \{\}", "bits_of: {blocks.9.mlp.up.weight: 5}", "quantize.bits_of: blocks.9.mlp.up.weight: expected the name of a matrix")])

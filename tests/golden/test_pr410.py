@@ -63,6 +63,7 @@ def score(quantized: QuantizedModel, strategy: StrategyName, num_targets: int) -
     return float(nats.sum(dtype=np.float64)) / math.log(2) / NUM_BYTES[num_targets], nats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "tolerance"), [("plain", 5e-7), ("sliding", 2e-8), ("score_first", 2e-8), ("two_phase", 2e-8)])
 def test_scores_are_those_of_the_script(quantized: QuantizedModel, strategy: StrategyName, tolerance: float) -> None:
     """The script adds up plain losses in fp32, the others in fp64."""

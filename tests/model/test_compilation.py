@@ -96,6 +96,7 @@ def test_repetitions_and_lanes_share_graphs(counting: Counting) -> None:
     assert counting.num_graphs == 2 + 2 + 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [FULL, FRONTIER], ids=["full", "frontier"])
 def test_other_parts_of_a_length_need_no_new_graph_and_another_length_those_of_attention(options: dict[str, Any],
                                                                                          counting: Counting) -> None:
@@ -133,6 +134,7 @@ def attach_hooks(model: GPT) -> Callable[[], None]:
     return detach
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attach", [attach_adapters, attach_hooks])
 @torch.no_grad()
 def test_graphs_without_adapters_or_hooks_do_not_serve_with_them(attach: Callable[[GPT], Callable[[], None]]) -> None:

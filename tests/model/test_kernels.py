@@ -181,6 +181,7 @@ def test_operators_of_flash4_are_registered_as_torch_demands(monkeypatch: pytest
             torch.library.opcheck(flash._flash4_backward, (y, [q, k, v, y, lse], limits, documents))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "document_mask", "positions", "window"), [
     ("sdpa", True, slice(None), None), ("sdpa", True, slice(9, 15), 5), ("flash2", False, slice(None), None),
     ("flash3", True, slice(9, 15), 5), ("flash4", False, slice(9, 15), 5), ("flash4", True, slice(None), None)])

@@ -176,6 +176,7 @@ def save_distilled(process: Process, path: Path) -> None:
     torch.save([found.matrices[name].codes for name in sorted(found.matrices)], path / f"{process.world_size}-{process.rank}")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """With five sequences, so that one has more of them; sums are in another order."""
     save_distilled(SINGLE_CPU, tmp_path)

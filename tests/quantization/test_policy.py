@@ -114,6 +114,7 @@ def test_an_impossible_target_is_an_error_that_names_the_smallest_size(checkpoin
         quantize(checkpoint, hessians, bits=FREE_BITS, target_bytes=smallest - 1)
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-65504, 65504, width=16), min_size=1, max_size=20), st.integers(0, 10))
 def test_truncated_values_are_the_nearest_with_fewer_bits(values: list[float], mantissa_bits: int) -> None:
     """Against all values 1.m x 2^e with so many bits in m around each."""
@@ -223,6 +224,7 @@ def test_groups_of_the_same_shape_may_be_rounded_at_once(checkpoint: Checkpoint,
             assert torch.equal(found[name].column_exponents, matrix.column_exponents)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(checkpoint: Checkpoint, hessians: Hessians) -> None:
     expected = [quantize(checkpoint, hessians, **changes) for changes in SETTINGS]
     run_processes(_compare_with_one_process, 2, checkpoint, hessians, expected)

@@ -49,6 +49,7 @@ def read_results() -> dict[str, bytes]:
             if path.is_file() and path.name != "timing.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_inputs")
 def test_the_stage_scores_the_artifact_in_all_ways() -> None:
     evaluate.main(3)
@@ -69,6 +70,7 @@ def test_the_stage_scores_the_artifact_in_all_ways() -> None:
     assert timing["seconds"] > timing["open_seconds"] + sum(timing[f"{name}_seconds"] for name in STRATEGIES) - 0.01  # rounded
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_inputs")
 def test_every_strategy_has_its_tables() -> None:
     evaluate.main(3)
@@ -88,6 +90,7 @@ def test_every_strategy_has_its_tables() -> None:
         assert sorted(scored) == list(range(metrics["num_tokens"]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_inputs")
 def test_examples_are_of_the_same_losses_and_the_same_text() -> None:
     evaluate.main(3)
@@ -109,6 +112,7 @@ def test_examples_are_of_the_same_losses_and_the_same_text() -> None:
     assert all(0 < each["num_tokens"] <= 200 and each["text"] for each in examples["written"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_inputs")
 def test_nothing_but_times_differs_between_two_runs() -> None:
     evaluate.main(3)
@@ -118,6 +122,7 @@ def test_nothing_but_times_differs_between_two_runs() -> None:
     assert len(first) >= 1 + len(TABLES) * len(STRATEGIES)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_inputs")
 def test_tables_of_strategies_that_are_no_longer_used_do_not_stay() -> None:
     evaluate.main(3)
@@ -134,6 +139,7 @@ def test_shards_of_another_tokenizer_are_refused() -> None:
         evaluate.main(3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_inputs")
 def test_too_little_time_fails_the_stage_and_leaves_the_curves_but_no_score_until_there_is_enough() -> None:
     write_params({"limit_seconds": 1e-3})
@@ -146,6 +152,7 @@ def test_too_little_time_fails_the_stage_and_leaves_the_curves_but_no_score_unti
     assert not (RESULT / "unfinished").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_inputs")
 def test_two_processes_write_one_result() -> None:
     settings = ADAPTATION | {"epochs": 1, "lr": 0.001, "drop_last": True}

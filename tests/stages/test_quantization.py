@@ -153,6 +153,7 @@ def test_a_checkpoint_trained_for_another_grid_is_pointed_out(tmp_path: Path, mo
     assert ("bits.mlp 6 in training, 5 here" in capsys.readouterr().err) == (qat == "other")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not landlock(), reason="Landlock cannot be used here")
 @pytest.mark.parametrize(("stage", "reads"), [("calibrate", "train"), ("quantize", "heldout")])
 def test_a_confined_stage_works_and_cannot_read_the_validation_text(stage: str, reads: str, project: Path) -> None:

@@ -91,6 +91,7 @@ def publish(folder: Path) -> tuple[FakeHub, dict[str, Any]]:
     return FakeHub(files), {"val_documents": 60, "val_bytes_per_token": round(bytes_per_token, 5)}
 
 
+@pytest.mark.slow
 def test_published_shards_the_hub_and_its_documents_give_the_same_splits(project: Path) -> None:
     hub, expect = publish(project)
     train_shards = len(list((project / "published").glob("*_train_*.bin")))

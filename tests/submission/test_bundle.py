@@ -127,6 +127,7 @@ def test_the_same_sources_give_the_same_bytes_whenever_and_wherever(project: Pat
     assert make_bundle(SETTINGS, copy) != bundle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", list_presets(ROOT / "presets"))
 def test_the_size_is_the_same_for_all_settings(preset: str) -> None:
     params = read_preset(preset, ROOT / "presets")

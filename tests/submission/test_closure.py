@@ -54,6 +54,7 @@ def test_missing_entry_is_an_error(tmp_path: Path) -> None:
         import_closure(Path("stages/nothing.py"), tmp_path)
 
 
+@pytest.mark.slow
 def test_closure_is_what_python_loads() -> None:
     """Nothing that importing the submitted program loads is missing, and the audit, which computes no score, is no part of it."""
     script = ("import sys, lib.submission.program\n"

@@ -50,6 +50,7 @@ def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bytes(Path("artifacts/compress/seed3/model.ptz"), pack(quantized, "zstd", 3).blob)
 
 
+@pytest.mark.slow
 def test_evaluate_audits_what_it_did_and_a_violation_fails_it_with_the_audit_written() -> None:
     evaluate.main(3)
     report = read_json(SCORES / "audit.json")
@@ -68,6 +69,7 @@ def test_evaluate_audits_what_it_did_and_a_violation_fails_it_with_the_audit_wri
     assert read_json(SCORES / "audit.json")["legal"] is False
 
 
+@pytest.mark.slow
 def test_the_tool_judges_the_files_that_evaluate_left(capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main(3)
     audit.main([])
@@ -82,6 +84,7 @@ def test_the_tool_judges_the_files_that_evaluate_left(capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.endswith("\nNOT LEGAL\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_the_stage_confines_itself_and_still_writes_everything(num_processes: int) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}

@@ -29,6 +29,7 @@ def test_the_file_is_as_long_as_the_score_and_gives_the_text_back(name: Strategy
     assert bits - 1 <= 8 * (len(content) - HEADER.size) <= 1.01 * bits + 64  # the coder works in words of 32 bits
 
 
+@pytest.mark.slow
 def test_what_trains_on_the_text_first_has_a_longer_file_than_its_score() -> None:
     model, params = make_model(), make_params(two_phase={"selective": {"epochs": 12, "lr": 0.1}})
     distribution = next_token("two_phase", model, params, num_targets=24, bos_id=BOS, process=SINGLE_CPU)
@@ -42,6 +43,7 @@ def test_other_files_are_refused(content: bytes) -> None:
         read_header(content)
 
 
+@pytest.mark.slow
 def test_the_tool_writes_and_reads_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)

@@ -34,12 +34,14 @@ def launch(folder: Path, num_processes: str, *arguments: str) -> subprocess.Comp
                           capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_processes", "expected"), [("", "1 alone a b"), ("1", "1 alone a b"), ("2", "2 torchrun a b")])
 def test_as_many_processes_as_were_asked_for(tmp_path: Path, num_processes: str, expected: str) -> None:
     result = launch(tmp_path, num_processes, "a", "b")
     assert (result.returncode, result.stdout.strip()) == (0, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", ["1", "2"])
 def test_an_expected_error_is_one_line(tmp_path: Path, num_processes: str) -> None:
     result = launch(tmp_path, num_processes, "fail")
@@ -47,6 +49,7 @@ def test_an_expected_error_is_one_line(tmp_path: Path, num_processes: str) -> No
     assert result.stderr == "a: expected 1, found 2; set it to 1\n"
 
 
+@pytest.mark.slow
 def test_an_error_of_the_program_keeps_its_traceback(tmp_path: Path) -> None:
     result = launch(tmp_path, "2", "bug")
     assert result.returncode == 1
@@ -54,6 +57,7 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path: Path) -> None:
     assert "ChildFailedError" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_named(tmp_path: Path) -> None:
     result = launch(tmp_path, "2", "die")
     assert result.returncode == 128 + signal.SIGKILL

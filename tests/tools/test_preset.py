@@ -31,6 +31,7 @@ def run(*arguments: str) -> None:
         main()
 
 
+@pytest.mark.slow
 def test_a_preset_replaces_what_git_or_another_preset_has(workspace: Path) -> None:
     for name in list_presets():
         apply_preset(name)

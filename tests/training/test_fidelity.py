@@ -71,6 +71,7 @@ def make_model(model: Settings) -> GPT:
     return gpt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_weights_and_averages_of_every_step_are_those_of_the_plain_implementation(tmp_path: Path, variant: str) -> None:
     model, settings = shrink(*VARIANTS[variant])

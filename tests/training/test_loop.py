@@ -142,6 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     assert state["weights"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_run_by_seconds_is_repeated_by_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     with monkeypatch.context() as patch:
@@ -279,6 +280,7 @@ def test_warming_up_leaves_no_trace(tmp_path: Path, model: dict[str, Any], chang
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while quantization-aware training swaps the weights, which are views of one tensor."""
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")  # needs no C++ compiler
@@ -333,6 +335,7 @@ def _compare(process: Process, folder: Path, expected: dict[str, Any], changes: 
             assert all(torch.equal(weight, other) for other in process.gather(weight)), "all processes have the same weights"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_processes", "changes"), [  # uneven shares; the last of 4 processes has no sequence
     (2, {"batch_sequences": 5, **PACKED}), (4, {"batch_sequences": 3})])
 def test_several_processes_train_the_same_model(tmp_path: Path, num_processes: int, changes: dict[str, Any]) -> None:
@@ -360,10 +363,12 @@ def _interrupt_and_continue(process: Process, folder: Path, expected: list[float
     assert run_training(folder, process=process).losses == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_several_processes_stop_together_and_continue(tmp_path: Path) -> None:
     run_processes(_interrupt_and_continue, 2, tmp_path, run_training(tmp_path).losses)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run_training(tmp_path)
     step = Run.step
@@ -385,5 +390,6 @@ def _train_with_own_parameters(process: Process, folder: Path) -> None:
         run_training(folder, process=process, resume=f"resume-{process.rank}.pt")
 
 
+@pytest.mark.slow
 def test_processes_with_different_parameters_do_not_start(tmp_path: Path) -> None:
     run_processes(_train_with_own_parameters, 2, tmp_path)

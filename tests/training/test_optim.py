@@ -112,6 +112,7 @@ def _check_muon_of_all_shapes(process: Process) -> None:
         check_muon(process, shape, num_matrices, changes)
 
 
+@pytest.mark.slow
 def test_processes_share_out_the_matrices_also_when_there_are_more_processes_than_matrices() -> None:
     run_processes(_check_muon_of_all_shapes, 3)
 

@@ -15,6 +15,7 @@ from tests.training.tiny import make_model, make_params
 TOKENS = torch.arange(16).view(2, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_changes_when_it_switches_on_and_not_before(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", backend)
