@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, QuantizedModel
+from lib.artifacts.quantized import MAX_BITS, MIN_BITS, QuantizedModel
 from lib.compression.config import CompressParams
 from lib.compression.container import Packed, pack
 from lib.errors import UserError
@@ -52,11 +52,6 @@ def check_code(code_bytes: int, reserve_bytes: int) -> None:
                           f"{reserve_bytes:,}; raise it to {code_bytes}, and free steps are chosen for what is left")
 
 
-def parameter_of(matrix: str) -> str:
-    """The parameter that a matrix of a quantized model belongs to: factors of corrections have suffixes."""
-    return matrix.removesuffix(LEFT).removesuffix(RIGHT)
-
-
 def list_parts(quantized: QuantizedModel, packed: Packed, roles: Mapping[str, str], code_bytes: int) -> list[SizeRow]:
     """What takes how many bytes of the artifact, whose size is the sum.
 
@@ -67,10 +62,10 @@ def list_parts(quantized: QuantizedModel, packed: Packed, roles: Mapping[str, st
         code_bytes: size of the code.
     """
     parts = []
-    for role in sorted({roles[parameter_of(name)] for name in quantized.matrices}):
-        matrices = {name: matrix for name, matrix in quantized.matrices.items() if roles.get(name) == role}
+    for role in sorted({roles[name] for name in quantized.matrices}):
+        matrices = {name: matrix for name, matrix in quantized.matrices.items() if roles[name] == role}
         num_weights = sum(matrix.codes.numel() for matrix in matrices.values())
-        num_bytes = sum(size for name, size in packed.matrix_bytes.items() if roles[parameter_of(name)] == role)
+        num_bytes = sum(packed.matrix_bytes[name] for name in matrices)
         bits = [matrix.bits for matrix in matrices.values() if matrix.bits is not None]
         parts.append(SizeRow(role, len(matrices), num_weights, max(bits) if len(bits) == len(matrices) else None,
                           round(8 * num_bytes / max(1, num_weights), 3), num_bytes))

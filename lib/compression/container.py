@@ -27,7 +27,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from lib.artifacts.checkpoint import Training
 from lib.artifacts.files import ArtifactError
-from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, SCALE, QuantizedModel, QuantizedTensor
+from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, QuantizedModel, QuantizedTensor, assemble, flatten
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
 from lib.compression.exponents import decode_exponents, encode_exponents
 from lib.errors import UserError
@@ -84,10 +84,19 @@ class Header(Params):
 
 
 class Packed(NamedTuple):
-    """A container, and the bytes of it that the codes of each matrix, the exponents of all scales and all vectors take."""
+    """A container, and bytes of it.
+
+    Attributes:
+        blob: the container.
+        matrix_bytes: of the codes of each matrix and those of its correction.
+        correction_bytes: of these the ones of the correction, for matrices that have one.
+        exponents_bytes: of the scales of all matrices.
+        vectors_bytes: of all vectors.
+    """
 
     blob: bytes
     matrix_bytes: dict[str, int]
+    correction_bytes: dict[str, int]
     exponents_bytes: int
     vectors_bytes: int
 
@@ -164,7 +173,8 @@ def load_artifact(path: Path) -> QuantizedModel:
 
 
 def _pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
-    matrices, vectors = sorted(quantized.matrices.items()), sorted(quantized.vectors.items())
+    by_name, vectors_by_name = flatten(quantized)
+    matrices, vectors = sorted(by_name.items()), sorted(vectors_by_name.items())
     codes, sizes = CODECS[codec].encode([matrix.codes.numpy() for _, matrix in matrices], level)
     exponents = encode_exponents((matrix.row_exponents.numpy(), matrix.column_exponents.numpy()) for _, matrix in matrices)
     header = Header(
@@ -184,8 +194,11 @@ def _pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
     blob = seal(content)
     if _open(blob)[0] != header:
         raise UserError("expected a model and training that JSON can hold, found something else")
-    matrix_bytes = {name: size for (name, _), size in zip(matrices, sizes, strict=True)}
-    return Packed(blob, matrix_bytes, len(exponents), len(vectors_frame))
+    codes_bytes = {name: size for (name, _), size in zip(matrices, sizes, strict=True)}
+    correction_bytes = {name: codes_bytes[name + LEFT] + codes_bytes[name + RIGHT] for name, matrix in quantized.matrices.items()
+                        if matrix.correction is not None}
+    matrix_bytes = {name: codes_bytes[name] + correction_bytes.get(name, 0) for name in quantized.matrices}
+    return Packed(blob, matrix_bytes, correction_bytes, len(exponents), len(vectors_frame))
 
 
 def _open(blob: bytes) -> tuple[Header, int]:
@@ -240,7 +253,7 @@ def _unpack(blob: bytes) -> QuantizedModel:
         values = np.ascontiguousarray(part.reshape(dtype.itemsize, -1).T).view(dtype)[:, 0].astype(kind)
         for vector, tensor in zip(of_kind, torch.from_numpy(values).split(sizes), strict=True):
             vectors[vector.name] = tensor.reshape(vector.shape).clone()
-    return QuantizedModel(header.model, header.training, matrices, vectors)
+    return QuantizedModel(header.model, header.training, *assemble(matrices, vectors))
 
 
 def _check(header: Header, num_bytes: int) -> None:
@@ -255,15 +268,3 @@ def _check(header: Header, num_bytes: int) -> None:
     limit = min(MAX_VALUES, max(MIN_MAX_VALUES, MAX_VALUES_PER_BYTE * num_bytes))
     if (num_values := sum(math.prod(max(1, size) for size in shape) for shape in shapes)) > limit:
         raise UserError(f"header: expected at most {limit} values in a file of {num_bytes} bytes, found {num_values}")
-    by_name = {matrix.name: matrix for matrix in header.matrices}
-    for name in {name.removesuffix(LEFT).removesuffix(RIGHT) for name in by_name if name.endswith((LEFT, RIGHT))}:
-        matrix, left, right = (by_name.get(name + suffix) for suffix in ("", LEFT, RIGHT))
-        if not (matrix and left and right and not name.endswith((LEFT, RIGHT))
-                and (left.rows, left.columns, right.columns) == (matrix.rows, right.rows, matrix.columns)):
-            raise UserError(f"header: {name}: the matrix and the factors of its correction do not fit together")
-    for vector in header.vectors:
-        matrix = by_name.get(vector.name.removesuffix(SCALE))
-        if vector.name.endswith(SCALE) and (matrix is None or matrix.name.endswith((LEFT, RIGHT)) or vector.shape != (matrix.rows,)):
-            raise UserError(f"header: {vector.name}: expected a matrix with one row for each of these scales")
-
-

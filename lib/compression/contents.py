@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lib.artifacts.files import read_csv
-from lib.artifacts.quantized import LEFT, RIGHT, QuantizedTensor, scales_of
-from lib.compression.budget import CODE, list_parts, parameter_of
+from lib.artifacts.quantized import QuantizedTensor, scales_of
+from lib.compression.budget import CODE, list_parts
 from lib.compression.container import CHECKSUM_BYTES, VERSION, pack, read_artifact, read_header, unpack
 from lib.errors import UserError
 
@@ -34,7 +34,7 @@ def describe_artifact(path: Path, roles_of: Callable[[dict[str, Any]], Mapping[s
     blob = read_artifact(path)
     header, quantized = read_header(blob, str(path)), unpack(blob, str(path))
     packed, roles = pack(quantized, header.codec, header.level), roles_of(quantized.model)
-    if foreign := sorted({*map(parameter_of, quantized.matrices)} - roles.keys()):
+    if foreign := sorted(quantized.matrices.keys() - roles.keys()):
         raise UserError(f"{path}: expected matrices of the model that its configuration describes, found {_printable(foreign[0])}")
     parts = [part for part in list_parts(quantized, packed, roles, 0) if part.part != CODE]
     name_width = 2 + max(map(len, [*map(_printable, quantized.matrices), *(part.part for part in parts), "vectors"]))
@@ -72,8 +72,8 @@ def describe_matrices(path: Path, wanted: str, table: Path) -> str:
     """
     blob = read_artifact(path)
     header, quantized = read_header(blob, str(path)), unpack(blob, str(path))
-    matrix_bytes = pack(quantized, header.codec, header.level).matrix_bytes
-    names = sorted({*map(parameter_of, quantized.matrices), *(name for name in quantized.vectors if name.endswith(".weight"))})
+    packed = pack(quantized, header.codec, header.level)
+    names = sorted({*quantized.matrices, *(name for name in quantized.vectors if name.endswith(".weight"))})
     chosen = [name for name in names if f".{wanted}." in f".{name}."]
     if not chosen:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -81,12 +81,11 @@ def describe_matrices(path: Path, wanted: str, table: Path) -> str:
                         f"{', '.join(map(_printable, names[:SHOWN]))}{more}")
     costs = {row["name"]: row for row in read_csv(table, ERROR_COLUMNS)} if table.exists() else {}
     same = all(name in costs and abs(float(costs[name]["entropy_bits"]) - matrix.entropy_bits()) < 1e-6
-               for name, matrix in quantized.matrices.items() if parameter_of(name) == name)
+               for name, matrix in quantized.matrices.items())
     paragraphs = []
     for name in chosen:
-        correction_bytes = sum(matrix_bytes.get(name + side, 0) for side in (LEFT, RIGHT))
         lines = ([f"kept at 16 bits, {2 * quantized.vectors[name].numel():,} bytes before compression"] if name in quantized.vectors
-                 else _list_grid(quantized.matrices[name], matrix_bytes[name], correction_bytes))
+                 else _list_grid(quantized.matrices[name], packed.matrix_bytes[name], packed.correction_bytes.get(name, 0)))
         if same and name in costs:
             lines += _list_costs(costs[name], sum(float(row["predicted_loss"]) for row in costs.values()))
         paragraphs.append("\n  ".join([_printable(name), *lines]))
@@ -96,7 +95,7 @@ def describe_matrices(path: Path, wanted: str, table: Path) -> str:
 
 
 def _list_grid(matrix: QuantizedTensor, num_bytes: int, correction_bytes: int) -> list[str]:
-    size, bits, codes, entropy, coded, size_bytes = _describe_matrix(matrix, num_bytes)
+    size, bits, codes, entropy, coded, size_bytes = _describe_matrix(matrix, num_bytes - correction_bytes)
     zeros = float((matrix.codes == 0).float().mean()) if matrix.codes.numel() else 0.0
     steps = [f"{kind} {_list_range(scales_of(exponents))}" for kind, exponents in (("rows", matrix.row_exponents),
                                                                                  ("columns", matrix.column_exponents)) if exponents.any()]
@@ -104,7 +103,7 @@ def _list_grid(matrix: QuantizedTensor, num_bytes: int, correction_bytes: int) -
             f"bits    {bits}, codes {codes}, {zeros:.1%} of them 0",
             f"step    {'; '.join(steps) or 1}",
             f"bytes   {size_bytes}, {coded} bits per weight; entropy {entropy}"
-            + (f"; and {correction_bytes:,} of a low-rank correction" if correction_bytes else "")]
+            + (f"; and {correction_bytes:,} of a correction of rank {matrix.rank}" if matrix.rank else "")]
 
 
 def _list_costs(row: Mapping[str, str], total_loss: float) -> list[str]:

@@ -8,6 +8,7 @@ Shapes: R rows, C columns.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lib.artifacts.checkpoint import Checkpoint, Training
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.metrics import METRICS_FILE
 from lib.artifacts.paths import stage_folder
-from lib.artifacts.quantized import MAX_BITS, MIN_BITS, SCALE, QuantizedModel, QuantizedTensor, clip_range
+from lib.artifacts.quantized import MAX_BITS, MIN_BITS, QuantizedModel, QuantizedTensor, clip_range
 from lib.model.config import ModelParams
 from lib.model.gpt import GPT
 from lib.params import PARAMS_FILE, ParamsError
@@ -80,8 +81,7 @@ def convert_artifact(published: Published, model: ModelParams, sequence_tokens: 
             vectors[name] = _turn(name, tensor if tensor.dtype == torch.float16 else tensor.to(torch.float32), model)
             continue
         codes, scales = published.codes[source]
-        matrices[name] = _make_matrix(_turn(name, codes.to(torch.int16), model))
-        vectors[name + SCALE] = scales
+        matrices[name] = replace(_make_matrix(_turn(name, codes.to(torch.int16), model)), row_scales=scales)
     return QuantizedModel(model.model_dump(mode="json"), _training(published, sequence_tokens), matrices, vectors)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.artifacts.hessians import Hessians
-from lib.artifacts.quantized import LEFT, OCTAVE, QuantizedModel, QuantizedTensor, scales_of
+from lib.artifacts.quantized import OCTAVE, QuantizedModel, QuantizedTensor, scales_of
 from lib.model.parts import Part
 from lib.quantization.clipping import row_scales
 from lib.quantization.config import FREE, ClipParams, QuantizeParams
@@ -76,7 +76,7 @@ def list_tensors(weights: Mapping[str, Tensor], parts: Mapping[str, Part], hessi
         quantized: the result.
         params: section ``quantize``.
         dampings: name of the matrix -> damping.
-        coded_bytes: name in `quantized` -> bytes of its codes.
+        coded_bytes: name of the matrix -> bytes of its codes, those of its correction included.
         device: what computes.
     """
     results = quantized.weights()
@@ -93,16 +93,15 @@ def list_tensors(weights: Mapping[str, Tensor], parts: Mapping[str, Part], hessi
             if matrix is not None and reference:
                 rounded = _round_to_nearest(weight, matrix, params.clip.of_role(parts[name].role))
                 nearest = float(row_errors(weight - rounded, hessian).sum()) / reference
-            correction = quantized.matrices.get(name + LEFT)
             rows.append(TensorRow(
                 name=name, role=parts[name].role, method="fp16" if matrix is None else params.method,
                 rows=weight.shape[0], columns=weight.shape[1], bits=FLOAT_BITS if matrix is None else matrix.bits or FREE,
                 step=None if matrix is None else _mean_step(matrix), entropy_bits=None if matrix is None else matrix.entropy_bits(),
-                coded_bytes=None if matrix is None else sum(size for key, size in coded_bytes.items() if key.split(":")[0] == name),
+                coded_bytes=None if matrix is None else coded_bytes.get(name, 0),
                 relative_error=relative, relative_error_rtn=nearest, sensitivity=float(gradients.mean()) / 2,
                 predicted_loss=float((gradients * errors).sum()) / 2,
                 zeros=None if matrix is None else float((matrix.codes == 0).float().mean()),
-                rank=0 if correction is None else correction.codes.shape[1],
+                rank=0 if matrix is None else matrix.rank,
                 damping=dampings.get(name), dead_columns=dead_columns))
     return sorted(rows, key=lambda row: row.name)
 

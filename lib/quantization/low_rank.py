@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.artifacts.quantized import LEFT, RIGHT, QuantizedTensor, clip_range, exponents_of, scales_of
+from lib.artifacts.quantized import QuantizedTensor, clip_range, exponents_of, scales_of
 from lib.quantization.allocation import floor_gradients
 from lib.quantization.config import LowRankParams
 from lib.quantization.grid import CLIPPED_RESOLUTION, SMALLEST_SCALE, round_to_grid
@@ -35,7 +35,7 @@ class Error:
     gradients: Tensor
 
 
-def correct(errors: Mapping[str, Error], params: LowRankParams) -> dict[str, QuantizedTensor]:
+def correct(errors: Mapping[str, Error], params: LowRankParams) -> dict[str, tuple[QuantizedTensor, QuantizedTensor]]:
     """Factors of corrections: greedily, the direction that lowers the predicted loss most per byte, while the bytes last.
 
     Args:
@@ -43,7 +43,7 @@ def correct(errors: Mapping[str, Error], params: LowRankParams) -> dict[str, Qua
         params: how many bytes, and the bits of the factors.
 
     Returns:
-        ``name:left`` (R, k) and ``name:right`` (k, C), on the CPU, for every matrix that gets any.
+        Factors (R, k) and (k, C), on the CPU, of every matrix that gets any.
     """
     factors = {name: _decompose(error) for name, error in errors.items()}
     directions = []  # (worth per byte, bytes, name), of each matrix in descending order of worth
@@ -60,8 +60,8 @@ def correct(errors: Mapping[str, Error], params: LowRankParams) -> dict[str, Qua
         if rank:
             left, singular, right = factors[name]
             root = singular[:rank].sqrt()
-            corrections[name + LEFT] = _quantize((left[:, :rank] * root).T, params.bits, transposed=True)
-            corrections[name + RIGHT] = _quantize(root[:, None] * right[:rank], params.bits, transposed=False)
+            corrections[name] = (_quantize((left[:, :rank] * root).T, params.bits, transposed=True),
+                                 _quantize(root[:, None] * right[:rank], params.bits, transposed=False))
     return corrections
 
 

@@ -232,7 +232,8 @@ class Quantizer:
         sources = {name: source for source, names in self._hessians.inputs.items() for name in names}
         errors = {name: Error((self._weights[name] - matrix.weight()).to(device), moments.hessians[sources[name]].to(device),
                               moments.gradients[name].to(device)) for name, matrix in matrices.items()}
-        return matrices | correct(errors, self._params.low_rank)
+        return matrices | {name: dataclasses.replace(matrices[name], correction=factors)
+                           for name, factors in correct(errors, self._params.low_rank).items()}
 
 
 def _shift(exponents: Tensor, units: int) -> Tensor:

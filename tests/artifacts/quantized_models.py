@@ -1,9 +1,11 @@
 """Quantized models for tests, and what it means that two are the same."""
 
+from dataclasses import replace
+
 import torch
 
 from lib.artifacts.checkpoint import Training
-from lib.artifacts.quantized import LEFT, RIGHT, SCALE, QuantizedModel, QuantizedTensor, clip_range
+from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, clip_range
 
 TRAINING = Training(sequence_tokens=8)
 
@@ -26,10 +28,10 @@ def make_quantized_model() -> QuantizedModel:
     """A grid with bits and row scales of its own, free steps with a correction of rank 2, vectors of both types."""
     return QuantizedModel(
         {"num_layers": 2}, TRAINING,
-        {"b.weight": make_quantized_tensor(3, 7, 5), "a.weight": make_quantized_tensor(9, 6, None),
-         "a.weight" + LEFT: make_quantized_tensor(9, 2, 8, 1), "a.weight" + RIGHT: make_quantized_tensor(2, 6, 8, 2)},
-        {"scale": torch.tensor(0.5).half(), "mix": torch.ones(2, 3).half(), "gain": torch.tensor([0.1, 1e-30]),
-         "b.weight" + SCALE: torch.tensor([0.3, 0.5, 1.7]).half()})
+        {"b.weight": replace(make_quantized_tensor(3, 7, 5), row_scales=torch.tensor([0.3, 0.5, 1.7]).half()),
+         "a.weight": replace(make_quantized_tensor(9, 6, None),
+                             correction=(make_quantized_tensor(9, 2, 8, 1), make_quantized_tensor(2, 6, 8, 2)))},
+        {"scale": torch.tensor(0.5).half(), "mix": torch.ones(2, 3).half(), "gain": torch.tensor([0.1, 1e-30])})
 
 
 def assert_same(found: QuantizedModel, expected: QuantizedModel) -> None:
@@ -37,12 +39,21 @@ def assert_same(found: QuantizedModel, expected: QuantizedModel) -> None:
     assert (found.model, found.training) == (expected.model, expected.training)
     assert found.matrices.keys() == expected.matrices.keys() and found.vectors.keys() == expected.vectors.keys()
     for name, matrix in expected.matrices.items():
-        assert found.matrices[name].bits == matrix.bits
-        assert_same_bits(found.matrices[name].codes, matrix.codes)
-        assert_same_bits(found.matrices[name].row_exponents, matrix.row_exponents)
-        assert_same_bits(found.matrices[name].column_exponents, matrix.column_exponents)
+        assert_same_matrix(found.matrices[name], matrix)
     for name, vector in expected.vectors.items():
         assert_same_bits(found.vectors[name], vector)
+
+
+def assert_same_matrix(found: QuantizedTensor, expected: QuantizedTensor) -> None:
+    assert (found.bits, found.rank) == (expected.bits, expected.rank)
+    for tensor, other in ((found.codes, expected.codes), (found.row_exponents, expected.row_exponents),
+                          (found.column_exponents, expected.column_exponents)):
+        assert_same_bits(tensor, other)
+    assert (found.row_scales is None, found.correction is None) == (expected.row_scales is None, expected.correction is None)
+    if found.row_scales is not None and expected.row_scales is not None:
+        assert_same_bits(found.row_scales, expected.row_scales)
+    for factor, wanted in zip(found.correction or (), expected.correction or (), strict=True):
+        assert_same_matrix(factor, wanted)
 
 
 def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from lib.artifacts.quantized import (
     SCALE,
     QuantizedModel,
     QuantizedTensor,
+    assemble,
     clip_range,
     exponents_of,
     load_quantized,
@@ -67,28 +68,31 @@ def test_weights_are_codes_times_scales_in_fp32() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_row_scales_multiply_the_rows_of_their_matrix(dtype: torch.dtype) -> None:
     codes, scales = [[-15, 0, 7], [1, 2, 3]], torch.tensor([0.1, 3e-5]).to(dtype)
-    weights = QuantizedModel({}, TRAINING, {"a": make_tensor(codes), "b": make_tensor(codes)}, {"a" + SCALE: scales}).weights()
+    matrices = {"a": replace(make_tensor(codes), row_scales=scales), "b": make_tensor(codes)}
+    weights = QuantizedModel({}, TRAINING, matrices, {}).weights()
     assert weights.keys() == {"a", "b"} and torch.equal(weights["b"], torch.tensor(codes).float())
     assert torch.equal(weights["a"], torch.tensor(codes).float() * scales.float()[:, None])
 
 
 @pytest.mark.parametrize(("name", "shape"), [("c", (2,)), ("a", (1,)), ("a", (3,)), ("a", ()), ("a", (2, 1)), ("b", (2,))])
 def test_row_scales_without_these_rows_are_errors(name: str, shape: tuple[int, ...]) -> None:
-    model = QuantizedModel({}, TRAINING, {"a": make_tensor([[1], [2]])}, {name + SCALE: torch.ones(shape), "b": torch.ones(2, 2)})
-    with pytest.raises(ArtifactError, match=f"{name}:scale: expected a matrix with one row for each of these scales"):
-        model.weights()
+    with pytest.raises(ArtifactError, match=f"{name}: the matrix does not fit together with its row scales"):
+        assemble({"a": make_tensor([[1], [2]])}, {name + SCALE: torch.ones(shape), "b": torch.ones(2, 2)})
 
 
 def test_corrections_are_added_to_their_matrix() -> None:
     matrices = {"a": make_tensor([[1, 2, 3], [4, 5, 6]]), "a" + LEFT: make_tensor([[1], [2]]), "a" + RIGHT: make_tensor([[1, 0, -1]])}
-    weights = QuantizedModel({}, TRAINING, matrices, {}).weights()
+    assembled, vectors = assemble(matrices, {})
+    weights = QuantizedModel({}, TRAINING, assembled, vectors).weights()
     assert weights.keys() == {"a"} and weights["a"].tolist() == [[2, 2, 2], [6, 5, 4]]
     for name in matrices:
-        with pytest.raises(ArtifactError, match="a: the matrix and the factors"):
-            others = {key: matrix for key, matrix in matrices.items() if key != name}
-            QuantizedModel({}, TRAINING, others | {"b": matrices["a"]}, {}).weights()
-    with pytest.raises(ArtifactError, match="a: the matrix and the factors"):
-        QuantizedModel({}, TRAINING, matrices | {"a" + LEFT: make_tensor([[1], [2], [3]])}, {}).weights()
+        with pytest.raises(ArtifactError, match="a: the matrix does not fit together"):
+            assemble({key: matrix for key, matrix in matrices.items() if key != name} | {"b": matrices["a"]}, {})
+    for wrong in (make_tensor([[1], [2], [3]]), make_tensor([[1, 2], [3, 4]]), replace(matrices["a" + LEFT], row_scales=torch.ones(2))):
+        with pytest.raises(ArtifactError, match=r"a: the matrix does not fit together .*expected plain factors whose product is"):
+            assemble(matrices | {"a" + LEFT: wrong}, {})
+    with pytest.raises(ArtifactError, match="a:left: the matrix does not fit together"):
+        assemble(matrices, {"a" + LEFT + SCALE: torch.ones(2)})
 
 
 def test_entropy() -> None:

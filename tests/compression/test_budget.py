@@ -1,9 +1,10 @@
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, QuantizedTensor, clip_range
+from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, clip_range
 from lib.compression.budget import BudgetError, SizeRow, check_limit, list_parts, summarize
 from lib.compression.container import pack
 from tests.artifacts.quantized_models import TRAINING, make_quantized_tensor
@@ -24,7 +25,8 @@ def make_parts(mlp_bits: int | None = 5, attention_bits: int | None = 5, down_bi
     matrices = {"up": make_matrix(200, mlp_bits, 0), "down": make_matrix(100, down_bits or mlp_bits, 1),
                 "query": make_matrix(60, attention_bits, 2)}
     if rank:
-        matrices |= {"query" + LEFT: make_quantized_tensor(60, rank, 8), "query" + RIGHT: make_quantized_tensor(rank, 200, 8)}
+        factors = make_quantized_tensor(60, rank, 8), make_quantized_tensor(rank, 200, 8)
+        matrices["query"] = replace(matrices["query"], correction=factors)
     quantized = QuantizedModel({}, TRAINING, matrices, {"mix": torch.ones(2, 3).half()})
     packed = pack(quantized, "range", 19)
     parts = list_parts(quantized, packed, ROLES, CODE_BYTES)

@@ -2,6 +2,7 @@ import json
 import math
 import resource
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,11 @@ def quantized_models(draw: st.DrawFn) -> QuantizedModel:
     matrices = draw(st.dictionaries(names, quantized_tensors(), max_size=3))
     vectors = draw(st.dictionaries(names, float_tensors(), max_size=3))
     for name in draw(st.sets(st.sampled_from(sorted(matrices)))) if matrices else ():
-        vectors[name + SCALE] = draw(float_tensors(len(matrices[name].codes)))
+        matrices[name] = replace(matrices[name], row_scales=draw(float_tensors(len(matrices[name].codes))))
     for name in draw(st.sets(st.sampled_from(sorted(matrices)))) if matrices else ():
         (num_rows, num_columns), rank = matrices[name].codes.shape, draw(st.integers(0, 3))
-        matrices |= {name + LEFT: draw(quantized_tensors(num_rows, rank)), name + RIGHT: draw(quantized_tensors(rank, num_columns))}
+        factors = draw(quantized_tensors(num_rows, rank)), draw(quantized_tensors(rank, num_columns))
+        matrices[name] = replace(matrices[name], correction=factors)
     return QuantizedModel(draw(st.dictionaries(names, plain, max_size=3)), draw(trainings), matrices,
                           {name: vector for name, vector in vectors.items() if name not in matrices})
 
@@ -162,17 +164,11 @@ def vector(*shape: int, name: str = "a", dtype: str = "float16") -> dict[str, An
     return {"name": name, "shape": shape, "dtype": dtype}
 
 
-def factors(rows: int, left_columns: int, right_rows: int, columns: int, name: str = "a") -> list[dict[str, Any]]:
-    return [matrix(name=name + LEFT, rows=rows, columns=left_columns), matrix(name=name + RIGHT, rows=right_rows, columns=columns)]
-
-
 def test_the_sealed_container_is_valid_otherwise() -> None:
     assert_same(unpack(seal(header())), QuantizedModel({}, TRAINING, {}, {}))
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
-NO_ROWS = "header: .*: expected a matrix with one row for each of these scales"
-MISFIT = "header: .*: the matrix and the factors of its correction do not fit together"
 
 
 @pytest.mark.parametrize(("blob", "message"), [
@@ -200,21 +196,10 @@ MISFIT = "header: .*: the matrix and the factors of its correction do not fit to
     (seal(header(vectors=[vector(9)])), "expected vectors of 18 bytes, found 0"),
     (seal(header(vectors=[vector(9), vector(1, name="b", dtype="float32")])), "expected vectors of 22 bytes, found 0"),
     (seal(header(vectors=[vector(9, dtype="int16")])), r"header: vectors\.0\.dtype"),
-    (seal(header(vectors=[vector(1, name="a" + SCALE)])), NO_ROWS),
-    (seal(header(matrices=[matrix()], vectors=[vector(2, name="a" + SCALE)])), NO_ROWS),
-    (seal(header(matrices=[matrix()], vectors=[vector(1, 1, name="a" + SCALE)])), NO_ROWS),
-    (seal(header(matrices=[matrix(), *factors(1, 3, 3, 2)], vectors=[vector(1, name="a" + LEFT + SCALE)])), NO_ROWS),
     (seal(header(vectors=[vector(1)]), compress_bytes(b"abc", 3)), "expected a zstandard frame of at most 2 bytes, found 3"),
     (seal(header(vectors=[vector(0), vector(0)])), "found a name twice"),
     (seal(header(matrices=[matrix(rows=0)], vectors=[vector(0)])), "found a name twice"),
     (seal(header(matrices=[matrix(bits=9)])), r"header: matrices\.0\.bits"),
-    (seal(header(matrices=[matrix(columns=0), *factors(1, 3, 2, 0)])), MISFIT),
-    (seal(header(matrices=[matrix(columns=0), *factors(2, 3, 3, 0)])), MISFIT),
-    (seal(header(matrices=[matrix(columns=0), *factors(1, 3, 3, 1)])), MISFIT),
-    (seal(header(matrices=[matrix(columns=0), factors(1, 3, 3, 0)[0]])), MISFIT),
-    (seal(header(matrices=[matrix(columns=0), factors(1, 3, 3, 0)[1]])), MISFIT),
-    (seal(header(matrices=factors(1, 3, 3, 2))), MISFIT),
-    (seal(header(matrices=[matrix(), *factors(1, 3, 3, 2), *factors(1, 3, 3, 3, "a" + LEFT)])), MISFIT),
     (seal(header(matrices=[matrix()], codes_bytes=2), b"ab" + EMPTY_FRAME), "expected the lengths of 1 frames, found 2 bytes"),
     (seal(header(matrices=[matrix()], codes_bytes=7), b"\3\0\0\0abc" + EMPTY_FRAME), "zstandard frame"),
     (seal(header(exponents_bytes=3), b"abc" + EMPTY_FRAME), "expected a stream of a multiple of 4 bytes"),
@@ -241,8 +226,6 @@ def make_zeros(num_rows: int, num_columns: int) -> QuantizedTensor:
 @pytest.mark.parametrize(("quantized", "message"), [
     (QuantizedModel({"a": math.nan}, TRAINING, {}, {}), "cannot be packed"),
     (QuantizedModel({"a": "b" * MAX_HEADER_BYTES}, TRAINING, {}, {}), "cannot be packed: expected a zstandard frame of at most"),
-    (QuantizedModel({}, TRAINING, {"a" + LEFT: make_quantized_tensor(1, 1, 5)}, {}),
-     "cannot be packed: header: a: the matrix and the factors"),
     (QuantizedModel({}, TRAINING, {"a": make_quantized_tensor(1, 1, 5)}, {"a": torch.zeros(1).half()}),
      "cannot be packed: .* a name twice"),
     (QuantizedModel({}, TRAINING, {"a": make_zeros(1024, 1025)}, {}), "cannot be packed: header: expected at most 1048576 values"),
@@ -275,6 +258,18 @@ def split(blob: bytes) -> tuple[dict[str, Any], bytes]:
     """Header as plain data, and what follows up to the checksum."""
     end = PREFIX.size + PREFIX.unpack_from(blob)[2]
     return json.loads(decompress_bytes(blob[PREFIX.size:end], MAX_HEADER_BYTES)), blob[end:-container.CHECKSUM_BYTES]
+
+
+@pytest.mark.parametrize(("name", "other"), [
+    ("a.weight" + LEFT, "b.weight" + LEFT), ("a.weight" + LEFT, "c"), ("a.weight" + RIGHT, "c"), ("a.weight", "c"),
+    ("a.weight" + LEFT, "a.weight" + LEFT + LEFT), ("b.weight" + SCALE, "a.weight" + SCALE), ("b.weight" + SCALE, "c" + SCALE),
+    ("b.weight" + SCALE, "a.weight" + LEFT + SCALE), ("mix", "a.weight" + SCALE)])
+def test_parts_that_do_not_fit_together_are_container_errors(name: str, other: str) -> None:
+    fields, content = split(BLOBS["range"])
+    part, = (part for part in [*fields["matrices"], *fields["vectors"]] if part["name"] == name)
+    part["name"] = other
+    with pytest.raises(ContainerError, match="the matrix does not fit together with its row scales or correction"):
+        unpack(seal(json.dumps(fields).encode(), content))
 
 
 @settings(max_examples=300)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib.artifacts.quantized import QuantizedModel
+from lib.artifacts.quantized import QuantizedModel, flatten
 from lib.compression.container import load_artifact, pack
 from lib.model.config import NEUTRAL
 from lib.model.gpt import GPT, build_model
@@ -34,12 +34,12 @@ def rebuild(artifact: QuantizedModel, model: dict[str, Any], folder: Path) -> GP
 
 
 def hash_tensors(artifact: QuantizedModel) -> str:
-    digest = hashlib.sha256()
-    for name, matrix in sorted(artifact.matrices.items()):
+    digest, (matrices, vectors) = hashlib.sha256(), flatten(artifact)
+    for name, matrix in sorted(matrices.items()):
         digest.update(json.dumps([name, list(matrix.codes.shape), matrix.bits]).encode())
         for tensor in (matrix.codes, matrix.row_exponents, matrix.column_exponents):
             digest.update(tensor.numpy().astype("<i2").tobytes())
-    for name, vector in sorted(artifact.vectors.items()):
+    for name, vector in sorted(vectors.items()):
         digest.update(json.dumps([name, list(vector.shape), str(vector.dtype)]).encode() + vector.numpy().tobytes())
     return digest.hexdigest()
 

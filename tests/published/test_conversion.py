@@ -129,7 +129,8 @@ def test_an_imported_artifact_has_the_published_weights_bit_for_bit(tmp_path: Pa
         assert_same(unpacked, quantized)
         assert_has_the_weights(unpacked, expected)
     assert torch.equal(quantized.matrices["blocks.0.mlp.up.weight"].codes, tensors["blocks.0.mlp.fc.weight.q"].short())
-    assert quantized.vectors["blocks.0.mlp.up.weight:scale"].dtype == (torch.float16 if scale_dtype == torch.float16 else torch.float32)
+    scales = quantized.matrices["blocks.0.mlp.up.weight"].row_scales
+    assert scales is not None and scales.dtype == (torch.float16 if scale_dtype == torch.float16 else torch.float32)
     assert (quantized.vectors["smear_gate.gate"].dtype, quantized.vectors["skip_weights"].dtype) == (torch.float32, torch.float16)
 
 

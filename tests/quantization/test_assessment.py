@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lib.artifacts.checkpoint import Checkpoint
 from lib.artifacts.hessians import Hessians, Moments
-from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel
+from lib.artifacts.quantized import QuantizedModel
 from lib.distributed import SINGLE_CPU
 from lib.model.gpt import outline
 from lib.model.parts import parts_of
@@ -30,8 +30,7 @@ def make_table(checkpoint: Checkpoint, hessians: Hessians, **changes: Any) -> tu
                         device=SINGLE_CPU.device)
     assert [(row.name, row.role) for row in rows] == sorted((name, part.role) for name, part in parts.items() if part.is_matrix)
     for row in rows:
-        its_bytes = [coded_bytes[row.name + suffix] for suffix in ("", LEFT, RIGHT) if row.name + suffix in coded_bytes]
-        assert row.coded_bytes == (sum(its_bytes) if its_bytes else None)
+        assert row.coded_bytes == coded_bytes.get(row.name)
     return quantized, {row.name: row for row in rows}
 
 
@@ -104,7 +103,7 @@ def test_ranks_and_dead_columns(checkpoint: Checkpoint, hessians: Hessians) -> N
                                                 hessians.calibration.gradients), hessians.verification)
     quantized, table = make_table(checkpoint, changed, low_rank={"max_bytes": 400, "bits": 8})
     assert {name: row.dead_columns for name, row in table.items() if row.dead_columns} == {"blocks.1.mlp.up.weight": 2}
-    ranks = {name.removesuffix(LEFT): matrix.codes.shape[1] for name, matrix in quantized.matrices.items() if name.endswith(LEFT)}
+    ranks = {name: matrix.correction[0].codes.shape[1] for name, matrix in quantized.matrices.items() if matrix.correction}
     assert ranks and {name: row.rank for name, row in table.items() if row.rank} == ranks
 
 

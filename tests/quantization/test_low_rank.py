@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, QuantizedTensor, clip_range
+from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, clip_range
 from lib.quantization.config import LowRankParams
 from lib.quantization.gptq import row_errors
 from lib.quantization.grid import CLIPPED_RESOLUTION
@@ -26,8 +26,9 @@ def make_error(num_rows: int, num_columns: int, seed: int = 0, *, plain: bool = 
     return Error(error, make_hessian(num_columns, seed), gradients)
 
 
-def correction(found: dict[str, QuantizedTensor], name: str) -> Tensor:
-    return found[name + LEFT].weight() @ found[name + RIGHT].weight()
+def correction(found: dict[str, tuple[QuantizedTensor, QuantizedTensor]], name: str) -> Tensor:
+    left, right = found[name]
+    return left.weight() @ right.weight()
 
 
 def predicted_loss(error: Error, correction: Tensor) -> float:
@@ -39,7 +40,7 @@ def test_without_a_metric_it_is_the_truncated_svd(shape: tuple[int, int]) -> Non
     error = make_error(*shape, plain=True)
     found = correct({"a": error}, LowRankParams(max_bytes=3 * sum(shape), bits=8))
     left, singular, right = torch.linalg.svd(error.error, full_matrices=False)
-    assert found.keys() == {"a" + LEFT, "a" + RIGHT} and found["a" + LEFT].codes.shape == (shape[0], 3)
+    assert found.keys() == {"a"} and found["a"][0].codes.shape == (shape[0], 3)
     expected = (left[:, :3] * singular[:3]) @ right[:3]
     assert float((correction(found, "a") - expected).norm() / expected.norm()) < 0.02
     lost = float((error.error - correction(found, "a")).square().sum())
@@ -61,7 +62,7 @@ def test_in_a_metric_it_beats_the_truncated_svd() -> None:
 
 def test_factors_have_their_bits_and_stored_scales() -> None:
     found = correct({"a": make_error(16, 24)}, LowRankParams(max_bytes=100, bits=4))
-    left, right = found["a" + LEFT], found["a" + RIGHT]
+    left, right = found["a"]
     assert left.codes.shape == (16, 5) and right.codes.shape == (5, 24)  # (16 + 24) / 2 bytes for each direction
     for factor in (left, right):
         assert factor.bits == 4 and int(factor.codes.abs().max()) == clip_range(4)
@@ -80,7 +81,7 @@ def test_the_bytes_are_spent_where_they_lower_the_loss_most() -> None:
     sizes = {name: sum(error.error.shape) for name, error in errors.items()}
     for max_bytes in (0, 19, 20, 100, 180, 300, 500):
         found = correct(errors, LowRankParams(max_bytes=max_bytes, bits=8))
-        ranks = {name: found[name + LEFT].codes.shape[1] if name + LEFT in found else 0 for name in errors}
+        ranks = {name: found[name][0].codes.shape[1] if name in found else 0 for name in errors}
         used = sum(ranks[name] * sizes[name] for name in errors)
         assert used <= max_bytes and max_bytes - used < max(sizes.values())
         gained = sum(float(values[name][:ranks[name]].sum()) for name in errors)
@@ -100,9 +101,8 @@ def test_the_bytes_are_spent_where_they_lower_the_loss_most() -> None:
 def test_it_is_part_of_the_weights_and_lowers_the_loss_of_the_model() -> None:
     error = make_error(16, 24)
     codes, rows, columns = (torch.zeros(shape, dtype=torch.int16) for shape in ((16, 24), 16, 24))
-    zeros = QuantizedTensor(codes, rows, columns, 5)
     found = correct({"a": error}, LowRankParams(max_bytes=200, bits=8))
-    weights = QuantizedModel({}, TRAINING, {"a": zeros} | found, {}).weights()
+    weights = QuantizedModel({}, TRAINING, {"a": QuantizedTensor(codes, rows, columns, 5, correction=found["a"])}, {}).weights()
     assert weights.keys() == {"a"} and torch.equal(weights["a"], correction(found, "a"))
     assert predicted_loss(error, weights["a"]) < 0.5 * predicted_loss(error, torch.zeros(16, 24))
 
@@ -110,7 +110,7 @@ def test_it_is_part_of_the_weights_and_lowers_the_loss_of_the_model() -> None:
 def test_more_directions_than_there_are_and_no_error_at_all() -> None:
     errors = {"a": make_error(40, 50), "b": Error(torch.zeros(4, 5), torch.eye(5), torch.ones(4))}
     found = correct(errors, LowRankParams(max_bytes=10**6, bits=8))
-    assert found.keys() == {"a" + LEFT, "a" + RIGHT} and found["a" + LEFT].codes.shape == (40, MAX_RANK)
+    assert found.keys() == {"a"} and found["a"][0].codes.shape == (40, MAX_RANK)
 
 
 def test_hessians_that_are_singular() -> None:
@@ -118,7 +118,7 @@ def test_hessians_that_are_singular() -> None:
     x = (torch.randn(60, 300, generator=torch.Generator().manual_seed(0)) + 1).relu() ** 2
     errors = {"a": Error(make_weight(4, 5), torch.zeros(5, 5), torch.ones(4)), "b": Error(make_weight(8, 300), x.T @ x / 60, torch.ones(8))}
     found = correct(errors, LowRankParams(max_bytes=650, bits=8))
-    assert found["b" + LEFT].codes.shape == (8, 2)
+    assert found["b"][0].codes.shape == (8, 2)
     assert predicted_loss(errors["b"], correction(found, "b")) < 0.9 * predicted_loss(errors["b"], torch.zeros(8, 300))
 
 
@@ -129,4 +129,4 @@ def test_the_global_random_state_is_left_alone() -> None:
     one = correct({"a": make_error(16, 24)}, LowRankParams(max_bytes=200, bits=8))
     assert torch.equal(torch.rand(3), expected)
     two = correct({"a": make_error(16, 24)}, LowRankParams(max_bytes=200, bits=8))
-    assert all(torch.equal(one[name].codes, two[name].codes) for name in one)
+    assert all(torch.equal(factor.codes, other.codes) for factor, other in zip(one["a"], two["a"], strict=True))

@@ -1,13 +1,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lib.artifacts.files import write_bytes, write_csv
-from lib.artifacts.quantized import LEFT, RIGHT, QuantizedModel, scales_of
+from lib.artifacts.quantized import QuantizedModel, scales_of
 from lib.compression.container import pack
 from tests.artifacts.quantized_models import TRAINING, make_quantized_tensor
 from tests.evaluation.tiny import MODEL
@@ -35,10 +36,10 @@ def write_run(folder: Path, entropy_error: float = 0.0) -> Path:
     """Artifact and table of errors as a run leaves them, of two matrices in two layers, one with a correction, and one of 16 bits."""
     names = [f"blocks.{layer}.mlp.up.weight" for layer in (1, 13)]
     matrices = {name: make_quantized_tensor(4, 6, bits) for name, bits in zip(names, (None, 5), strict=True)}
-    factors = {names[0] + LEFT: make_quantized_tensor(4, 1, 8), names[0] + RIGHT: make_quantized_tensor(1, 6, 8)}
+    matrices[names[0]] = replace(matrices[names[0]], correction=(make_quantized_tensor(4, 1, 8), make_quantized_tensor(1, 6, 8)))
     vectors = {"blocks.1.mix": torch.ones(2, 3).half(), "head.weight": torch.ones(5, 4).half()}
     path = folder / "compress/seed3/model.ptz"
-    write_bytes(path, pack(QuantizedModel({}, TRAINING, matrices | factors, vectors), "range", 3).blob)
+    write_bytes(path, pack(QuantizedModel({}, TRAINING, matrices, vectors), "range", 3).blob)
     rows = [(name, "gptq", matrix.entropy_bits() + entropy_error, 0.01, 0.04, loss, 0.003, 2)
             for (name, matrix), loss in zip(matrices.items(), (0.003, 0.001), strict=True)]
     write_csv(folder / "quantize/seed3/tensors.csv", COLUMNS, [*rows, ("head.weight", "fp16", None, 0.0, 0.0, 0.0, None, 0)])
@@ -51,7 +52,7 @@ def test_a_layer_tells_what_happened_to_its_matrices(tmp_path: Path, capsys: pyt
     text = capsys.readouterr().out
     matrix = make_quantized_tensor(4, 6, None)
     steps = scales_of(matrix.row_exponents)
-    coded = re.search(r"bytes   (\d+), (\S+) bits per weight; entropy ([\d.]+); and \d+ of a low-rank correction", text)
+    coded = re.search(r"bytes   (\d+), (\S+) bits per weight; entropy ([\d.]+); and \d+ of a correction of rank 1", text)
     assert text.startswith("blocks.1.mlp.up.weight\n  size    4 x 6, 24 weights\n  bits    free, codes ")
     assert "blocks.13" not in text and "mix" not in text and ":left" not in text
     assert f"rows {float(steps.min()):.3g} to {float(steps.max()):.3g}, median {float(steps.median()):.3g}" in text
