@@ -94,7 +94,7 @@ class Bench:
 
     def clipped(self, method: str, bits: dict[str, int]) -> Result:
         """Grids that clip with the percentile rule."""
-        params = self.params(target_bytes=None, method=method, bits=bits, scale_factors=[1.0], rate_weight=0.0, damping=DAMPING)
+        params = self.params(target_bytes=None, method=method, bits=bits, rate_weight=0.0, damping=DAMPING)
         return self._run(lambda: self._quantize(params, lambda _: 0), "zstd")
 
     def free(self, num_bytes: int, method: str = "gptq", steps: int = 0) -> Result:

@@ -88,7 +88,7 @@ class Bench:
         grid: dict[str, Any] = {"target_bytes": None, "bits": train_params.qat.bits,
                                 "clip": read_params()["quantize"]["clip"] | {
                                     "rule": "percentile", "percentiles": [train_params.qat.clip_quantile],
-                                    "floor": train_params.qat.floor}, "scale_factors": [1.0], "rate_weight": 0.0}
+                                    "floor": train_params.qat.floor}, "rate_weight": 0.0}
         changes = {"nearest": grid | {"method": "rtn"}, "GPTQ": grid, "free": {}}
         figures: dict[str, float] = {}
         for export, changed in changes.items():

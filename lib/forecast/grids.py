@@ -1,9 +1,6 @@
 """Whether grids of fixed bits can meet the limit of the artifact, and what would."""
 
-import math
-from collections.abc import Sequence
-
-from lib.compression.budget import SizeRow, list_remedies, summarize
+from lib.compression.budget import list_remedies, summarize
 from lib.compression.config import CompressParams
 from lib.forecast.size import forecast_parts, sample_gaussian
 from lib.model.config import ModelParams
@@ -11,7 +8,7 @@ from lib.quantization.config import QuantizeParams
 
 CERTAIN = 0.9
 """Share of the forecast for Gaussian weights that trained weights are taken to need at least; bench/RESULTS.md has what was measured."""
-COARSE = 1.05  # steps are made so much wider than needed, as coarse codes lose less than a bit for twice the step
+FLOORS = (0.5, 1.0, 2.0, 4.0)  # of scales, that are proposed
 VANISHING = 2.0**-10  # times the usual spread: grids that follow the weights take as much as ever, a scale floor leaves zeros
 
 
@@ -38,18 +35,18 @@ def forecast_grids(model: ModelParams, quantize: QuantizeParams, compress: Compr
     least = summarize(forecast_parts(samples.scaled(VANISHING), model, quantize, compress))["artifact_bytes"]
     is_possible = CERTAIN * least <= room
     found = ", ".join(f"{part.part} {part.num_bytes:,}" for part in parts)
-    remedies = "; ".join([*_list_remedies(parts, num_bytes, room), f"{key} {num_bytes}"])
+    remedies = list_remedies(parts, num_bytes, room)
+    if any(part.num_weights for part in parts):
+        fits = (floor for floor in FLOORS if floor > quantize.clip.floor and summarize(forecast_parts(
+            samples, model, _with_floor(quantize, floor), compress))["artifact_bytes"] <= room)
+        if (floor := next(fits, None)) is not None:
+            remedies.append(f"wider steps (quantize.clip.floor {floor:g}, and the same in train.qat; #585 and #410 have 1)")
+        remedies.append(f"all quantize.bits free and quantize.target_bytes {room}")
+    remedies.append(f"{key} {num_bytes}")
     reason = "; trained weights may take less, which the progress of train shows" if is_possible else ", whatever the spread of the weights"
     message = f"{key}: expected at most {room:,} bytes of code and artifact, forecast {num_bytes:,} ({found}){reason}"
-    return f"{'note: ' if is_possible else ''}{message}; what would fit, any one of: {remedies}", is_possible
+    return f"{'note: ' if is_possible else ''}{message}; what would fit, any one of: {'; '.join(remedies)}", is_possible
 
 
-def _list_remedies(parts: Sequence[SizeRow], num_bytes: int, room: int) -> list[str]:
-    """Fewer bits, wider steps, of which twice as wide ones save a bit of each weight, and free steps."""
-    num_weights = sum(part.num_weights or 0 for part in parts)
-    if not num_weights:
-        return list_remedies(parts, num_bytes, room)
-    wider = math.ceil(100 * COARSE * 2 ** (8 * (num_bytes - room) / num_weights)) / 100
-    return [*list_remedies(parts, num_bytes, room), f"steps {wider:g} times as wide (quantize.scale_factors [{wider:g}]; or a floor, "
-            "quantize.clip.floor and train.qat.floor, which #585 and #410 have at 1)",
-            f"all quantize.bits free and quantize.target_bytes {room}"]
+def _with_floor(quantize: QuantizeParams, floor: float) -> QuantizeParams:
+    return quantize.model_copy(update={"clip": quantize.clip.model_copy(update={"floor": floor})})

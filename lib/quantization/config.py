@@ -88,11 +88,6 @@ class QuantizeParams(Params):
     """GPTQ: columns between two updates of all later columns; changes speed, not results."""
     act_order: bool
     """GPTQ: columns in descending order of the Hessian's diagonal, instead of in their own order."""
-    scale_factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
-    """Grids that clip: each row is rounded with these multiples of the scale that the clip rule gives, and keeps the one with the least
-    squared error of its outputs on the calibration sequences; [1.0] keeps the clip rule's. Time grows with their number."""
-    refits: NonNegative
-    """Grids that clip: this many times, the best scales for the codes found are computed, and rows rounded with them where that helps."""
     rate_weight: NonNegativeFloat
     """Rounding minimises squared error + rate_weight x code length in bits, the error in squared steps, weighed as GPTQ weighs the
     column; 0 = nearest. At 0.1155 a bit costs what it would cost to buy it with finer steps (uniform quantizer at high rate)."""

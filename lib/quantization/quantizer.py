@@ -30,7 +30,7 @@ from lib.quantization.allocation import (
     measure_curve,
     row_exponents,
 )
-from lib.quantization.clipped import round_clipped
+from lib.quantization.clipping import row_scales
 from lib.quantization.config import FREE, QuantizeParams
 from lib.quantization.gptq import Factor, Problem, factorize, round_gptq, round_two_sided
 from lib.quantization.low_rank import Error, correct
@@ -135,9 +135,10 @@ class Quantizer:
         for batch in self._batches([group for group in self._groups if group.bits is not None]):
             bits = batch[0].bits
             assert bits is not None
-            hessians = [self._hessians.calibration.hessians[group.source].to(self._process.device) for group in batch]
-            clips = [self._params.clip.of_role(group.role) for group in batch]
-            codes, scales = round_clipped([group.problem for group in batch], hessians, clips, bits, self._params)
+            problems = [group.problem for group in batch]
+            scales = [row_scales(group.problem.weight, bits, self._params.clip.of_role(group.role)) for group in batch]
+            codes, _ = round_gptq(problems, scales, [torch.ones_like(problem.weight[0]) for problem in problems], bits=bits,
+                                  block_size=self._params.block_size, rate_weight=self._params.rate_weight)
             for group, group_codes, group_scales in zip(batch, codes, scales, strict=True):
                 zeros = torch.zeros(codes.shape[2], dtype=torch.int16)
                 for (name, its_codes), (_, rows) in zip(group.split(group_codes), group.split(exponents_of(group_scales)), strict=True):

@@ -10,7 +10,7 @@ from lib.schema import PipelineParams
 ROOT = Path(__file__).parents[2]
 FIXED: dict[str, Any] = {
     "target_bytes": None, "bits": dict.fromkeys(("attention", "mlp", "embedding", "bigram", "value_embedding", "head"), 5),
-    "scale_factors": [1.0], "rate_weight": 0.0}
+    "rate_weight": 0.0}
 
 
 def make_pipeline(preset: str = "default", quantize: dict[str, Any] | None = None,

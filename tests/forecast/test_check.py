@@ -39,12 +39,14 @@ def test_a_grid_above_the_limit_is_refused_and_each_remedy_is_not() -> None:
         check(make_pipeline(quantize=FIXED, compress=LIMIT))
     message = str(caught.value)
     forecast = int(re.findall(r"forecast ([\d,]+) ", message)[0].replace(",", ""))
-    wider = float(re.findall(r"quantize\.scale_factors \[([\d.]+)\]", message)[0])
+    clip = make_pipeline().quantize.clip.model_dump(mode="json")
+    floor = float(re.findall(r"quantize\.clip\.floor ([\d.]+)", message)[0])
     role, bits = re.findall(r"quantize\.bits\.(\w+) (\d)", message)[0]
     assert message.startswith("compress.limit_bytes: expected at most 540,000 bytes of code and artifact, forecast ")
     assert message.endswith(f"; all quantize.bits free and quantize.target_bytes 540000; compress.limit_bytes {forecast}")
     remedies: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({"scale_factors": [wider]}, LIMIT), ({"bits": FIXED["bits"] | {role: int(bits)}}, LIMIT), ({}, {"limit_bytes": forecast}),
+        ({"clip": clip | {"floor": floor}}, LIMIT),
+        ({"bits": FIXED["bits"] | {role: int(bits)}}, LIMIT), ({}, {"limit_bytes": forecast}),
         ({"bits": dict.fromkeys(FIXED["bits"], "free"), "target_bytes": 540_000}, LIMIT)]
     for quantize, compress in remedies:
         assert check(make_pipeline(quantize=FIXED | quantize, compress=compress)).startswith("forecast: ")

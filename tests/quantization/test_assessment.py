@@ -70,8 +70,8 @@ def test_codes_and_steps_of_free_matrices(checkpoint: Checkpoint, hessians: Hess
 
 
 def test_round_to_nearest_of_grids_that_clip_has_the_scales_of_the_rule(checkpoint: Checkpoint, hessians: Hessians) -> None:
-    """Whatever factors GPTQ chose from; and rounding to nearest itself is what it is compared with."""
-    _, table = make_table(checkpoint, hessians, scale_factors=[0.8, 0.9, 1.0])
+    """Whatever GPTQ rounds to; and rounding to nearest itself is what it is compared with."""
+    _, table = make_table(checkpoint, hessians, rate_weight=0.06)
     _, plain = make_table(checkpoint, hessians)
     _, nearest = make_table(checkpoint, hessians, method="rtn")
     name = "blocks.1.mlp.up.weight"

@@ -14,8 +14,8 @@ BITS: dict[str, Any] = {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "
 QUANTIZE: dict[str, Any] = {
     "target_bytes": None, "method": "gptq", "bits": BITS, "bits_of": {}, "free_rows": True, "free_columns": True,
     "clip": {"rule": "mse", "percentiles": [0.999, 1.0], "num_candidates": 50, "num_std": 4.0, "num_std_of": {}, "floor": 0.0},
-    "damping": 0.01, "feedback_damping": None, "block_size": 128, "act_order": True, "scale_factors": [1.0],
-    "refits": 0, "rate_weight": 0.0,
+    "damping": 0.01, "feedback_damping": None, "block_size": 128, "act_order": True,
+    "rate_weight": 0.0,
     "prune_fraction": 0.0, "low_rank": {"max_bytes": 0, "bits": 8}, "vector_mantissa_bits": 10, "heldout_tokens": 1000,
     "distill": {"steps": 0, "batch_sequences": 2, "code_lr": 0.02, "vector_lr": 0.002, "excess": 0.03, "precision": "fp32"},
 }
@@ -47,8 +47,8 @@ def test_rule_names_are_the_registry() -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"damping": 0.0}, {"damping": 2.0}, {"block_size": 0}, {"method": "obq"}, {"target_bytes": 0}, {"scale_factors": []},
-    {"scale_factors": [0.0]}, {"refits": -1}, {"rate_weight": -0.1}, {"prune_fraction": 1.0}, {"vector_mantissa_bits": 11},
+    {"damping": 0.0}, {"damping": 2.0}, {"block_size": 0}, {"method": "obq"}, {"target_bytes": 0},
+    {"rate_weight": -0.1}, {"prune_fraction": 1.0}, {"vector_mantissa_bits": 11},
     {"low_rank": {"max_bytes": -1, "bits": 8}}, {"low_rank": {"max_bytes": 0, "bits": 9}}, {"heldout_tokens": 0},
     {"bits": BITS | {"mlp": "fre"}}])
 def test_rejects_values_out_of_range(change: dict[str, Any]) -> None:

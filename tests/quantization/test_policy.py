@@ -145,7 +145,7 @@ def test_vectors_have_the_mantissa_that_was_asked_for(checkpoint: Checkpoint, pa
 def test_checkpoint_and_hessians_are_not_touched(checkpoint: Checkpoint, hessians: Hessians) -> None:
     before = {name: weight.clone() for name, weight in checkpoint.weights.items()}
     moments = {name: value.clone() for values in vars(hessians.calibration).values() for name, value in values.items()}
-    for changes in ({"refits": 1, "prune_fraction": 0.1}, {"bits": FREE_BITS, "target_bytes": 3000, "rate_weight": 0.1}):
+    for changes in ({"prune_fraction": 0.1}, {"bits": FREE_BITS, "target_bytes": 3000, "rate_weight": 0.1}):
         quantize(checkpoint, hessians, **changes)
     assert all(torch.equal(weight, before[name]) for name, weight in checkpoint.weights.items())
     assert all(torch.equal(value, moments[name]) for values in vars(hessians.calibration).values() for name, value in values.items())
@@ -194,7 +194,7 @@ def test_grid_differences_name_the_keys() -> None:
 
 
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {"refits": 1, "scale_factors": [0.8, 1.0]},
+    {"prune_fraction": 0.1},
     {"bits": FREE_BITS, "bits_of": {"blocks.0.attention.key.weight": 5, "blocks.0.attention.value.weight": 16}, "target_bytes": 4000,
      "low_rank": {"max_bytes": 300, "bits": 8}, "rate_weight": 0.06})
 

@@ -27,7 +27,7 @@ PARAMS: dict[str, Any] = dict.fromkeys(SECTIONS) | {
                  "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8}, "bits_of": {},
                  "free_rows": True, "free_columns": True,
                  "clip": {"rule": "mse", "percentiles": [0.99, 1.0], "num_candidates": 20, "num_std": 4.0, "num_std_of": {}, "floor": 0.0},
-                 "damping": 0.01, "feedback_damping": None, "block_size": 8, "act_order": True, "scale_factors": [0.9, 1.0], "refits": 0,
+                 "damping": 0.01, "feedback_damping": None, "block_size": 8, "act_order": True,
                  "rate_weight": 0.0, "prune_fraction": 0.0, "low_rank": {"max_bytes": 0, "bits": 8}, "vector_mantissa_bits": 10,
                  "heldout_tokens": 500,
                  "distill": {"steps": 0, "batch_sequences": 2, "code_lr": 0.02, "vector_lr": 0.002, "excess": 0.03, "precision": "fp32"}},
