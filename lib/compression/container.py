@@ -88,10 +88,10 @@ class Packed(NamedTuple):
 
     Attributes:
         blob: the container.
-        matrix_bytes: of the codes of each matrix and those of its correction.
-        correction_bytes: of these the ones of the correction, for matrices that have one.
-        exponents_bytes: of the scales of all matrices.
-        vectors_bytes: of all vectors.
+        matrix_bytes: size of each matrix, codes and those of its correction.
+        correction_bytes: size of the correction alone, for matrices that have one.
+        exponents_bytes: size of the scales of all matrices.
+        vectors_bytes: size of all vectors.
     """
 
     blob: bytes
