@@ -25,7 +25,6 @@ from lib.calibration.moments import collect_moments, draw_sequences
 from lib.calibration.sums import matrix_inputs
 from lib.compression.config import CompressParams
 from lib.compression.container import pack
-from lib.data.loader import Loader
 from lib.data.tokenizer import load_tokenizer
 from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.heldout import compare_heldout
@@ -36,6 +35,7 @@ from lib.model.parts import parts_of
 from lib.params import load_params, parse_params, read_params
 from lib.quantization.config import QuantizeParams
 from lib.quantization.policy import quantize_model
+from lib.training.checkpoint import make_loader
 from lib.training.config import TrainParams
 from lib.training.loop import train
 
@@ -64,7 +64,7 @@ class Bench:
         kernel = choose_kernel(self.section.attention, architecture, params.precision, self.process.device)
         model = GPT(architecture, kernel).to(self.process.device)
         model.initialize(seed)
-        loader = Loader(self.splits["train"], params.tokens_per_row, params.batch_sequences, seed)
+        loader = make_loader(params, self.splits["train"], architecture.bos_id, seed)
         with tempfile.TemporaryDirectory() as folder:
             candidates = train(model, params, loader, self.process, Path(folder) / "resume.pt", status=dict).candidates
         training = Training(sequence_tokens=params.sequence_tokens)

@@ -13,7 +13,7 @@ ALLOWED = {  # package or module below lib -> what of lib it may import, besides
     "progress": set(),
     "distributed": {"errors"},
     "startup": {"errors"},
-    "artifacts": {"errors"},
+    "artifacts": {"errors", "problems"},
     "data": BASE | {"artifacts"},
     "model": {"errors", "params"},
     "compression": {"errors", "params", "problems", "artifacts"},

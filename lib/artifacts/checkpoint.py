@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, Valid
 
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tensors import load_tensors, save_tensors
+from lib.problems import describe_problem, show
 
 
 class _Stored(BaseModel):
@@ -59,10 +60,11 @@ class Training(_Stored):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False)[0]
-            found = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
-            raise ArtifactError(f"{where}: training.{'.'.join(map(str, problem['loc']))}: {found}; use the program that wrote the file, or "
-                                "make it anew") from None
+            problem = error.errors(include_url=False)[0]
+            what = describe_problem(problem)
+            found = f", found {show(problem['input'])}" if what.startswith("expected") else ""
+            raise ArtifactError(f"{where}: {'.'.join(map(str, ('training', *problem['loc'])))}: {what}{found}; use the program that wrote "
+                                "the file, or make it anew") from None
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,14 @@ class ExpectParams(Params):
 
     val_documents: Positive | None
     """Number of validation documents."""
+    val_targets: Positive | None
+    """Number of target tokens: all but the first token."""
+    val_bytes: Positive | None
+    """Bytes of text that they stand for."""
     val_bytes_per_token: PositiveFloat | None
-    """Bytes of text per target token, with five digits after the point; one unit of the last is allowed."""
+    """The same per target token, with five digits after the point; one unit of the last is allowed."""
+    val_sidecar_bytes_per_token: PositiveFloat | None
+    """Bytes per target token by the byte side-cars of published shards, which are not what counts here; as precise."""
 
 
 class TokenizeParams(Params):

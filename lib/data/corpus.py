@@ -286,7 +286,7 @@ def _shards(params: TokenizeParams) -> ShardSource:
     """The shards in a folder."""
     assert params.tokenizer is not None
     shards = find_shards(Path(params.path))
-    sizes = {file.name: file.stat().st_size for file in (*shards.train, *shards.val)}
+    sizes = {file.name: file.stat().st_size for file in (*shards.train, *shards.val, *shards.val_bytes)}
     return ShardSource(shards, {"name": "shards", "file_bytes": sizes}, Path(params.tokenizer))
 
 

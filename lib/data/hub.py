@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from lib.artifacts.files import read_json
 from lib.data.config import HubParams
 from lib.data.hub_repository import Repository
-from lib.data.shards import Shards, sort_shards
+from lib.data.shards import Shards, find_sidecars, sort_shards
 from lib.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -79,10 +79,11 @@ def download_dataset(params: HubParams) -> HubDataset:
             raise UserError(f"tokenize.hub.train_shards: expected at most {available}, as many as {params.dataset} has in {repository}, "
                             f"found {params.train_shards}")
         names["train"] = names["train"][:params.train_shards]
+        names["val_bytes"] = find_sidecars(names["val"], repository.files)
     paths = repository.fetch([model, *(name for part in names.values() for name in part)])
     shards = None
     if params.start == "shards":
-        shards = Shards(tuple(paths[name] for name in names["train"]), tuple(paths[name] for name in names["val"]))
+        shards = Shards(*(tuple(paths[name] for name in names[part]) for part in ("train", "val", "val_bytes")))
     provenance = {"name": "hub", "repo": params.repo, "commit": repository.commit, "dataset": params.dataset,
                   "files": {name: f"{file.algorithm} {file.digest}" for name in paths for file in [repository.files[name]]}}
     return HubDataset(paths[model], shards, tuple(paths[name] for name in names.get("documents", [])), provenance)

@@ -10,6 +10,7 @@ N times the golden ratio, which spreads them most evenly. The next epoch draws n
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -113,10 +114,17 @@ class Loader:
         return self._epochs[epoch]
 
 
+class Batches(Protocol):
+    """Training batches as a function of the step: of a `Loader`, or of a `lib.data.sequential.SequentialLoader`."""
+
+    def batch(self, step: int, process: Process = SINGLE_CPU) -> torch.Tensor:
+        """As `Loader.batch`."""
+
+
 class Prefetch:
     """The batches of one process on its device, each made in the background while the one before is used."""
 
-    def __init__(self, loader: Loader, process: Process) -> None:
+    def __init__(self, loader: Batches, process: Process) -> None:
         self._loader, self._process = loader, process
         self._thread = ThreadPoolExecutor(1, "batches")
         self._coming: tuple[int, Future[torch.Tensor]] | None = None

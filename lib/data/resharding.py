@@ -7,7 +7,7 @@ output written in pieces, so that memory holds a few numbers for each document a
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lib.data.corpus import ALSO_IN_VAL, KEY_BYTES, normalized_hash, split_of
 from lib.data.encoder import decode_documents
 from lib.data.roundtrip import Reencoding, reencode, too_many_changed
 from lib.data.shards import Shards, Stream
+from lib.data.sidecar import compare_sidecars
 from lib.data.tokenizer import Tokenizer
 from lib.data.workers import map_in_order
 from lib.errors import UserError
@@ -152,16 +153,16 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
         num_processes: processes that decode.
 
     Returns:
-        As `lib.data.tokenization.write_splits`.
+        As `lib.data.tokenization.write_splits`; and what came of comparing the byte side-cars, None without them.
 
     Raises:
-        ArtifactError: files that are not sound, or not of this tokenizer.
+        ArtifactError: files that are not sound, or not of this tokenizer; or as `compare_sidecars`.
         ValueError: a split without documents, or whose tokens stand for more bytes than its text has.
     """
     writers = {split: SplitWriter(folder / split, params.vocab_size, params.shard_tokens) for split in SPLITS}
     skipped: Counter[str] = Counter()
     keys: dict[str, list[Keys]] = {split: [np.zeros(0, f"V{KEY_BYTES}")] for split in SPLITS}
-    val_keys = None
+    val_keys = comparison = None
     for description, paths in (("validation shards", shards.val), ("training shards", shards.train)):
         reader = Reader(paths, tokenizer, params.heldout_fraction or 0, val_keys)
         for documents in _read(reader, num_processes, description):
@@ -173,7 +174,9 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
                 tokens = reader.stream.read(int(documents.bounds[first]), int(documents.bounds[last]))
                 writers[outcome].add(tokens, int(documents.raw_bytes[first:last].sum()), int(documents.accounted_bytes[first:last].sum()),
                                      num_documents=last - first)
-        val_keys = frozenset(key for part in keys["val"] for key in part.tolist())
+        if val_keys is None:
+            comparison = compare_sidecars(shards, tokenizer)
+            val_keys = frozenset(key for part in keys["val"] for key in part.tolist())
     distinct = {split: np.unique(np.concatenate(keys[split])) for split in SPLITS}
     for split in SPLITS:
         if not len(distinct[split]):
@@ -185,6 +188,7 @@ def write_shards(params: TokenizeParams, shards: Shards, tokenizer: Tokenizer, f
                    for split in SPLITS},
         "shared_documents": {f"{a} and {b}": len(np.intersect1d(distinct[a], distinct[b])) for a, b in itertools.combinations(SPLITS, 2)},
         "skipped_documents": dict(sorted(skipped.items())),
+        "byte_sidecar": None if comparison is None else asdict(comparison),
     }
 
 

@@ -45,11 +45,22 @@ def reencode(tokenizer: Tokenizer, documents: Sequence[Tokens], texts: Sequence[
     outcomes = []
     for number, (tokens, text, again) in enumerate(zip(documents, texts, encode_documents(tokenizer, texts, num_threads), strict=True), 1):
         kept = len(tokens) - CUT_TOKENS if may_be_cut and number == len(documents) else None
-        if tokens.tolist() == again.tolist() or (kept is not None and tokens[:max(kept, 0)].tolist() == again[:max(kept, 0)].tolist()):
+        if (tokens.tolist() == again.tolist() or (kept is not None and tokens[:max(kept, 0)].tolist() == again[:max(kept, 0)].tolist())
+                or (tokenizer.case_transform and not tokenizer.lossless and _keeps_operators(tokenizer, tokens))):
             outcomes.append(Reencoding.same)
         else:
             outcomes.append(Reencoding.other if decode_documents(tokenizer, [again.tolist()]) == [text] else Reencoding.changed)
     return outcomes
+
+
+def _keeps_operators(tokenizer: Tokenizer, tokens: Tokens) -> bool:
+    """Whether tokens are those of their text with its operators as they are.
+
+    A normalizer comes after the case transform, and makes letters of other characters, which then belong to the words beside them: what
+    the operators were put for cannot be seen any more (the capitals of U+2122 have none, and a ligature may have been the start of a word).
+    """
+    again: list[int] = tokenizer.processor.encode(tokenizer.processor.decode(tokens.tolist()))
+    return again == tokens[1:].tolist()
 
 
 def too_many_changed(num_changed: int, num_tried: int) -> bool:

@@ -4,7 +4,7 @@ The format is that of `lib.artifacts.tokens`. A document may go on in the next s
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from lib.artifacts.tokens import HEADER_BYTES, HEADER_INT32S, MAGIC, VERSION, To
 from lib.errors import UserError
 
 SHARD_NAME = re.compile(r"(?P<dataset>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
-"""Not of files that some datasets have beside the shards, as ``x_val_bytes_000000.bin``."""
+"""Not of the byte side-cars that some datasets have beside the shards, see `lib.data.sidecar`."""
 
 SUMS_FILE = "SHA256SUMS"
 SEARCH_TOKENS = 1 << 16
@@ -25,10 +25,11 @@ REMEDY = "fetch it again, or set tokenize.path to a folder of published shards"
 
 @dataclass(frozen=True)
 class Shards:
-    """Files of one dataset, those of a split in the order of their numbers."""
+    """Files of one dataset, those of a split in the order of their numbers; `val_bytes` are the byte side-cars of `val`, if there are."""
 
     train: tuple[Path, ...]
     val: tuple[Path, ...]
+    val_bytes: tuple[Path, ...] = ()
 
 
 def find_shards(folder: Path) -> Shards:
@@ -40,11 +41,13 @@ def find_shards(folder: Path) -> Shards:
     """
     if not folder.is_dir():
         raise UserError(f"tokenize.path: expected a folder of published shards, found none at {folder}")
-    sorted_names = sort_shards((path.name for path in folder.iterdir()), str(folder))
-    shards = Shards(*(tuple(folder / name for name in sorted_names[split]) for split in ("train", "val")))
+    present = {path.name for path in folder.iterdir()}
+    names = sort_shards(present, str(folder))
+    names["val_bytes"] = find_sidecars(names["val"], present)
+    shards = Shards(*(tuple(folder / name for name in names[part]) for part in ("train", "val", "val_bytes")))
     sums = folder / SUMS_FILE
     if sums.exists():
-        _check_sums([*shards.train, *shards.val], sums)
+        _check_sums([*shards.train, *shards.val, *shards.val_bytes], sums)
     return shards
 
 
@@ -76,11 +79,25 @@ def sort_shards(names: Iterable[str], where: str) -> dict[str, list[str]]:
     return {split: [by_number[number] for number in sorted(by_number)] for split, by_number in found.items()}
 
 
+def sidecar_name(shard: str) -> str:
+    """The name of the byte side-car of a validation shard: ``x_val_bytes_000000.bin`` of ``x_val_000000.bin``."""
+    name, _, number = shard.rpartition("_")
+    return f"{name}_bytes_{number}"
+
+
+def find_sidecars(val: Iterable[str], present: Container[str]) -> list[str]:
+    """The byte side-cars of validation shards, by their names, as far as they are `present`."""
+    return [sidecar for sidecar in map(sidecar_name, val) if sidecar in present]
+
+
 class Stream:
     """The tokens of consecutive shards as one sequence, read in pieces; positions count from the first shard's first token.
 
     Args:
         paths: the shards, in order.
+
+    Attributes:
+        lengths: tokens of each shard.
 
     Raises:
         ArtifactError: a file that is missing, truncated or of another format.
@@ -88,7 +105,8 @@ class Stream:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = tuple(paths)
-        self._starts = np.cumsum([0, *map(_count_tokens, self.paths)])
+        self.lengths = tuple(map(_count_tokens, self.paths))
+        self._starts = np.cumsum([0, *self.lengths])
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -172,7 +172,7 @@ def make_manifest(params: TokenizeParams, source: Source | ShardSource, tokenize
                       "lossless": tokenizer.lossless, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
         **splits,
     }
-    _check_expectations(params.expect, summarize(manifest)["val"])
+    _check_expectations(params.expect, manifest)
     return manifest
 
 
@@ -185,12 +185,17 @@ def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"case_transform": manifest["tokenizer"]["case_transform"], "text": describe_text(manifest), **splits}
 
 
-def _check_expectations(expect: ExpectParams, val: dict[str, Any]) -> None:
-    for key, tolerance in (("documents", 0), ("bytes_per_token", BYTES_PER_TOKEN_TOLERANCE)):
-        expected = getattr(expect, f"val_{key}")
-        if expected is not None and abs(val[key] - expected) > tolerance:
-            raise UserError(f"tokenize.expect.val_{key}: expected {expected}, found {val[key]}: not the validation documents or not the "
-                            "tokenizer that the number is known of; correct the section tokenize, or set the key to null")
+def _check_expectations(expect: ExpectParams, manifest: dict[str, Any]) -> None:
+    val, sidecar = manifest["splits"]["val"], manifest.get("byte_sidecar")
+    num_targets, num_bytes = val["tokens"] - 1, val["accounted_bytes"]
+    facts = {"val_documents": val["documents"], "val_targets": num_targets, "val_bytes": num_bytes,
+             "val_bytes_per_token": num_bytes / num_targets, "val_sidecar_bytes_per_token": sidecar and sidecar["bytes"] / num_targets}
+    for key, found in facts.items():
+        expected, tolerance = getattr(expect, key), BYTES_PER_TOKEN_TOLERANCE if key.endswith("per_token") else 0
+        if expected is not None and (found is None or abs(found - expected) > tolerance):
+            raise UserError(f"tokenize.expect.{key}: expected {expected}, found {'no side-cars' if found is None else found}: not the "
+                            "validation documents or not the tokenizer that the number is known of; correct the section tokenize, or set "
+                            "the key to null")
 
 
 def _check_document(document: EncodedDocument, split: str, tokenizer: Tokenizer) -> None:

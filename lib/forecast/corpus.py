@@ -26,11 +26,14 @@ def check_corpus(splits: Mapping[str, Mapping[str, Any]]) -> None:
         UserError: too few sequences or tokens; all shortages in one message.
     """
     train, calibrate = load_params("train", TrainParams), load_params("calibrate", CalibrateParams)
-    length, shards = train.sequence_tokens, [shard["tokens"] for shard in splits["train"]["shards"]]
+    length, shards, place = train.sequence_tokens, [shard["tokens"] for shard in splits["train"]["shards"]], "train"
     batch_rows, sequences = (int(count_rows(shards, tokens).sum()) for tokens in (train.tokens_per_row, length))
+    if train.data_order == "sequential":
+        batch_rows, place = max(shards, default=0) // (train.tokens_per_row + 1), "a shard of train"
     key = "row_tokens" if train.row_tokens else "sequence_tokens"
     needs = [
-        (train.batch_sequences, batch_rows, f"train.batch_sequences: {{}} sequences of train.{key} {train.tokens_per_row} tokens in train"),
+        (train.batch_sequences, batch_rows,
+         f"train.batch_sequences: {{}} sequences of train.{key} {train.tokens_per_row} tokens in {place}"),
         (2 * calibrate.num_sequences, sequences,
          f"calibrate.num_sequences {calibrate.num_sequences}, twice: {{}} sequences of train.sequence_tokens {length} tokens in train"),
         (length + 1, splits["heldout"]["tokens"], "quantize: {} tokens in heldout, train.sequence_tokens and one more"),

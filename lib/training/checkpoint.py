@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from lib.artifacts.checkpoint import Checkpoint, TrainedGrid, Training
 from lib.artifacts.tokens import Split
-from lib.data.loader import Loader
+from lib.data.loader import Batches, Loader
+from lib.data.sequential import SequentialLoader
 from lib.data.tokenizer import Tokenizer
 from lib.distributed import Process
 from lib.evaluation.heldout import score_heldout
@@ -38,6 +39,17 @@ class Trained(NamedTuple):
     timing: dict[str, float]
 
 
+def make_loader(params: TrainParams, text: Split, bos_id: int, seed: int) -> Batches:
+    """The batches of `text` in the order that the section ``train`` names.
+
+    Raises:
+        UserError: too few tokens for one batch.
+    """
+    if params.data_order == "sequential":
+        return SequentialLoader(text, params.tokens_per_row, params.batch_sequences, bos_id)
+    return Loader(text, params.tokens_per_row, params.batch_sequences, seed)
+
+
 def train_checkpoint(section: ModelSection, params: TrainParams, text: Split, heldout: Split, tokenizer: Tokenizer, *, seed: int,
                      process: Process, resume_path: Path, watch: Watch) -> Trained:
     """Train a model from its initialisation, or from where an interrupted run was, and choose among its weights.
@@ -61,7 +73,7 @@ def train_checkpoint(section: ModelSection, params: TrainParams, text: Split, he
     say(f"train: attention by {kernel.reason}", enabled=process.is_main)
     model = GPT(section.architecture, kernel).to(process.device)
     model.initialize(seed)
-    loader = Loader(text, params.tokens_per_row, params.batch_sequences, seed)
+    loader = make_loader(params, text, tokenizer.bos_id, seed)
     result = train(model, params, loader, process, resume_path, status=watch(model))
     batch_windows = params.micro_batch_sequences * params.tokens_per_row // params.sequence_tokens
     score = partial(score_heldout, split=heldout, tokenizer=tokenizer, window_tokens=params.sequence_tokens,

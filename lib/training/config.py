@@ -103,6 +103,9 @@ class TrainParams(Params):
     `sequence_tokens` after each (#1855: 98,304). None: rows of `sequence_tokens`, which are not packed."""
     sequence_schedule: tuple[tuple[Fraction, Annotated[Positive, Field(ge=2)]], ...]
     """(fraction of the budget at which it ends, tokens in place of `sequence_tokens`) pairs, both rising, for packed rows."""
+    data_order: Literal["shuffled", "sequential"]
+    """shuffled: rows from all over the text, others for every seed and epoch (`lib.data.loader`). sequential: the text as it comes, the
+    same for every seed (#1855; `lib.data.sequential`)."""
     batch_sequences: Positive
     """Rows per optimizer step, over all processes, which need not divide it."""
     micro_batch_sequences: Positive

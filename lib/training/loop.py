@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib.data.loader import Loader, Prefetch
+from lib.data.loader import Batches, Prefetch
 from lib.data.rows import find_parts
 from lib.distributed import Process
 from lib.errors import UserError
@@ -89,7 +89,7 @@ class Stage(NamedTuple):
 class Run:
     """The state of one training run, between steps; `state_dict` is all that a continued run needs."""
 
-    def __init__(self, model: GPT, params: TrainParams, loader: Loader, process: Process) -> None:
+    def __init__(self, model: GPT, params: TrainParams, loader: Batches, process: Process) -> None:
         self.params, self.process = params, process
         self.model = model
         self.batches = Prefetch(loader, process)
@@ -238,7 +238,7 @@ class Run:
         self._pending.clear()
 
 
-def train(model: GPT, params: TrainParams, loader: Loader, process: Process, resume_path: Path, *,
+def train(model: GPT, params: TrainParams, loader: Batches, process: Process, resume_path: Path, *,
           status: Callable[[], Mapping[str, str]]) -> TrainResult:
     """Train an initialised model on this process's device for the whole budget.
 

@@ -38,3 +38,15 @@ def test_what_came_later_has_its_neutral_value(tmp_path: Path, saved: dict[str, 
 def test_unknown_keys_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"checkpoint\.safetensors: training\.colour: unknown key; use the program that wrote the file"):
         load(tmp_path / "checkpoint.safetensors", {"sequence_tokens": 8, "colour": "red"})
+
+
+@pytest.mark.parametrize(("training", "message"), [
+    ({"sequence_tokens": "8"}, r'training\.sequence_tokens: expected a whole number, found "8"'),
+    ({"sequence_tokens": 8, "selected": 3}, r"training\.selected: expected text, found 3"),
+    ({"sequence_tokens": 8, "qat": GRID | {"bits": {"mlp": 5.5}}}, r"training\.qat\.bits\.mlp: expected a whole number, found 5\.5"),
+    ({"sequence_tokens": 8, "qat": "x" * 99}, rf'training\.qat: expected keys with values, found "{"x" * 59}\.\.\.'),
+    ({"num_steps": 5}, r"training\.sequence_tokens: missing"), ([], r"training: expected keys with values, found \[\]"),
+])
+def test_values_of_another_type_are_refused_in_one_plain_line(tmp_path: Path, training: Any, message: str) -> None:
+    with pytest.raises(ArtifactError, match=rf"^[^\n]*checkpoint\.safetensors: {message}; use the program that wrote the file, or make it"):
+        load(tmp_path / "checkpoint.safetensors", training)

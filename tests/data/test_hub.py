@@ -37,7 +37,7 @@ answers = []
 for params in json.loads(sys.argv[1]):
     try:
         dataset = download_dataset(HubParams(**params))
-        shards = dataset.shards and {"train": list(map(str, dataset.shards.train)), "val": list(map(str, dataset.shards.val))}
+        shards = dataset.shards and {part: list(map(str, getattr(dataset.shards, part))) for part in ("train", "val", "val_bytes")}
         answers.append({"tokenizer": str(dataset.tokenizer), "shards": shards, "documents": list(map(str, dataset.documents)),
                         "provenance": dataset.provenance})
     except ValueError as error:
@@ -65,7 +65,7 @@ def make_files() -> dict[str, bytes]:
         "README.md": b"about", "manifest.json": b'{"datasets": [], "tokenizers": []}',
         f"{PREFIX}manifest.json": json.dumps({"datasets": datasets, "tokenizers": tokenizers}).encode(),
         f"{PREFIX}tokenizers/sp.model": b"some model", f"{PREFIX}docs_selected.jsonl": b'{"text": "one"}\n' * 40,
-        f"{SHARDS}web_val_000000.bin": shard(50), f"{SHARDS}web_val_000001.bin": shard(20), f"{SHARDS}web_val_bytes_000000.bin": b"other",
+        f"{SHARDS}web_val_000000.bin": shard(50), f"{SHARDS}web_val_000001.bin": shard(20), f"{SHARDS}web_val_bytes_000000.bin": shard(50),
         f"{SHARDS}web_train_000000.bin": shard(300), LARGE: shard(12 << 20), f"{SHARDS}web_train_000002.bin": shard(100),
         f"{PREFIX}datasets/plain/a_train_000001.bin": shard(9), f"{PREFIX}datasets/plain/a_val_000000.bin": shard(8),
         f"{PREFIX}datasets/gap/a_train_000000.bin": shard(9), f"{PREFIX}datasets/gap/a_train_000002.bin": shard(9),
@@ -75,7 +75,8 @@ def make_files() -> dict[str, bytes]:
 
 FILES = make_files()
 WANTED = [f"{PREFIX}tokenizers/sp.model", f"{SHARDS}web_train_000000.bin", LARGE,
-          f"{SHARDS}web_val_000000.bin", f"{SHARDS}web_val_000001.bin"]
+          f"{SHARDS}web_val_000000.bin", f"{SHARDS}web_val_000001.bin", f"{SHARDS}web_val_bytes_000000.bin"]
+PARTS = ("train", "val", "val_bytes")
 
 
 @dataclass
@@ -118,7 +119,7 @@ def user(tmp_path: Path) -> Iterator[User]:
 
 def check(user: User, dataset: dict[str, Any]) -> None:
     """All files of the default download are there, as they should be."""
-    paths = [dataset["tokenizer"], *dataset["shards"]["train"], *dataset["shards"]["val"]]
+    paths = [dataset["tokenizer"], *(path for part in PARTS for path in dataset["shards"][part])]
     assert [Path(path).name for path in paths] == [Path(name).name for name in WANTED]
     assert [Path(path).read_bytes() for path in paths] == [user.hub.files[name] for name in WANTED]
     assert not user.partial_sizes()
@@ -135,7 +136,7 @@ def test_what_is_needed_is_downloaded_once(user: User) -> None:
     lines = printed.splitlines()
     assert lines.pop(0).startswith(f"tokenize.hub.revision: main is commit {user.hub.commit} now; write that there to repeat this run")
     size = sum(len(FILES[name]) for name in WANTED)
-    assert f"tokenize.hub: 5 files of {size / 1e6:.1f} MB to download" in printed
+    assert f"tokenize.hub: 6 files of {size / 1e6:.1f} MB to download" in printed
     assert re.search(rf"verify: 100% {size / 1e6:.1f}M/", printed)
     user.hub.requests.clear()
     (again,), printed = user.download()
@@ -182,7 +183,7 @@ def test_files_that_arrived_before_a_download_was_stopped_are_kept(user: User, s
     assert process.returncode != 0 or signal_number == signal.SIGINT  # which is lost in a callback of the library now and then
     user.hub.requests.clear()
     (dataset,), _ = user.download()
-    for path, name in zip([dataset["tokenizer"], *dataset["shards"]["train"], *dataset["shards"]["val"]], WANTED, strict=True):
+    for path, name in zip([dataset["tokenizer"], *(path for part in PARTS for path in dataset["shards"][part])], WANTED, strict=True):
         assert Path(path).read_bytes() == user.hub.files[name]
     assert user.hub.transfers(LARGE) == ([0] if signal_number == signal.SIGKILL else [])  # Ctrl-C waits for what is on its way
     assert not any(user.hub.transfers(name) for name in WANTED if name != LARGE)
@@ -267,7 +268,7 @@ def test_documents_are_one_file(user: User) -> None:
 
 def test_a_manifest_may_leave_out_the_folder_of_a_dataset(user: User) -> None:
     (dataset,), _ = user.download({"dataset": "plain", "train_shards": 1})
-    assert [Path(path).name for part in ("train", "val") for path in dataset["shards"][part]] == ["a_train_000001.bin", "a_val_000000.bin"]
+    assert [Path(path).name for part in PARTS for path in dataset["shards"][part]] == ["a_train_000001.bin", "a_val_000000.bin"]
 
 
 def test_what_is_not_there_is_named(user: User) -> None:

@@ -10,6 +10,7 @@ import pytest
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.tokens import SPLITS, load_split
 from lib.data import corpus
+from lib.data.config import ExpectParams
 from lib.data.corpus import Source, batch_texts, open_source
 from lib.data.encoder import encode_documents
 from lib.data.tokenization import make_manifest, provide_tokenizer, summarize, write_splits
@@ -188,21 +189,30 @@ def test_manifest_and_metrics(tmp_path: Path) -> None:
                                           "accounted_bytes": val["raw_bytes"], "bytes_per_token": val["raw_bytes"] / (val["tokens"] - 1)}
 
 
-@pytest.mark.parametrize(("key", "close", "far"), [("documents", [0], [1, -1]), ("bytes_per_token", [0.0, 9e-6, -9e-6], [2e-5, -2e-5])])
-def test_known_facts_are_checked(tmp_path: Path, key: str, close: list[float], far: list[float]) -> None:
-    splits = write(tmp_path, SENTENCES)
+@pytest.mark.parametrize("key", ExpectParams.model_fields)
+def test_known_facts_are_checked(tmp_path: Path, key: str) -> None:
+    close, far = ([0.0, 9e-6, -9e-6], [2e-5, -2e-5]) if key.endswith("per_token") else ([0], [1, -1])
+    splits = write(tmp_path, SENTENCES) | {"byte_sidecar": {"bytes": 12_345}}
     val = splits["splits"]["val"]
-    fact = val["documents"] if key == "documents" else val["accounted_bytes"] / (val["tokens"] - 1)
+    fact = {"val_documents": val["documents"], "val_targets": val["tokens"] - 1, "val_bytes": val["accounted_bytes"],
+            "val_bytes_per_token": val["accounted_bytes"] / (val["tokens"] - 1),
+            "val_sidecar_bytes_per_token": 12_345 / (val["tokens"] - 1)}[key]
 
     def check(expected: float) -> None:
-        expect = {"val_documents": None, "val_bytes_per_token": None} | {f"val_{key}": expected}
+        expect = tiny_params().expect.model_dump() | {key: expected}
         make_manifest(tiny_params(expect=expect), make_source([]), tiny_tokenizer(), splits)
 
     for difference in close:
         check(fact + difference)
     for difference in far:
-        with pytest.raises(ValueError, match=rf"tokenize\.expect\.val_{key}: expected .*, found {fact}"):
+        with pytest.raises(ValueError, match=rf"tokenize\.expect\.{key}: expected .*, found {fact}"):
             check(fact + difference)
+
+
+def test_side_cars_that_are_expected_must_be_there(tmp_path: Path) -> None:
+    expect = tiny_params().expect.model_dump() | {"val_sidecar_bytes_per_token": 3.0}
+    with pytest.raises(ValueError, match=r"expect\.val_sidecar_bytes_per_token: expected 3\.0, found no side-cars: not the validation"):
+        make_manifest(tiny_params(expect=expect), make_source([]), tiny_tokenizer(), write(tmp_path, SENTENCES) | {"byte_sidecar": None})
 
 
 def test_validation_documents_by_number_may_repeat(tmp_path: Path) -> None:

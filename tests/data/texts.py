@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lib.data.config import NO_FILE, TokenizeParams
+from lib.data.config import NO_FILE, ExpectParams, TokenizeParams
 from lib.data.tokenizer import Tokenizer
 from lib.data.tokenizer_training import train_tokenizer
 
@@ -51,7 +51,7 @@ TINY_PARAMS: dict[str, Any] = {
     "heldout_path": NO_FILE, "packages": [], "min_document_bytes": 1, "heldout_fraction": 0.2,
     "val_fraction": 0.2, "tokenizer": None, "vocab_size": TINY_VOCAB_SIZE, "tokenizer_training_bytes": 100_000, "shard_tokens": 1000,
     "hub": {"repo": "owner/data", "revision": "main", "dataset": "tiny", "start": "shards", "train_shards": 2}, "val_documents": None,
-    "case_transform": False, "expect": {"val_documents": None, "val_bytes_per_token": None},
+    "case_transform": False, "expect": dict.fromkeys(ExpectParams.model_fields),
 }
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,7 @@ from lib.distributed import SINGLE_CPU, Process
 from lib.model import compilation
 from lib.model.gpt import GPT
 from lib.params import ParamsError
+from lib.training.checkpoint import make_loader
 from lib.training.config import TrainParams
 from lib.training.loop import Run, Stage, TrainingError, TrainResult, train
 from tests.data.test_loader import list_parts
@@ -36,8 +38,9 @@ def run_training(folder: Path, params: TrainParams | None = None, process: Proce
                  **model: Any) -> TrainResult:
     params = params or make_params()
     split = make_split(folder / f"train{process.rank}")
-    loader = Loader(split, params.tokens_per_row, params.batch_sequences, seed=5)
-    result = train(make_model(**model), params, loader, process, folder / resume, status=dict)
+    initialised = make_model(**model)
+    loader = make_loader(params, split, initialised.params.bos_id, seed=5)
+    result = train(initialised, params, loader, process, folder / resume, status=dict)
     if process.is_main:
         (folder / resume).unlink()
     return result
@@ -165,9 +168,10 @@ def test_the_loop_begins_at_its_fraction_of_the_budget(tmp_path: Path) -> None:
     assert always.losses[0] == plain.losses[0] and always.losses[1] != plain.losses[1]  # all blocks are the identity at first
 
 
-@pytest.mark.parametrize("at_step", [7, 21])
-def test_a_run_with_stages_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
-    params = make_params(loop_start=0.5, **PACKED)
+@pytest.mark.parametrize(("at_step", "data_order"), [(7, "shuffled"), (21, "sequential")])
+def test_a_run_with_stages_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int,
+                                                        data_order: str) -> None:
+    params = make_params(loop_start=0.5, data_order=data_order, **PACKED)
     expected, step = run_training(tmp_path, params, **LOOP), Run.step
 
     def interrupt(run: Run) -> None:
@@ -217,6 +221,15 @@ def test_parts_grow_at_their_fractions_of_the_budget(tmp_path: Path, monkeypatch
     result = run_training(tmp_path, make_params(**PACKED))
     assert [stage.part_tokens for stage in seen] == [3] * 8 + [6] * 7 + [8] * 15  # from steps 7.5 and 15 on
     assert result.num_tokens == 30 * 4 * 20
+
+
+def test_the_order_of_the_text_is_the_same_for_every_seed(tmp_path: Path) -> None:
+    split, params = make_split(tmp_path / "train"), make_params(data_order="sequential", row_tokens=20)
+    first, second = (make_loader(params, split, 1, seed).batch(1) for seed in (0, 1))
+    place = int(np.flatnonzero(split.shards[0] == 1)[0]) + 4 * 21
+    assert first.flatten().tolist() == second.flatten().tolist() == split.shards[0][place:place + 4 * 21].tolist()
+    shuffled = [make_loader(make_params(row_tokens=20), split, 1, seed).batch(1).tolist() for seed in (0, 1)]
+    assert shuffled[0] == Loader(split, 20, 4, seed=0).batch(1).tolist() != shuffled[1]
 
 
 def make_noisy_model(**changes: Any) -> GPT:

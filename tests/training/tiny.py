@@ -14,8 +14,8 @@ from tests.evaluation.tiny import MODEL
 
 TRAIN: dict[str, Any] = {
     "budget_steps": 30, "budget_seconds": None, "reserve_seconds": None, "reserve_distill_seconds": None, "sequence_tokens": 8,
-    "row_tokens": None, "sequence_schedule": [], "batch_sequences": 4, "loop_start": 0.0, "micro_batch_sequences": 4,
-    "precision": "fp32", "compile": False,
+    "row_tokens": None, "sequence_schedule": [], "data_order": "shuffled", "batch_sequences": 4, "loop_start": 0.0,
+    "micro_batch_sequences": 4, "precision": "fp32", "compile": False,
     "optimizer": {"matrix_lr": 0.02, "embedding_lr": 0.02, "vector_lr": 0.01, "head_lr": 0.01,
                   "weight_decay": {"matrix": 0.04, "embedding": 0.03, "vector": 0.02, "head": 0.01}, "cautious_decay": False,
                   "momentum": 0.95,
