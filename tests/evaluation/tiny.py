@@ -49,7 +49,7 @@ BOS = 1
 
 
 def merge(old: Any, new: Any) -> Any:
-    return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}} if isinstance(new, dict) else new
+    return {**(old or {}), **{key: merge((old or {}).get(key), value) for key, value in new.items()}} if isinstance(new, dict) else new
 
 
 def make_params(**changes: Any) -> EvaluateParams:
