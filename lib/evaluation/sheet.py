@@ -84,7 +84,8 @@ class ScoreSheet:
         """How many targets have a hint, and the nats per target that the tilt has saved; nothing without tilt."""
         if self._tilt is None:
             return {}
-        return {"tilted_targets": int((self._tilt.hints != NO_HINT).sum()), "tilt_gain": float(process.sum(self._gain)) / self.num_targets}
+        num_tilted, gain = int((self._tilt.hints != NO_HINT).sum()), float(process.sum(self._gain.clone()))
+        return {"tilted_targets": num_tilted, "tilt_gain": gain / self.num_targets}
 
     def num_scored(self, end: int, process: Process) -> int:
         """How many of the first `end` targets have been scored, in all processes together."""

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.distributed import SINGLE_CPU
+from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation import tilt
 from lib.evaluation.config import StrategyName, TiltParams
 from lib.evaluation.evaluation import Outcome, run_strategy
@@ -16,6 +16,7 @@ from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.tilt import NO_HINT, Tilt, find_hints
 from lib.model import compilation
 from tests.evaluation.tiny import MODEL, make_job, make_model, make_params, make_tokens
+from tests.processes import run_processes
 
 TILT = {"order": 4, "threshold": 0.6, "boost": 1.5}
 STARTS = (0, 13, 14, 30, 47, 60)
@@ -139,6 +140,20 @@ def test_a_strategy_with_tilt_gives_its_distributions_tilted_and_trains_as_witho
     assert untilted.figures == {}
     assert tilted.figures == {"tilted_targets": len(hinted),
                               "tilt_gain": pytest.approx((untilted.nats - tilted.nats).sum() / len(hints), abs=1e-6)}
+
+
+def _run_in_process(process: Process) -> None:
+    names: list[StrategyName] = ["sliding", "lora"]
+    for name in names:
+        alone = run(name, tilt=TILT)
+        together = run_strategy(name, make_job(make_model(), repetitive_tokens(), make_params(tilt=TILT), process))
+        np.testing.assert_allclose(together.nats, alone.nats, atol=1e-5)
+        assert together.figures == pytest.approx(alone.figures, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_tilt_of_one() -> None:
+    run_processes(_run_in_process, 2)
 
 
 @pytest.mark.slow
