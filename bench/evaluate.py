@@ -32,6 +32,7 @@ from lib.evaluation.limit import TimeLimit
 from lib.evaluation.score import Forward, Scorer, autocast, load_stream
 from lib.evaluation.sheet import Losses, ScoreSheet
 from lib.evaluation.strategies import STRATEGIES
+from lib.evaluation.tilt import Tilt
 from lib.evaluation.trainable import match_groups
 from lib.evaluation.windows import Documents, Windows, batch_size, one_pass_windows, sliding_windows, split_batches
 from lib.model.config import ModelParams
@@ -220,7 +221,8 @@ def run_once(name: StrategyName, forward: Forward, stream: Tensor, documents: Do
     """One strategy on its own, without a limit."""
     limit = TimeLimit(math.inf, process)
     limit.plan(STRATEGIES[name].work(documents, params))
-    return run_strategy(name, Job(forward, stream, documents, params, process, limit, ScoreSheet(len(stream) - 1, process.device)))
+    sheet = ScoreSheet(len(stream) - 1, process.device, tilt=Tilt.of(stream, params.tilt))
+    return run_strategy(name, Job(forward, stream, documents, params, process, limit, sheet))
 
 
 def scoring_work(num_targets: int, params: EvaluateParams, num_processes: int) -> int:

@@ -21,6 +21,7 @@ from lib.evaluation.evaluation import run_strategy
 from lib.evaluation.job import Job
 from lib.evaluation.score import Forward, load_stream
 from lib.evaluation.sheet import ScoreSheet
+from lib.evaluation.tilt import Tilt
 from lib.evaluation.windows import find_documents
 from lib.model.gpt import GPT
 
@@ -42,9 +43,9 @@ def next_token(name: StrategyName, model: GPT, params: EvaluateParams, *, num_ta
     def distribution(tokens: Tokens, known: int) -> npt.NDArray[np.float64]:
         seen = np.full(num_targets + 1, unknown, np.uint16)
         seen[:known] = tokens[:known]
-        sheet = ScoreSheet(num_targets, process.device, wanted=known - 1)
-        job = Job(forward, load_stream(seen, process.device), find_documents(seen, bos_id), params, process, NoLimit(float("inf"), process),
-                  sheet)
+        stream = load_stream(seen, process.device)
+        sheet = ScoreSheet(num_targets, process.device, tilt=Tilt.of(stream, params.tilt), wanted=known - 1)
+        job = Job(forward, stream, find_documents(seen, bos_id), params, process, NoLimit(float("inf"), process), sheet)
         stated = run_strategy(name, job).distribution
         assert stated is not None
         probabilities = np.exp(stated.astype(np.float64)) + SMALLEST

@@ -16,13 +16,14 @@ from lib.artifacts.tokens import Tokens
 from lib.audit.chronology import Finding
 from lib.audit.determinism import NUM_REPETITIONS, judge, largest_difference, largest_spread, worst
 from lib.distributed import Process
-from lib.evaluation.config import EvaluateParams, StrategyName
+from lib.evaluation.config import EvaluateParams, StrategyName, TiltParams
 from lib.evaluation.evaluation import Outcome, Text, run_strategy
 from lib.evaluation.job import Job
 from lib.evaluation.limit import TimeLimit
 from lib.evaluation.score import Forward, load_stream
 from lib.evaluation.sheet import ScoreSheet
 from lib.evaluation.strategies import STRATEGIES
+from lib.evaluation.tilt import NO_HINT, Tilt, find_hints
 from lib.evaluation.windows import find_documents
 
 SEED = 0
@@ -78,14 +79,17 @@ class Probe(NamedTuple):
     places: tuple[int, ...]
 
 
-def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool) -> Probe:
+def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool, tilt: TiltParams | None = None) -> Probe:
     """Take a piece of the text and choose where to change it: in mid-window, just after a chunk, and all over it if `thorough`.
+
+    With a tilt an n-gram is repeated, so that there are hints, and a hinted token is among the places.
 
     Args:
         text: the validation text, whose longest documents are used where documents are cut, each to another length than its neighbours.
         size: length and make of the piece; the text may be shorter.
         window_tokens: inputs that the model sees at once.
         thorough: choose more places.
+        tilt: what scores are tilted by.
     """
     unit = size.unit_tokens
     if size.num_documents:
@@ -99,6 +103,8 @@ def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool
     else:
         tokens, middle = text.tokens[:2 * unit + 3 * window_tokens // 2 + 1], 0
     last = len(tokens) - 1
+    if tilt is not None:
+        tokens = _repeat(tokens, tilt.order)
     quarter = max(1, min(unit, window_tokens) // 4)
     cuts = {last - quarter - 1, last - quarter} | (set(range(last - quarter, last)) if thorough else set())
     changes = {min(middle + unit + unit // 2, last), min(middle + unit + 1, last)}
@@ -109,8 +115,28 @@ def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool
         borders = {unit, window_tokens, middle, middle + window_tokens} - {0}
         places |= {border + beside for border in borders for beside in (0, 1, 2)}
         places |= set(np.linspace(1, last - 1, THOROUGH_PLACES).astype(int).tolist())
+    if tilt is not None:
+        hinted = 1 + np.flatnonzero((find_hints(tokens, tilt) != NO_HINT)[:-1] & (tokens[1:last] != tokens[0]))
+        places |= set(hinted[-(THOROUGH_PLACES if thorough else 1):].tolist())
     within = sorted(place for place in places if 0 < place < last and tokens[place] != tokens[0])
     return Probe(tokens, tuple(sorted(changes)), tuple(sorted(cut for cut in cuts if cut > 0)[-THOROUGH_CHANGES:]), tuple(within))
+
+
+def _repeat(tokens: Tokens, length: int) -> Tokens:
+    """The text with its first run of so many tokens without BOS again near its end, BOS where it was; as it is if it is too short."""
+    num_bos = np.cumsum(np.append(0, tokens == tokens[0]))
+    starts = np.flatnonzero(num_bos[length:-1] == num_bos[:-1 - length]) if length < len(tokens) else np.zeros(0, np.int64)
+    repeated = tokens.copy()
+    if len(starts) and starts[-1] >= starts[0] + length:
+        repeated[starts[-1]:starts[-1] + length] = tokens[starts[0]:starts[0] + length]
+    return repeated
+
+
+def same_hints(one: Tokens, other: Tokens, tilt: TiltParams | None) -> npt.NDArray[np.bool_]:
+    """Which targets (N,) of two texts have the same hint: all where there is no tilt."""
+    if tilt is None:
+        return np.ones(len(one) - 1, np.bool_)
+    return find_hints(one, tilt) == find_hints(other, tilt)
 
 
 class Trial:
@@ -131,7 +157,7 @@ class Trial:
                  thorough: bool, nondeterministic: str | None) -> None:
         self._name, self._forward, self._vocab_size, self._params, self._process = name, forward, vocab_size, params, process
         self._bos_id, self._thorough, self._nondeterministic = int(text.tokens[0]), thorough, nondeterministic
-        self._probe = make_probe(text, geometry(name, params), params.window_tokens, thorough=thorough)
+        self._probe = make_probe(text, geometry(name, params), params.window_tokens, thorough=thorough, tilt=params.tilt)
         self._generator = np.random.default_rng(SEED)
         self._measured_noise: float | None = None
 
@@ -156,7 +182,10 @@ class Trial:
         return self._conclude(worst(*passed), figures), self._check_distribution(at_places)
 
     def _check_documents(self) -> Finding | None:
-        """Change some documents, then the others; None for a strategy that does not claim that documents are isolated."""
+        """Change some documents, then the others; None for a strategy that does not claim that documents are isolated.
+
+        Hints of the tilt come from other documents; only where they stay the same are scores compared.
+        """
         if not STRATEGIES[self._name].isolates_documents:
             return None
         documents = find_documents(self._probe.tokens, self._bos_id)
@@ -169,7 +198,8 @@ class Trial:
             parts += [np.arange(num_documents) >> bit & 1 == 1 for bit in range((num_documents - 1).bit_length())]
         comparison = Comparison(self.original)
         for part in (*parts, *(~part for part in parts)):
-            comparison.add(self._run(self._replace(part[np.append(number, number[-1])])), ~part[number])
+            changed = self._replace(part[np.append(number, number[-1])])
+            comparison.add(self._run(changed), ~part[number] & same_hints(changed, self._probe.tokens, self._params.tilt))
         return self._conclude(comparison.judge(self._noise), comparison.figures())
 
     def _vary(self, place: int) -> dict[int, Outcome]:
@@ -231,9 +261,11 @@ class Trial:
     def _run(self, tokens: Tokens, place: int | None = None) -> Outcome:
         """Run the strategy, with the distribution of the token of this number; of the last one if None."""
         process = self._process
-        sheet = ScoreSheet(len(tokens) - 1, process.device, wanted=(len(tokens) - 1 if place is None else place) - 1)
-        return run_strategy(self._name, Job(self._forward, load_stream(tokens, process.device), find_documents(tokens, self._bos_id),
-                                            self._params, process, NoLimit(math.inf, process), sheet))
+        stream = load_stream(tokens, process.device)
+        sheet = ScoreSheet(len(tokens) - 1, process.device, tilt=Tilt.of(stream, self._params.tilt),
+                           wanted=(len(tokens) - 1 if place is None else place) - 1)
+        return run_strategy(self._name, Job(self._forward, stream, find_documents(tokens, self._bos_id), self._params, process,
+                                            NoLimit(math.inf, process), sheet))
 
 
 class Comparison:

@@ -31,6 +31,7 @@ from lib.artifacts.tokens import Split, SplitWriter, Tokens, load_split
 from lib.audit.chronology import Finding, load_ledger
 from lib.audit.determinism import deterministic, judge, largest_difference
 from lib.audit.isolation import confine, temporary_folder
+from lib.audit.probe import same_hints
 from lib.compression.container import load_artifact
 from lib.distributed import Process, start_process
 from lib.evaluation.config import EvaluateParams, StrategyName
@@ -47,6 +48,7 @@ NEAR_FRACTION, NEAR_CHUNKS = 0.02, 3  # of the text, and chunks: how far the qui
 QUICK_WORK = 0.12  # of the work of strategies that isolate documents, done again at the quick level
 SHIFTS = 16  # tried, so that the text after a cut begins otherwise
 SHARD_TOKENS = 100_000_000
+IN_EVERY_DOCUMENT = "in every document"
 
 Which = npt.NDArray[np.bool_]
 
@@ -78,7 +80,8 @@ def plan_replays(outcomes: Mapping[StrategyName, Outcome], text: Text, params: E
                  seed_of_cuts: int = 0) -> list[Replay]:
     """Draw what is replayed from a hash of the results, so that nobody can know it beforehand.
 
-    Strategies that isolate documents are cut in every document at once. For the others a cut is one place in the text: at the quick
+    Strategies that isolate documents are cut in every document at once, and with a tilt, whose hints come from earlier documents, also
+    somewhere in the second half of the text. For the others a cut is one place in the text: at the quick
     level two in its beginning, one at a border and one anywhere; at the thorough level before, at and after a border of each kind, and
     anywhere, all over the text.
     """
@@ -91,13 +94,20 @@ def plan_replays(outcomes: Mapping[StrategyName, Outcome], text: Text, params: E
     shared = tuple(name for name in names if name not in isolated)
     replays = []
     for _ in range(2 if thorough else 1) if isolated else ():
-        chunk = max(STRATEGIES[name].chunk_tokens(params) for name in isolated)
-        replays.append(Replay(isolated, (), _cut_documents(text, chunk, generator), 1.0 if thorough else QUICK_WORK, "in every document"))
+        chunk, work = max(STRATEGIES[name].chunk_tokens(params) for name in isolated), 1.0 if thorough else QUICK_WORK
+        replays.append(Replay(isolated, (), _cut_documents(text, chunk, generator), work, IN_EVERY_DOCUMENT))
+        if params.tilt is not None:
+            cut = int(generator.integers(len(text.tokens) // 2, len(text.tokens)))
+            replays.append(Replay(isolated, (), _cut_text(text, cut), work, "anywhere"))
     for kind, cut in _draw_cuts(shared, outcomes, text, params, generator, thorough=thorough) if shared else ():
-        first = np.clip(cut, text.documents.start, text.documents.start + text.documents.length)
-        first[text.documents.start + text.documents.length <= cut] = len(text.tokens)
-        replays.append(Replay(shared, isolated if "phased" in shared else (), first, 1.0, kind))
+        replays.append(Replay(shared, isolated if "phased" in shared else (), _cut_text(text, cut), 1.0, kind))
     return replays
+
+
+def _cut_text(text: Text, cut: int) -> npt.NDArray[np.int64]:
+    """A cut before the token of this number, for each document."""
+    end = text.documents.start + text.documents.length
+    return np.where(end <= cut, len(text.tokens), np.clip(cut, text.documents.start, end))
 
 
 def _cut_documents(text: Text, chunk: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -174,7 +184,10 @@ def check_replays(outcomes: Mapping[StrategyName, Outcome], text: Text, params: 
         if not isolating:
             before &= np.arange(1, end + 1) < replay.first.min()
         until = int(before.sum())
-        scores = run(replace_text(text, replay.first, generator), [*replay.names, *replay.others], until, replay.work)
+        replaced = replace_text(text, replay.first, generator)
+        if replay.kind == IN_EVERY_DOCUMENT:  # hints come from other documents too
+            before &= same_hints(text.tokens, replaced, params.tilt)
+        scores = run(replaced, [*replay.names, *replay.others], until, replay.work)
         again: Scores = {}
         for name in replay.names:
             real, (nats, scored) = outcomes[name], scores[name]

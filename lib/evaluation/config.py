@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lib.evaluation.trainable import GROUP_NAMES, is_group
-from lib.params import NonNegativeFloat, Params, Positive, PositiveFloat, Precision
+from lib.params import Fraction, NonNegativeFloat, Params, Positive, PositiveFloat, Precision
 
 StrategyName = Literal["plain", "sliding", "one_pass", "score_first", "lora", "phased", "two_phase"]
 LayerName = Literal["query", "key", "value", "output", "up", "down", "head"]
@@ -105,6 +105,20 @@ class TwoPhaseParams(Params):
     """Then: some blocks and the embedding."""
 
 
+class TiltParams(Params):
+    """N-gram tilt (#2135): a token that nearly always followed the last tokens, where they came before, is made likelier.
+
+    Shifts the scores of all strategies, and nothing that is trained on.
+    """
+
+    order: Annotated[int, Field(ge=2, lt=2**15)]
+    """Tokens of an n-gram: a context is the last order - 1 tokens."""
+    threshold: Fraction
+    """Share of the times a context came, at least, that the token must have followed."""
+    boost: NonNegativeFloat
+    """Added to the logarithm of the token's probability before all are normalised again."""
+
+
 class EvaluateParams(Params):
     """Section ``evaluate``."""
 
@@ -130,6 +144,8 @@ class EvaluateParams(Params):
     """When the time will not suffice: fail at the limit, or train for fewer epochs (score_first, phased)."""
     audit: bool
     """Check the conditions of a legal score on the model and the strategies of the run; a violation fails the stage."""
+    tilt: TiltParams | None
+    """Makes tokens likelier by what followed the same context before; None for no tilt."""
     score_first: ScoreFirstParams
     lora: LoraParams
     phased: PhasedParams

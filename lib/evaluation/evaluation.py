@@ -27,6 +27,7 @@ from lib.evaluation.score import Forward, load_stream
 from lib.evaluation.sheet import Losses, ScoreSheet
 from lib.evaluation.state import describe_state, differing
 from lib.evaluation.strategies import STRATEGIES
+from lib.evaluation.tilt import Tilt
 from lib.evaluation.trainable import describe_groups, match_groups
 from lib.evaluation.windows import Documents, find_documents
 from lib.model.gpt import GPT
@@ -175,8 +176,9 @@ def make_jobs(model: GPT, text: Text, params: EvaluateParams, names: Collection[
               limit: TimeLimit) -> Iterator[tuple[StrategyName, Job]]:
     """The jobs of some strategies on one text, in the order of `STRATEGIES`; none knows anything of another."""
     stream, forward = load_stream(text.tokens, process.device), Forward(model, params.precision, compiled=params.compile)
+    tilt = Tilt.of(stream, params.tilt)
     for name in (name for name in STRATEGIES if name in names):
-        yield name, Job(forward, stream, text.documents, params, process, limit, ScoreSheet(len(stream) - 1, process.device))
+        yield name, Job(forward, stream, text.documents, params, process, limit, ScoreSheet(len(stream) - 1, process.device, tilt=tilt))
 
 
 def run_strategy(name: StrategyName, job: Job) -> Outcome:
@@ -193,7 +195,8 @@ def run_strategy(name: StrategyName, job: Job) -> Outcome:
     job.limit.check()
     nats, context = job.sheet.collect(job.process)
     distribution = job.sheet.collect_distribution(job.process) if job.sheet.wanted is not None else None
-    return Outcome(nats, context, job.sheet.ledger.events, job.figures, seconds, distribution, any(trained), left_behind)
+    figures = job.figures | job.sheet.tilt_figures(job.process)
+    return Outcome(nats, context, job.sheet.ledger.events, figures, seconds, distribution, any(trained), left_behind)
 
 
 def peak_memory_mib(device: torch.device) -> float:

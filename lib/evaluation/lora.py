@@ -136,8 +136,9 @@ class DocumentScorer:
             scored = slice(first - start, end - start)
             rows, targets = self._gather(starts[: len(active.start)], lengths[: len(active.start)], start, scored)
             with torch.set_grad_enabled(num_trained > 0 or self._job.forward.compiled):  # one graph for both
-                nats = self._forward(rows, scored)  # (B, P)
+                nats = self._forward(rows, scored, hints := self._job.sheet.hints(targets))  # (B, P), or (2, B, P)
             self._job.sheet.write(targets, nats.detach(), torch.arange(first - start, end - start, device=rows.device))
+            nats = nats if hints is None else nats[0]
             for number, begin, length in zip(numbers.tolist(), active.start.tolist(), active.length.tolist(), strict=False):
                 ledger.scored(begin + first, begin + min(end, length) - 1, number)
             self._write_distribution(active, rows, start, first, end)
@@ -150,15 +151,15 @@ class DocumentScorer:
             for number, begin in zip(numbers[:num_trained].tolist(), active.start.tolist(), strict=False):
                 ledger.trained(begin + first, begin + end - 1, settings.steps, settings.lr, number)
 
-    def _forward(self, rows: Tensor, scored: slice) -> Tensor:
-        """Losses (B, P) of the `scored` positions of rows (B, T+1) that end with them.
+    def _forward(self, rows: Tensor, scored: slice, hints: Tensor | None = None) -> Tensor:
+        """Losses (B, P) of the `scored` positions of rows (B, T+1) that end with them; (2, B, P), of `hints` (B, P) too, where there are.
 
         Where the model is compiled, rows and positions are filled up to one of few shapes, so that each is compiled once: a quarter of
         the documents or all, about a quarter of the window, a half, three quarters or all.
         """
         settings = self._settings
         if not self._job.forward.compiled:
-            return self._job.forward(rows, scored)
+            return self._job.forward(rows, scored, hints=hints)
         step = settings.chunk_tokens * -(-settings.window_tokens // (SHAPES * settings.chunk_tokens))
         first, last = scored.start // step * step, min(-(-scored.stop // step) * step, settings.window_tokens)
         if last > self._longest_alike:  # in a longer window positions would be rotated otherwise
@@ -166,7 +167,10 @@ class DocumentScorer:
         few = -(-settings.batch_documents // SHAPES)
         num_rows = few if len(rows) <= few else settings.batch_documents
         filled = F.pad(rows, (0, last - scored.stop, 0, num_rows - len(rows)))
-        return self._job.forward(filled, slice(first, last), repeats=True)[: len(rows), scored.start - first : scored.stop - first]
+        if hints is not None:
+            hints = F.pad(hints, (scored.start - first, last - scored.stop, 0, num_rows - len(rows)))
+        nats = self._job.forward(filled, slice(first, last), hints=hints, repeats=True)
+        return nats[..., : len(rows), scored.start - first : scored.stop - first]
 
     def _gather(self, begin: Tensor, length: Tensor, start: int, scored: slice) -> tuple[Tensor, Tensor]:
         """Rows (B, T+1) of tokens from `start` of each document on, which end with a chunk, and the targets (B, P) of the chunk.

@@ -60,11 +60,17 @@ class Forward:
     def __init__(self, model: nn.Module, precision: Precision, *, compiled: bool = False) -> None:
         self.model, self.compiled, self._precision = model, compiled, precision
 
-    def __call__(self, rows: Tensor, positions: slice, attention_tokens: int | None = None, *, repeats: bool = False) -> Tensor:
-        """Losses (B, P) fp32 of the tokens that follow the `positions` of `rows` (B, T+1) int64."""
+    def __call__(self, rows: Tensor, positions: slice, attention_tokens: int | None = None, hints: Tensor | None = None, *,
+                 repeats: bool = False) -> Tensor:
+        """Losses (B, P) fp32 of the tokens that follow the `positions` of `rows` (B, T+1) int64.
+
+        With `hints` (B, P), other tokens, (2, B, P): their losses as well. Those of negative ones mean nothing.
+        """
+        targets = rows[:, 1:][:, positions]
+        if hints is not None:
+            targets = torch.stack((targets, hints.clamp(min=0).long()))
         with autocast(rows.device, self._precision):
-            nats: Tensor = self.model(rows[:, :-1], rows[:, 1:][:, positions], positions, attention_tokens,
-                                      compiled=repeats and self.compiled)
+            nats: Tensor = self.model(rows[:, :-1], targets, positions, attention_tokens, compiled=repeats and self.compiled)
         return nats
 
     def log_probabilities(self, rows: Tensor, position: int, attention_tokens: int | None = None) -> Tensor:
@@ -112,8 +118,9 @@ class Scorer:
         _, length, num_scored = _shape(batch)
         rows = gather_rows(self._stream, start, length + 1)  # (B, T+1)
         scored = slice(length - num_scored, length)
-        nats = self._forward(rows, scored, batch.attention_tokens, repeats=repeats)  # (B, P)
-        self._sheet.write(self._targets(start + scored.start, num_scored), nats, torch.arange(scored.start, length, device=start.device))
+        targets = self._targets(start + scored.start, num_scored)  # (B, P)
+        nats = self._forward(rows, scored, batch.attention_tokens, self._sheet.hints(targets), repeats=repeats)
+        self._sheet.write(targets, nats, torch.arange(scored.start, length, device=start.device))
         if (wanted := self._sheet.wanted) is not None:
             for row in np.flatnonzero((batch.first_scored <= wanted) & (wanted < batch.end)).tolist():
                 position = wanted - int(batch.start[row])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib.distributed import Process
 from lib.evaluation.ledger import Ledger
+from lib.evaluation.tilt import NO_HINT, Tilt
 
 Losses = npt.NDArray[np.float32]
 
@@ -22,6 +23,7 @@ class ScoreSheet:
     Args:
         num_targets: N.
         device: where the losses are computed.
+        tilt: what the losses and the wanted distribution are tilted by; None for nothing.
         wanted: a target; who scores it shall also call `write_distribution`, and the audit compares the two. None for none.
 
     Attributes:
@@ -29,28 +31,38 @@ class ScoreSheet:
         wanted: as above.
     """
 
-    def __init__(self, num_targets: int, device: torch.device, *, wanted: int | None = None) -> None:
-        self.num_targets, self.ledger, self.wanted = num_targets, Ledger(), wanted
+    def __init__(self, num_targets: int, device: torch.device, *, tilt: Tilt | None = None, wanted: int | None = None) -> None:
+        self.num_targets, self.ledger, self.wanted, self._tilt = num_targets, Ledger(), wanted, tilt
         self._nats = torch.zeros(num_targets + 1, device=device)  # the last place is for what is not wanted
         self._context = torch.zeros(num_targets + 1, device=device, dtype=torch.int32)
         self._counts = torch.zeros(num_targets + 1, device=device, dtype=torch.int32)
         self._distribution: Tensor | None = None
+        self._gain = torch.zeros((), device=device, dtype=torch.float64)
+
+    def hints(self, targets: Tensor) -> Tensor | None:
+        """The tokens (B, P) whose losses the tilt needs besides those of the `targets` (B, P), `NO_HINT` for none; None without tilt."""
+        return None if self._tilt is None else self._tilt.hints[targets]
 
     def write(self, targets: Tensor, nats: Tensor, context: Tensor) -> None:
         """Write losses.
 
         Args:
             targets: (B, P) int64; N for a loss that belongs to no target.
-            nats: (B, P) fp32.
+            nats: (B, P) fp32; (2, B, P), of the targets and of their hints, where there is a tilt.
             context: (B, P) or (P,) int64, number of inputs that the model saw before the target's own.
         """
+        if self._tilt is not None:
+            untilted, nats = nats[0], self._tilt.losses(nats, targets)
+            self._gain += (untilted - nats).double().sum()
         self._nats[targets] = nats
         self._context[targets] = context.to(torch.int32).expand_as(targets)
         self._counts.index_put_((targets,), torch.ones_like(targets, dtype=torch.int32), accumulate=True)
 
     def write_distribution(self, log_probabilities: Tensor) -> None:
-        """The distribution (V,) that the wanted target was scored with."""
-        self._distribution = log_probabilities.float()
+        """The distribution (V,) that the wanted target was scored with, before the tilt."""
+        assert self.wanted is not None
+        log_probabilities = log_probabilities.float()
+        self._distribution = log_probabilities if self._tilt is None else self._tilt.distribution(log_probabilities, self.wanted)
 
     def collect(self, process: Process) -> tuple[Losses, npt.NDArray[np.int32]]:
         """Combine the shares of all processes, once, after everything has been scored.
@@ -67,6 +79,13 @@ class ScoreSheet:
             raise RuntimeError(f"expected every target to be scored exactly once; {wrong} were not, "
                                f"the first is target {first}, scored {int(counts[first])} times")
         return process.sum(self._nats[:-1].clone()).cpu().numpy(), process.sum(self._context[:-1].clone()).cpu().numpy()
+
+    def tilt_figures(self, process: Process) -> dict[str, float]:
+        """How many targets have a hint, and the nats per target that the tilt has saved; nothing without tilt."""
+        if self._tilt is None:
+            return {}
+        num_tilted, gain = int((self._tilt.hints != NO_HINT).sum()), float(process.sum(self._gain.clone()))
+        return {"tilted_targets": num_tilted, "tilt_gain": gain / self.num_targets}
 
     def num_scored(self, end: int, process: Process) -> int:
         """How many of the first `end` targets have been scored, in all processes together."""

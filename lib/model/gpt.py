@@ -274,7 +274,8 @@ class GPT(nn.Module):
 
         Args:
             tokens: (B, T) int64 inputs.
-            targets: (B, P) int64, the tokens that follow the chosen positions.
+            targets: (B, P) int64, the tokens that follow the chosen positions; (K, B, P) for K tokens at each, without gradients of any
+                but the first.
             positions: the P of the T positions that are scored.
             attention_tokens: how many tokens a position attends to at most, itself included; None for all.
             starts: (B, T) bool, true at position 0 and wherever a part of a row begins that sees nothing before it; None for the documents
@@ -284,7 +285,7 @@ class GPT(nn.Module):
             compiled: whether embedding, blocks and head run through ``torch.compile``, each shape anew.
 
         Returns:
-            (B, P) fp32 nats.
+            (B, P) fp32 nats, (K, B, P) for so many targets.
         """
         y = self._run_blocks(tokens, positions, attention_tokens, starts, looped=looped, compiled=compiled)
         return call(_losses, self, y, targets, compiled=compiled)
@@ -394,9 +395,17 @@ class GPT(nn.Module):
 
 
 def _losses(model: GPT, y: Tensor, targets: Tensor) -> Tensor:
-    """Losses (B, P) fp32 of `targets` (B, P), from the normalised outputs `y` (B, P, D) of the last block."""
-    z = model.head_outputs(y)
-    return softcapped_cross_entropy(z.flatten(0, 1), targets.flatten(), model.params.logit_softcap).view(targets.shape)
+    """Losses fp32 of `targets` (B, P) or (K, B, P), from the normalised outputs `y` (B, P, D) of the last block.
+
+    Those of the first target take a sum over the vocabulary, the others' differ from them by logits.
+    """
+    z, cap = model.head_outputs(y), model.params.logit_softcap
+    first = targets if targets.dim() == 2 else targets[0]
+    losses = softcapped_cross_entropy(z.flatten(0, 1), first.flatten(), cap).view(first.shape)
+    if targets.dim() == 2:
+        return losses
+    logits = cap * torch.tanh(z.detach().gather(-1, targets.movedim(0, -1)).float() / cap).movedim(-1, 0)
+    return losses + (logits[0] - logits)
 
 
 def outline(model: dict[str, Any]) -> GPT:

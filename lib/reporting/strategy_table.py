@@ -27,7 +27,7 @@ class Strategy(NamedTuple):
         bpb: bits per byte of each seed.
         change: difference of the mean bits per byte from that of `REFERENCE`, as text.
         legal: whether it may be reported as a score of the text; None where that was not checked.
-        note: what is declared of it that is not legal, and what was left out for want of time.
+        note: what is declared of it that is not legal, what was left out for want of time, and what a tilt saves.
     """
 
     name: str
@@ -81,8 +81,9 @@ def _bpb(key: str, metrics: Metrics) -> Row:
 
 
 def _note(name: str, metrics: Metrics, declared: list[str]) -> str:
-    epochs = [of_seed[f"{name}_epochs"] for of_seed in metrics if f"{name}_epochs" in of_seed]
-    return ", ".join(declared + ([f"{fmean(epochs):.3g} epochs, as the time allowed"] if epochs else []))
+    epochs, gains = ([of_seed[key] for of_seed in metrics if key in of_seed] for key in (f"{name}_epochs", f"{name}_tilt_gain"))
+    return ", ".join([*declared, *([f"{fmean(epochs):.3g} epochs, as the time allowed"] if epochs else []),
+                      *([f"the tilt saves {fmean(gains):.4f} nats per token"] if gains else [])])
 
 
 def _time_cells(name: str, timings: Timings) -> list[str]:

@@ -15,6 +15,7 @@ from lib.evaluation.job import Job
 from lib.evaluation.limit import TimeLimit
 from lib.evaluation.score import Forward, load_stream
 from lib.evaluation.sheet import ScoreSheet
+from lib.evaluation.tilt import Tilt
 from lib.evaluation.windows import find_documents
 from lib.model.config import NEUTRAL, parse_model
 from lib.model.gpt import GPT
@@ -36,7 +37,7 @@ ADAPTATION: dict[str, Any] = {
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 EVALUATE: dict[str, Any] = {
     "strategies": list(STRATEGIES), "strategy": "score_first", "window_tokens": 8, "stride_tokens": 2, "segment_tokens": 16,
-    "batch_tokens": 32, "precision": "fp32", "compile": False, "limit_seconds": 3600.0, "when_late": "fail", "audit": True,
+    "batch_tokens": 32, "precision": "fp32", "compile": False, "limit_seconds": 3600.0, "when_late": "fail", "audit": True, "tilt": None,
     "score_first": ADAPTATION | {"windows": "sliding", "chunk_tokens": 16},
     "lora": {"rank": 2, "layers": ["query", "value", "head"], "window_tokens": 8, "chunk_tokens": 4, "steps": 1, "lr": 0.01,
              "adam_betas": [0.9, 0.95], "batch_documents": 2},
@@ -48,7 +49,7 @@ BOS = 1
 
 
 def merge(old: Any, new: Any) -> Any:
-    return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}} if isinstance(new, dict) else new
+    return {**(old or {}), **{key: merge((old or {}).get(key), value) for key, value in new.items()}} if isinstance(new, dict) else new
 
 
 def make_params(**changes: Any) -> EvaluateParams:
@@ -87,5 +88,6 @@ def make_job(model: GPT, tokens: npt.NDArray[np.uint16], params: EvaluateParams,
     """A job with a clock that already runs; nothing limits it but ``limit_seconds``."""
     limit = TimeLimit(params.limit_seconds, process)
     limit.plan(10**9)
-    return Job(Forward(model, params.precision), load_stream(tokens, process.device), find_documents(tokens, BOS), params, process, limit,
-               ScoreSheet(len(tokens) - 1, process.device, wanted=len(tokens) - 2 if wants_last else None))
+    stream = load_stream(tokens, process.device)
+    sheet = ScoreSheet(len(tokens) - 1, process.device, tilt=Tilt.of(stream, params.tilt), wanted=len(tokens) - 2 if wants_last else None)
+    return Job(Forward(model, params.precision), stream, find_documents(tokens, BOS), params, process, limit, sheet)

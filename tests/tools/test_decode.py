@@ -29,6 +29,19 @@ def test_the_file_is_as_long_as_the_score_and_gives_the_text_back(name: Strategy
     assert bits - 1 <= 8 * (len(content) - HEADER.size) <= 1.01 * bits + 64  # the coder works in words of 32 bits
 
 
+@pytest.mark.parametrize("name", ["one_pass", "lora"])
+def test_a_tilt_is_in_the_file_as_in_the_score(name: StrategyName) -> None:
+    tokens = TOKENS.copy()
+    tokens[[9, 10, 11, 12, 18, 19, 20, 21]] = [9, 8, 7, 6, 9, 8, 7, 6]
+    model, params = make_model(), make_params(tilt={"order": 3, "threshold": 0.8, "boost": 2.0})
+    distribution = next_token(name, model, params, num_targets=24, bos_id=BOS, process=SINGLE_CPU)
+    assert decode(encode(tokens, distribution), distribution).tolist() == tokens.tolist()
+    outcome = run_strategy(name, make_job(model, tokens, params))
+    assert outcome.figures["tilted_targets"] >= 2
+    coded = [distribution(tokens, known)[tokens[known]] for known in range(1, 25)]
+    assert -np.log(coded) == pytest.approx(outcome.nats, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_what_trains_on_the_text_first_has_a_longer_file_than_its_score() -> None:
     model, params = make_model(), make_params(two_phase={"selective": {"epochs": 12, "lr": 0.1}})
