@@ -5,7 +5,7 @@ normalised distribution that does not depend on the token itself. Shapes: N targ
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -104,7 +104,7 @@ def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool
         tokens, middle = text.tokens[:2 * unit + 3 * window_tokens // 2 + 1], 0
     last = len(tokens) - 1
     if tilt is not None:
-        tokens = _repeat(tokens, tilt.order)
+        tokens = _repeat(tokens, [num_tokens for num_tokens, _ in tilt.boosts])
     quarter = max(1, min(unit, window_tokens) // 4)
     cuts = {last - quarter - 1, last - quarter} | (set(range(last - quarter, last)) if thorough else set())
     changes = {min(middle + unit + unit // 2, last), min(middle + unit + 1, last)}
@@ -116,27 +116,31 @@ def make_probe(text: Text, size: Geometry, window_tokens: int, *, thorough: bool
         places |= {border + beside for border in borders for beside in (0, 1, 2)}
         places |= set(np.linspace(1, last - 1, THOROUGH_PLACES).astype(int).tolist())
     if tilt is not None:
-        hinted = 1 + np.flatnonzero((find_hints(tokens, tilt) != NO_HINT)[:-1] & (tokens[1:last] != tokens[0]))
+        hinted = 1 + np.flatnonzero((find_hints(tokens, tilt).tokens != NO_HINT)[:-1] & (tokens[1:last] != tokens[0]))
         places |= set(hinted[-(THOROUGH_PLACES if thorough else 1):].tolist())
     within = sorted(place for place in places if 0 < place < last and tokens[place] != tokens[0])
     return Probe(tokens, tuple(sorted(changes)), tuple(sorted(cut for cut in cuts if cut > 0)[-THOROUGH_CHANGES:]), tuple(within))
 
 
-def _repeat(tokens: Tokens, length: int) -> Tokens:
-    """The text with its first run of so many tokens without BOS again near its end, BOS where it was; as it is if it is too short."""
-    num_bos = np.cumsum(np.append(0, tokens == tokens[0]))
-    starts = np.flatnonzero(num_bos[length:-1] == num_bos[:-1 - length]) if length < len(tokens) else np.zeros(0, np.int64)
-    repeated = tokens.copy()
-    if len(starts) and starts[-1] >= starts[0] + length:
-        repeated[starts[-1]:starts[-1] + length] = tokens[starts[0]:starts[0] + length]
+def _repeat(tokens: Tokens, lengths: Sequence[int]) -> Tokens:
+    """The text with its first run of tokens without BOS again near its end, BOS where it was: of the first of `lengths` that it has room
+    for; as it is if there is none."""
+    num_bos, repeated = np.cumsum(np.append(0, tokens == tokens[0])), tokens.copy()
+    for length in (length for length in lengths if length < len(tokens)):
+        starts = np.flatnonzero(num_bos[length:-1] == num_bos[:-1 - length])
+        if len(starts) and starts[-1] >= starts[0] + length:
+            repeated[starts[-1]:starts[-1] + length] = tokens[starts[0]:starts[0] + length]
+            break
     return repeated
 
 
 def same_hints(one: Tokens, other: Tokens, tilt: TiltParams | None) -> npt.NDArray[np.bool_]:
-    """Which targets (N,) of two texts have the same hint: all where there is no tilt."""
+    """Which targets (N,) of two texts have the same hint and boost: all where there is no tilt."""
     if tilt is None:
         return np.ones(len(one) - 1, np.bool_)
-    return find_hints(one, tilt) == find_hints(other, tilt)
+    hints, others = find_hints(one, tilt), find_hints(other, tilt)
+    same: npt.NDArray[np.bool_] = (hints.tokens == others.tokens) & (hints.boosts == others.boosts)
+    return same
 
 
 class Trial:

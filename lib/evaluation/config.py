@@ -1,5 +1,6 @@
 """Section ``evaluate`` of params.yaml: what is scored how, and how much time it may take."""
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -111,12 +112,17 @@ class TiltParams(Params):
     Shifts the scores of all strategies, and nothing that is trained on.
     """
 
-    order: Annotated[int, Field(ge=2, lt=2**15)]
-    """Tokens of an n-gram: a context is the last order - 1 tokens."""
     threshold: Fraction
     """Share of the times a context came, at least, that the token must have followed."""
-    boost: NonNegativeFloat
-    """Added to the logarithm of the token's probability before all are normalised again."""
+    boosts: Annotated[tuple[tuple[Annotated[int, Field(ge=2, lt=2**15)], NonNegativeFloat], ...], Field(min_length=1)]
+    """(tokens of an n-gram, boost) pairs, the longest n-grams first. The longest ones whose context, all tokens but the last, has such a
+    token count; the boost is added to the logarithm of its probability before all are normalised again (#2135: [[16, 2.625]])."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if any(shorter >= longer for (longer, _), (shorter, _) in pairwise(self.boosts)):
+            raise ValueError(f"boosts: expected (tokens, boost) pairs, tokens falling, found {[list(pair) for pair in self.boosts]}")
+        return self
 
 
 class EvaluateParams(Params):

@@ -18,22 +18,22 @@ from lib.model import compilation
 from tests.evaluation.tiny import MODEL, make_job, make_model, make_params, make_tokens
 from tests.processes import run_processes
 
-TILT = {"order": 4, "threshold": 0.6, "boost": 1.5}
+TILT = {"threshold": 0.6, "boosts": [[4, 1.5]]}
 STARTS = (0, 13, 14, 30, 47, 60)
 
 
 def params(order: int = 4, threshold: float = 0.6, boost: float = 1.5) -> TiltParams:
-    return TiltParams(order=order, threshold=threshold, boost=boost)
+    return TiltParams(threshold=threshold, boosts=((order, boost),))
 
 
 def hints_by_hand(tokens: list[int], settings: TiltParams) -> list[int]:
     """One pass with dictionaries: context -> token -> count, and the token that first reached the largest."""
     counts: dict[tuple[int, ...], dict[int, int]] = {}
     leaders: dict[tuple[int, ...], int] = {}
-    hints = []
+    hints, ((order, _),) = [], settings.boosts
     for target in range(len(tokens) - 1):
-        context, following = tuple(tokens[max(0, target + 2 - settings.order):target + 1]), tokens[target + 1]
-        if len(context) < settings.order - 1:
+        context, following = tuple(tokens[max(0, target + 2 - order):target + 1]), tokens[target + 1]
+        if len(context) < order - 1:
             hints.append(NO_HINT)
             continue
         of_context = counts.setdefault(context, {})
@@ -52,9 +52,19 @@ SETTINGS = st.builds(params, st.integers(2, 6), st.sampled_from([0.0, 0.5, 2 / 3
 
 @given(TOKENS, SETTINGS)
 def test_hints_are_those_of_a_pass_with_dictionaries(tokens: list[int], settings: TiltParams) -> None:
-    hints = find_hints(np.array(tokens, np.int32), settings)
+    hints = find_hints(np.array(tokens, np.int32), settings).tokens
     assert hints.dtype == np.int32
     assert hints.tolist() == hints_by_hand(tokens, settings)
+
+
+@given(TOKENS, st.sampled_from([0.5, 0.8]))
+def test_the_longest_ngram_with_a_hint_counts(tokens: list[int], threshold: float) -> None:
+    boosts = ((5, 3.0), (3, 0.0), (2, 1.0))
+    hints = find_hints(np.array(tokens, np.uint16), TiltParams(threshold=threshold, boosts=boosts))
+    of_each = [hints_by_hand(tokens, params(order, threshold)) for order, _ in boosts]
+    for found, boost, *candidates in zip(hints.tokens.tolist(), hints.boosts.tolist(), *of_each, strict=True):
+        expected = next(((hint, its) for hint, (_, its) in zip(candidates, boosts, strict=True) if hint != NO_HINT), (NO_HINT, 0.0))
+        assert (found, boost) == expected
 
 
 def test_hints_of_a_long_repetitive_text_are_those_of_a_pass_with_dictionaries() -> None:
@@ -62,7 +72,7 @@ def test_hints_of_a_long_repetitive_text_are_those_of_a_pass_with_dictionaries()
     phrases = generator.integers(0, 60000, (40, 20))
     tokens = np.concatenate([phrases[number, :20 if number % 9 else 5] for number in generator.integers(0, 40, 1500)]).astype(np.uint16)
     for order in (2, 8, 16):
-        hints = find_hints(tokens, params(order, 0.8))
+        hints = find_hints(tokens, params(order, 0.8)).tokens
         assert hints.tolist() == hints_by_hand(tokens.tolist(), params(order, 0.8))
         assert (hints != NO_HINT).mean() > 0.1
 
@@ -72,9 +82,9 @@ def test_what_comes_later_changes_no_hint_also_where_hashes_collide(first: list[
     for multiplier in (tilt.MULTIPLIER, np.uint64(0), np.uint64(1)):  # 0: the last token alone; 1: in any order
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tilt, "MULTIPLIER", multiplier)
-            hints, joined = (find_hints(np.array(tokens, np.int32), settings) for tokens in (first, first + later))
+            hints, joined = (find_hints(np.array(tokens, np.int32), settings).tokens for tokens in (first, first + later))
         assert joined[:len(first) - 1].tolist() == hints.tolist()
-        length, seen = settings.order - 1, set[tuple[int, ...]]()
+        length, seen = settings.boosts[0][0] - 1, set[tuple[int, ...]]()
         for target, hint in enumerate(hints.tolist()):  # no context ever gets the counts of another one
             if hint != NO_HINT:
                 assert (*first[target + 1 - length:target + 1], hint) in seen
@@ -84,7 +94,7 @@ def test_what_comes_later_changes_no_hint_also_where_hashes_collide(first: list[
 
 def make_tilt(hints: list[int], targets: list[int], boost: float) -> Tilt:
     found = torch.tensor([*hints, NO_HINT], dtype=torch.int32)
-    return Tilt(found, found == torch.tensor([*targets, 0]), boost)
+    return Tilt(found, boost * (found != NO_HINT), found == torch.tensor([*targets, 0]))
 
 
 def test_tilted_losses_and_distributions_are_the_formula_s_and_sum_to_one() -> None:

@@ -33,7 +33,7 @@ def test_the_file_is_as_long_as_the_score_and_gives_the_text_back(name: Strategy
 def test_a_tilt_is_in_the_file_as_in_the_score(name: StrategyName) -> None:
     tokens = TOKENS.copy()
     tokens[[9, 10, 11, 12, 18, 19, 20, 21]] = [9, 8, 7, 6, 9, 8, 7, 6]
-    model, params = make_model(), make_params(tilt={"order": 3, "threshold": 0.8, "boost": 2.0})
+    model, params = make_model(), make_params(tilt={"threshold": 0.8, "boosts": [[4, 3.0], [3, 2.0]]})
     distribution = next_token(name, model, params, num_targets=24, bos_id=BOS, process=SINGLE_CPU)
     assert decode(encode(tokens, distribution), distribution).tolist() == tokens.tolist()
     outcome = run_strategy(name, make_job(model, tokens, params))
