@@ -8,7 +8,7 @@ from lib.evaluation.trainable import GROUP_NAMES, is_group
 from lib.params import NonNegativeFloat, Params, Positive, PositiveFloat, Precision
 
 StrategyName = Literal["plain", "sliding", "one_pass", "score_first", "lora", "phased", "two_phase"]
-LayerName = Literal["query", "key", "value", "output", "up", "down", "head"]
+LayerName = Literal["query", "key", "value", "output", "attention", "up", "down", "mlp", "head"]
 
 
 class AdaptationParams(Params):
@@ -56,8 +56,12 @@ class LoraParams(Params):
     """A low-rank adapter (arXiv:2106.09685) for each document alone (pr410-lora): score a chunk, then train the adapter on it."""
 
     rank: Positive
+    alpha: PositiveFloat | None
+    """What the adapter adds is scaled by alpha / rank; None is the rank."""
     layers: Annotated[tuple[LayerName, ...], Field(min_length=1)]
-    """Linear layers of every block, and the head, that get an adapter."""
+    """Layers of every block, and the head, that get an adapter, one for each time that a pass runs through the block. That of a matrix
+    (query, key, value, output, up, down) has its inputs and outputs; those of attention and mlp lie beside the whole, from its normalised
+    input to its output, and are scaled with that (#1855)."""
     window_tokens: Positive
     """Inputs that the model sees at once, within the document."""
     chunk_tokens: Positive
@@ -65,8 +69,11 @@ class LoraParams(Params):
     steps: Positive
     """Optimizer steps on each chunk."""
     lr: NonNegativeFloat
-    """Learning rate of Adam (arXiv:1412.6980)."""
+    """Learning rate of AdamW (arXiv:1711.05101)."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    adam_eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+    """Decoupled, as AdamW has it: each step takes lr * weight_decay of every weight away."""
     batch_documents: Positive
     """Documents in one forward pass of one process; changes speed, not scores."""
 

@@ -19,36 +19,34 @@ from lib.evaluation.config import LoraParams
 from lib.evaluation.job import Job
 from lib.evaluation.score import mode
 from lib.evaluation.windows import Documents, Integers
-from lib.model.gpt import GPT, TiedHead
-from lib.model.linear import Linear
+from lib.model.gpt import GPT
+from lib.model.linear import LowRank
 from lib.model.parts import parts_of
 
 INIT_SEED = 0
+BESIDE = ("attention", "mlp")  # what has adapters from its input to its output, beside all that is in it
 SHAPES = 4  # of compiled windows
 
 
-def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple[Linear | TiedHead, int, int]]:
-    """The modules that get an adapter, by name: module, number of its inputs, number of its outputs.
+def adapted_layers(model: GPT, layers: tuple[str, ...]) -> dict[str, list[tuple[int, int]]]:
+    """Numbers of inputs and outputs of the adapters of some layers, by name: of one for each pass of a block, or of the head.
 
     Raises:
         ValueError: a kind of layer that the model has not.
     """
-    found: dict[str, tuple[Linear | TiedHead, int, int]] = {}
-    users = {name: part for part in parts_of(model).values() for name in part.modules}
+    width = model.params.model_dim
+    shapes = {name.rpartition(".")[2]: model.get_parameter(part.name).shape
+              for part in parts_of(model).values() if part.is_matrix for name in part.modules}
+    shapes |= dict.fromkeys(BESIDE, torch.Size((width, width)))
     for layer in layers:
-        names = [name for name in users if name.rpartition(".")[2] == layer]
-        if not names:
+        if layer not in shapes:
             raise UserError(f"evaluate.lora.layers: {layer}: the model has no such layer")
-        for name in names:
-            module = model.get_submodule(name)
-            assert isinstance(module, Linear | TiedHead)
-            num_outputs, num_inputs = model.get_parameter(users[name].name).shape
-            found[name] = (module, num_inputs, num_outputs)
-    return found
+    num_passes = len(model.params.layer_order())
+    return {layer: [(shapes[layer][1], shapes[layer][0])] * (1 if layer == "head" else num_passes) for layer in layers}
 
 
 class LowRankAdapters:
-    """An adapter for each document of a batch: y = W x + B A x, with A uniform in +-1/sqrt(inputs) and B zero at first.
+    """An adapter for each document of a batch: alpha / rank B A x is added, with A uniform in +-1/sqrt(inputs) and B zero at first.
 
     A starts with the same values for every document and run, so that scores do not depend on how documents are batched.
 
@@ -58,17 +56,20 @@ class LowRankAdapters:
         device: where they are.
     """
 
-    def __init__(self, model: nn.Module, settings: LoraParams, device: torch.device) -> None:
+    def __init__(self, model: GPT, settings: LoraParams, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(INIT_SEED)
-        self._modules: list[Linear | TiedHead] = []
-        self._initial, self._pairs = [], []
-        for module, num_inputs, num_outputs in adapted_layers(model, settings.layers).values():
-            initial = (2 * torch.rand(settings.rank, num_inputs, generator=generator) - 1) / math.sqrt(num_inputs)
-            self._modules.append(module)
-            self._initial.append(initial.to(device))
-            self._pairs.append((nn.Parameter(initial.expand(settings.batch_documents, -1, -1).to(device, copy=True)),
-                                nn.Parameter(torch.zeros(settings.batch_documents, num_outputs, settings.rank, device=device))))
-        self.parameters = [parameter for pair in self._pairs for parameter in pair]
+        factor = 1.0 if settings.alpha is None else settings.alpha / settings.rank
+        self._model, self._initial = model, list[Tensor]()
+        self._adapters: dict[str, list[LowRank]] = {layer: [] for layer in settings.layers}
+        for layer, shapes in adapted_layers(model, settings.layers).items():
+            for num_inputs, num_outputs in shapes:
+                initial = (2 * torch.rand(settings.rank, num_inputs, generator=generator) - 1) / math.sqrt(num_inputs)
+                self._initial.append(initial.to(device))
+                self._adapters[layer].append(LowRank(
+                    nn.Parameter(initial.expand(settings.batch_documents, -1, -1).to(device, copy=True)),
+                    nn.Parameter(torch.zeros(settings.batch_documents, num_outputs, settings.rank, device=device)), factor))
+        self._all = [adapter for of_layer in self._adapters.values() for adapter in of_layer]
+        self.parameters = [parameter for a, b, _ in self._all for parameter in (a, b)]
 
     @property
     def num_parameters(self) -> int:
@@ -78,20 +79,18 @@ class LowRankAdapters:
     @torch.no_grad()
     def reset(self) -> None:
         """Make all adapters as new."""
-        for initial, (a, b) in zip(self._initial, self._pairs, strict=True):
+        for initial, (a, b, _) in zip(self._initial, self._all, strict=True):
             a.copy_(initial.expand_as(a))
             b.zero_()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Row n of what the model computes uses adapter n."""
+        self._model.adapters.update(self._adapters)
         try:
-            for module, pair in zip(self._modules, self._pairs, strict=True):
-                module.adapter = pair
             yield
         finally:
-            for module in self._modules:
-                module.adapter = None
+            self._model.adapters.clear()
 
 
 class DocumentScorer:
@@ -127,7 +126,8 @@ class DocumentScorer:
         documents = self._job.documents.select(numbers)
         starts, lengths = (torch.from_numpy(array).to(self._job.stream.device)[:, None] for array in documents)  # (B, 1)
         self._adapters.reset()
-        optimizer = torch.optim.Adam(self._adapters.parameters, lr=settings.lr, betas=settings.adam_betas)
+        optimizer = torch.optim.AdamW(self._adapters.parameters, lr=settings.lr, betas=settings.adam_betas, eps=settings.adam_eps,
+                                      weight_decay=settings.weight_decay)
         for first in range(0, int(documents.length[0]), settings.chunk_tokens):
             end = first + settings.chunk_tokens
             active = documents.select(documents.length > first)
