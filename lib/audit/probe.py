@@ -50,12 +50,12 @@ class Geometry(NamedTuple):
 
 def geometry(name: StrategyName, params: EvaluateParams) -> Geometry:
     """The smallest piece in which a strategy shows all that it does: it adapts before the end, and fills more than one batch."""
-    chunk = params.lora.chunk_tokens
+    chunk, handed_down = params.lora.chunk_tokens, (params.lora.warm_start or 0) + 2
     if name == "lora":
-        return Geometry(chunk, params.lora.batch_documents + 2, chunk * 5 // 2)
+        return Geometry(chunk, max(params.lora.batch_documents + 2, handed_down), chunk * 5 // 2)
     if name == "phased":  # the documents of the first phase have at least one row to train on
         row = -(-2 * params.window_tokens // params.phased.documents)
-        return Geometry(chunk, params.phased.documents + 2, max(chunk * 5 // 2, row))
+        return Geometry(chunk, max(params.phased.documents + 2, handed_down), max(chunk * 5 // 2, row))
     units = {"score_first": params.score_first.chunk_tokens, "one_pass": params.segment_tokens}
     return Geometry(units.get(name, params.window_tokens))
 
@@ -157,7 +157,7 @@ class Trial:
 
     def _check_documents(self) -> Finding | None:
         """Change some documents, then the others; None for a strategy that does not claim that documents are isolated."""
-        if not STRATEGIES[self._name].isolates_documents:
+        if not STRATEGIES[self._name].isolates_documents(self._params):
             return None
         documents = find_documents(self._probe.tokens, self._bos_id)
         if (num_documents := len(documents.start)) == 1:

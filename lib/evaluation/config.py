@@ -53,7 +53,7 @@ class ScoreFirstParams(AdaptationParams):
 
 
 class LoraParams(Params):
-    """A low-rank adapter (arXiv:2106.09685) for each document alone (pr410-lora): score a chunk, then train the adapter on it."""
+    """A low-rank adapter (arXiv:2106.09685) for each document (pr410-lora): score a chunk, then train the adapter on it."""
 
     rank: Positive
     alpha: PositiveFloat | None
@@ -74,6 +74,9 @@ class LoraParams(Params):
     adam_eps: PositiveFloat
     weight_decay: NonNegativeFloat
     """Decoupled, as AdamW has it: each step takes lr * weight_decay of every weight away."""
+    warm_start: Positive | None
+    """How many documents before a document, in the order of the text, the one is whose trained A it starts with, instead of the same values
+    for all (#1855); B and the optimizer start anew all the same. So many documents are scored at a time."""
     batch_documents: Positive
     """Documents in one forward pass of one process; changes speed, not scores."""
 

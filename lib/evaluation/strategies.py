@@ -24,7 +24,7 @@ class Strategy(NamedTuple):
         work: the number of inputs that it scores (or their equivalent), for the projection of the time.
         trains: the settings of the adaptation of the model's own parameters.
         transductive: whether it trains on text before scoring it, so that its score is not a legal one.
-        isolates_documents: whether no document's score depends on another document; the audit checks it.
+        isolates_documents: whether with some parameters no document's score depends on another document; the audit checks it.
         chunk_tokens: targets that are scored between two changes of what they are scored with, at most: the weights, an adapter,
             or for strategies that change nothing the window. The audit chooses its places by it.
     """
@@ -33,7 +33,7 @@ class Strategy(NamedTuple):
     work: Callable[[Documents, EvaluateParams], int]
     trains: Callable[[EvaluateParams], tuple[AdaptationParams, ...]] = lambda _: ()
     transductive: bool = False
-    isolates_documents: bool = False
+    isolates_documents: Callable[[EvaluateParams], bool] = lambda _: False
     chunk_tokens: Callable[[EvaluateParams], int] = lambda params: params.window_tokens
 
 
@@ -177,8 +177,9 @@ STRATEGIES: dict[StrategyName, Strategy] = {
     "one_pass": _fixed(_one_pass, lambda params: params.segment_tokens),
     "score_first": Strategy(_score_first, _score_first_work, trains=lambda params: (params.score_first,),
                             chunk_tokens=lambda params: params.score_first.chunk_tokens),
-    "lora": Strategy(_lora, lambda documents, params: document_work(documents, params.lora), isolates_documents=True,
-                     chunk_tokens=lambda params: params.lora.chunk_tokens),
+    "lora": Strategy(_lora, lambda documents, params: document_work(documents, params.lora),
+                     chunk_tokens=lambda params: params.lora.chunk_tokens,
+                     isolates_documents=lambda params: params.lora.warm_start is None),
     "phased": Strategy(_phased, _phased_work, trains=lambda params: (params.phased,), chunk_tokens=lambda params: params.lora.chunk_tokens),
     "two_phase": Strategy(_two_phase, _two_phase_work, trains=_two_phase_settings, transductive=True),
 }

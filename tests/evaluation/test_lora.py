@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -67,13 +68,14 @@ def attach_by_hand(model: GPT, adapters: dict[tuple[str, int], tuple[Tensor, Ten
                                              with_kwargs=True)
 
 
-def adapt_by_hand(model: GPT, document: Tensor, settings: LoraParams) -> npt.NDArray[np.float32]:
+def adapt_by_hand(model: GPT, document: Tensor, settings: LoraParams, chain: dict[tuple[str, int], Tensor]) -> npt.NDArray[np.float32]:
     """One document alone: low-rank products are added to outputs; an Adam step on each chunk but the last.
 
     Args:
         model: without adapters.
         document: (N+1,) its tokens and the one after them.
         settings: of lora.
+        chain: the A that an earlier document has left, if one has; this one leaves its own.
     """
     model, num_targets, adapters = copy.deepcopy(model), len(document) - 1, dict[tuple[str, int], tuple[Tensor, Tensor]]()
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +84,8 @@ def adapt_by_hand(model: GPT, document: Tensor, settings: LoraParams) -> npt.NDA
         num_outputs, num_inputs = (model.params.model_dim,) * 2 if weight is None else weight.shape
         for number in range(1 if layer == "head" else len(model.params.layer_order())):
             a = (torch.rand(settings.rank, num_inputs, generator=generator) * 2 - 1) / math.sqrt(num_inputs)
-            adapters[layer, number] = a.requires_grad_(), torch.zeros(num_outputs, settings.rank, requires_grad=True)
+            a, b = chain.get((layer, number), a), torch.zeros(num_outputs, settings.rank)
+            adapters[layer, number] = a.requires_grad_(), b.requires_grad_()
     attach_by_hand(model, adapters, (settings.alpha or settings.rank) / settings.rank)
     trained = [matrix for pair in adapters.values() for matrix in pair]
     optimizer, nats = AdamByHand(trained, settings), np.empty(num_targets, np.float32)
@@ -96,13 +99,16 @@ def adapt_by_hand(model: GPT, document: Tensor, settings: LoraParams) -> npt.NDA
         nats[first:end] = score().detach()
         for _ in range(settings.steps if end < num_targets else 0):
             optimizer.step(torch.autograd.grad(score().mean(), trained))
+    chain.update({place: a.detach() for place, (a, _) in adapters.items()})
     return nats
 
 
 def adapt_all_by_hand(model: GPT, tokens: npt.NDArray[np.uint16], settings: LoraParams) -> npt.NDArray[np.float32]:
     stream = torch.from_numpy(tokens.astype(np.int64))
     bounds = [*np.flatnonzero(tokens[:-1] == 1).tolist(), len(tokens) - 1]
-    return np.concatenate([adapt_by_hand(model, stream[begin : end + 1], settings) for begin, end in itertools.pairwise(bounds)])
+    chains: list[dict[tuple[str, int], Tensor]] = [{} for _ in bounds]
+    return np.concatenate([adapt_by_hand(model, stream[begin : end + 1], settings, chains[number % (settings.warm_start or len(bounds))])
+                           for number, (begin, end) in enumerate(itertools.pairwise(bounds))])
 
 
 def run(tokens: npt.NDArray[np.uint16] | None = None, model: GPT | None = None, **settings: Any) -> Outcome:
@@ -123,6 +129,10 @@ def run(tokens: npt.NDArray[np.uint16] | None = None, model: GPT | None = None, 
     ({"layers": LAYERS}, FRONTIER),  # one for every pass of the loop
     ({"layers": ["key", "attention", "mlp", "head"], "alpha": 3, "adam_betas": [0, 0.99], "adam_eps": 1e-4, "weight_decay": 5.0}, FRONTIER),
     ({"weight_decay": 20.0, "steps": 2}, {}),
+    ({"warm_start": 1, "lr": 0.03}, {}),
+    ({"warm_start": 2, "weight_decay": 5.0, "lr": 0.03}, FRONTIER),
+    ({"warm_start": 3, "batch_documents": 2, "steps": 2}, {}),
+    ({"warm_start": 4, "batch_documents": 9}, {}),
     *(({"layers": [layer], "lr": 0.03}, {}) for layer in LAYERS)])
 def test_scores_are_those_of_products_added_to_outputs_for_one_document_after_the_other(settings: dict[str, Any],
                                                                                             model: dict[str, Any]) -> None:
@@ -130,6 +140,11 @@ def test_scores_are_those_of_products_added_to_outputs_for_one_document_after_th
     nats = run(tokens, make_model(**model), **settings).nats
     assert nats == pytest.approx(adapt_all_by_hand(make_model(**model), tokens, make_params(lora=settings).lora), abs=3e-4)
     assert np.abs(nats - run(tokens, make_model(**model), **settings | {"lr": 0.0}).nats).max() > 0.01  # it did adapt
+
+
+def test_the_record_names_the_chain_whose_adapter_carries_earlier_documents() -> None:
+    events = run(make_tokens(26, starts=(0, 9, 14)), warm_start=2).events
+    assert {(event.state, bisect_right((0, 9, 14), event.first) - 1) for event in events} == {(0, 0), (1, 1), (0, 2)}
 
 
 @pytest.mark.parametrize("settings", [{}, {"window_tokens": 9, "chunk_tokens": 6}])
@@ -147,9 +162,19 @@ def test_without_learning_rate_every_document_is_scored_alone_and_as_if_nothing_
     assert run(tokens, model, lr=0.0, **settings).nats == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("warm_start", [None, 1, 3, 5])
 @pytest.mark.parametrize("batch_documents", [1, 3, 7, 20])
-def test_scores_do_not_depend_on_how_many_documents_share_a_batch(batch_documents: int) -> None:
-    assert run(batch_documents=batch_documents).nats == pytest.approx(run().nats, abs=1e-5)
+def test_scores_do_not_depend_on_how_many_documents_share_a_batch(batch_documents: int, warm_start: int | None) -> None:
+    nats = run(batch_documents=batch_documents, warm_start=warm_start, weight_decay=5.0).nats
+    assert nats == pytest.approx(run(warm_start=warm_start, weight_decay=5.0).nats, abs=1e-5)
+
+
+def test_with_a_warm_start_documents_change_later_ones_of_their_chain_alone() -> None:
+    tokens, changed = make_tokens(NUM_TARGETS, starts=STARTS), make_tokens(NUM_TARGETS, starts=STARTS)
+    changed[1:13] = changed[1:13][::-1]  # of document 0
+    differs = run(tokens, warm_start=3).nats != run(changed, warm_start=3).nats
+    assert [differs[first : first + length].any() for first, length in zip(STARTS, LENGTHS, strict=True)] == [
+        number % 3 == 0 for number in range(len(STARTS))]
 
 
 def test_scores_do_not_depend_on_the_order_of_documents() -> None:
@@ -215,7 +240,7 @@ def test_every_adapter_starts_uniform_and_equal_and_adds_nothing() -> None:
     with torch.no_grad():
         for parameter in adapters.parameters:
             parameter.add_(1.0)
-    adapters.reset()
+    adapters.reset(None)
     down, up = adapters.parameters[0::2], adapters.parameters[1::2]
     assert all((parameter == 0).all() for parameter in up)
     assert all(torch.equal(parameter[0], parameter[n]) for parameter in down for n in range(3))

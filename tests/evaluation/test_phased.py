@@ -25,9 +25,11 @@ def adapt_by_hand(model: GPT, tokens: npt.NDArray[np.uint16], params: EvaluatePa
     documents = list(itertools.pairwise([*np.flatnonzero(tokens[:-1] == 1).tolist(), len(tokens) - 1]))
     num_phases = math.ceil(len(documents) / settings.documents)
     trainer, trained = TrainerByHand(model, settings, is_last_block_or_scale), 0
+    chains: list[dict[tuple[str, int], torch.Tensor]] = [{} for _ in documents]
     for phase in range(num_phases):
-        for begin, end in documents[phase * settings.documents : (phase + 1) * settings.documents]:
-            nats[begin:end] = adapt_document_by_hand(model, stream[begin : end + 1], params.lora)
+        for number in range(len(documents))[phase * settings.documents : (phase + 1) * settings.documents]:
+            (begin, end), chain = documents[number], chains[number % (params.lora.warm_start or len(documents))]
+            nats[begin:end] = adapt_document_by_hand(model, stream[begin : end + 1], params.lora, chain)
         if phase < num_phases - 1:
             lr = settings.lr * (1 + math.cos(math.pi * phase / (num_phases - 1))) / 2 if settings.lr_schedule == "cosine" else settings.lr
             rows = []
@@ -47,6 +49,7 @@ def run(tokens: npt.NDArray[np.uint16] | None = None, **changes: Any) -> Outcome
     ({}, {}),
     ({"documents": 1}, {}),  # the second document is one token: a phase without a row of its own
     ({"documents": 3, "epochs": 1, "batch_sequences": 3, "lr_schedule": "constant"}, {"lora": {"batch_documents": 5, "steps": 2}}),
+    ({"documents": 3}, {"lora": {"warm_start": 2}}),  # across phases
     ({"documents": 3, "optimizer": "sgd"}, {"window_tokens": 5, "stride_tokens": 5, "score_first": {"chunk_tokens": 20}}),
 ])
 def test_scores_are_those_of_an_independent_implementation(settings: dict[str, Any], others: dict[str, Any]) -> None:

@@ -135,10 +135,11 @@ def test_the_distribution_of_the_last_target_is_the_one_that_it_was_scored_with(
 
 CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     (STARTS, {}),
-    ((0, 40), {"score_first": {"batch_sequences": 1, "epochs": 1, "windows": "one_pass"}, "lora": {"batch_documents": 1}, "phased": {
-        "documents": 1, "batch_sequences": 1}}),  # fewer documents, and fewer rows, than processes
-    (STARTS, {"score_first": {"chunk_tokens": 24, "batch_sequences": 3, "optimizer": "sgd", "lr": 0.001, "grad_clip": 1000.0}, "phased": {
-        "batch_sequences": 3, "optimizer": "sgd", "lr": 0.001, "grad_clip": 1000.0}, "lora": {"batch_documents": 1, "steps": 2}}),
+    ((0, 40), {"score_first": {"batch_sequences": 1, "epochs": 1, "windows": "one_pass"}, "lora": {"batch_documents": 1, "warm_start": 2},
+               "phased": {"documents": 1, "batch_sequences": 1}}),  # fewer documents, and fewer rows, than processes
+    (STARTS, {"score_first": {"chunk_tokens": 24, "batch_sequences": 3, "optimizer": "sgd", "lr": 0.001, "grad_clip": 1000.0},
+              "lora": {"batch_documents": 1, "steps": 2, "warm_start": 4},
+              "phased": {"batch_sequences": 3, "optimizer": "sgd", "lr": 0.001, "grad_clip": 1000.0}}),
 ]
 
 
