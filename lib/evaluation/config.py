@@ -90,13 +90,23 @@ class LoraParams(Params):
 
 
 class PhasedParams(AdaptationParams):
-    """Documents with their own adapters as in lora; after some of them the model itself is trained on what has been scored.
+    """Documents with adapters as in lora; after some of them the model itself is trained on what has been scored.
 
-    A cosine goes over phases.
+    A cosine goes over phases, with boundaries over the steps of each.
     """
 
     documents: Positive
     """Documents of a phase: they are scored, then trained on, then the next ones are scored."""
+    boundaries: tuple[Positive, ...] | None
+    """Instead: numbers of documents, ascending, after which the model is trained on all text that has been scored so far (#1855), by an
+    optimizer of its own, in steps of batch_sequences rows from the beginning of the text; the last step is left out."""
+
+    @field_validator("boundaries")
+    @classmethod
+    def _check_boundaries(cls, boundaries: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if boundaries is not None and (not boundaries or list(boundaries) != sorted(set(boundaries))):
+            raise ValueError(f"expected ascending numbers of documents, at least one, or null, found {list(boundaries)}")
+        return boundaries
 
 
 class WholeTextParams(AdaptationParams):

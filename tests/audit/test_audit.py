@@ -95,7 +95,7 @@ def test_legal_strategies_pass_every_check(name: StrategyName, thorough: bool) -
     *((name, {"precision": "bf16"}) for name in ("sliding", "score_first", "lora", "phased")),
     ("score_first", {"score_first": {"windows": "one_pass", "epochs": 1}}), ("score_first", {"when_late": "fewer_epochs"}),
     ("phased", {"when_late": "fewer_epochs"}), ("lora", {"lora": {"steps": 2, "batch_documents": 3}}),
-    ("lora", {"lora": {"warm_start": 2}}), ("phased", {"lora": {"warm_start": 3}})])
+    ("lora", {"lora": {"warm_start": 2}}), ("phased", {"lora": {"warm_start": 3}, "phased": {"boundaries": [2, 4]}})])
 def test_legal_strategies_pass_with_other_parameters(name: StrategyName, changes: dict[str, Any]) -> None:
     assert violated(audit(name, params=make_params(**changes)), name) == []
 

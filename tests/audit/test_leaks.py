@@ -277,7 +277,8 @@ def test_honest_strategies_are_not_accused(thorough: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"window_tokens": 64, "stride_tokens": 8, "score_first": {"chunk_tokens": 64}},
                                      {"lora": {"window_tokens": 64, "chunk_tokens": 16}}, {"lora": {"warm_start": 3}}])
-def test_windows_far_beyond_the_trained_length_and_warm_starts_are_not_accused(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_windows_and_warm_starts_are_not_accused(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows far beyond the trained length."""
     monkeypatch.setattr("tests.audit.test_leaks.PARAMS", make_params(**changes))
     for name in ("sliding", "score_first", "lora"):
         assert replayed(name, thorough=True) == [True, True, True], name

@@ -19,24 +19,29 @@ from tests.evaluation.tiny import make_job, make_model, make_params, make_tokens
 
 
 def adapt_by_hand(model: GPT, tokens: npt.NDArray[np.uint16], params: EvaluateParams) -> npt.NDArray[np.float32]:
-    """Documents of a phase one by one, each with an adapter of its own; then the model is trained on all whole rows scored by then."""
+    """Documents one by one, each with an adapter; then the model is trained on whole rows scored by then, or on all steps but one."""
     settings, window, model = params.phased, params.window_tokens, copy.deepcopy(model)
     stream, nats = torch.from_numpy(tokens.astype(np.int64)), np.empty(len(tokens) - 1, np.float32)
     documents = list(itertools.pairwise([*np.flatnonzero(tokens[:-1] == 1).tolist(), len(tokens) - 1]))
-    num_phases = math.ceil(len(documents) / settings.documents)
+    boundaries = [n for n in settings.boundaries or range(0, 99, settings.documents) if 0 < n < len(documents)]
     trainer, trained = TrainerByHand(model, settings, is_last_block_or_scale), 0
     chains: list[dict[tuple[str, int], torch.Tensor]] = [{} for _ in documents]
-    for phase in range(num_phases):
-        for number in range(len(documents))[phase * settings.documents : (phase + 1) * settings.documents]:
-            (begin, end), chain = documents[number], chains[number % (params.lora.warm_start or len(documents))]
-            nats[begin:end] = adapt_document_by_hand(model, stream[begin : end + 1], params.lora, chain)
-        if phase < num_phases - 1:
-            lr = settings.lr * (1 + math.cos(math.pi * phase / (num_phases - 1))) / 2 if settings.lr_schedule == "cosine" else settings.lr
-            rows = []
-            while trained + window <= documents[(phase + 1) * settings.documents][0]:
-                rows.append(trained)
-                trained += window
-            trainer.train(stream, rows, window, lr, settings.epochs)
+
+    def train(starts: range, part: int, num_parts: int) -> None:
+        lr = settings.lr * (1 + math.cos(math.pi * part / num_parts)) / 2 if settings.lr_schedule == "cosine" else settings.lr
+        trainer.train(stream, starts, window, lr, settings.epochs)
+
+    for number, (begin, end) in enumerate(documents):
+        if number in boundaries and settings.boundaries is None:
+            train(range(trained, trained + (begin - trained) // window * window, window), boundaries.index(number), len(boundaries))
+            trained += (begin - trained) // window * window
+        elif number in boundaries:
+            trainer, step = TrainerByHand(model, settings, is_last_block_or_scale), window * settings.batch_sequences
+            num_steps = math.ceil(begin / step)
+            for place in range(num_steps - 1):
+                train(range(place * step, (place + 1) * step, window), place, num_steps - 1)
+        chain = chains[number % (params.lora.warm_start or len(documents))]
+        nats[begin:end] = adapt_document_by_hand(model, stream[begin : end + 1], params.lora, chain)
     return nats
 
 
@@ -50,6 +55,8 @@ def run(tokens: npt.NDArray[np.uint16] | None = None, **changes: Any) -> Outcome
     ({"documents": 1}, {}),  # the second document is one token: a phase without a row of its own
     ({"documents": 3, "epochs": 1, "batch_sequences": 3, "lr_schedule": "constant"}, {"lora": {"batch_documents": 5, "steps": 2}}),
     ({"documents": 3}, {"lora": {"warm_start": 2}}),  # across phases
+    ({"boundaries": [2, 5, 6], "batch_sequences": 1}, {}),
+    ({"boundaries": [1, 4, 20], "optimizer": "sgd", "lr_schedule": "constant", "epochs": 1}, {"lora": {"warm_start": 1}}),
     ({"documents": 3, "optimizer": "sgd"}, {"window_tokens": 5, "stride_tokens": 5, "score_first": {"chunk_tokens": 20}}),
 ])
 def test_scores_are_those_of_an_independent_implementation(settings: dict[str, Any], others: dict[str, Any]) -> None:
@@ -79,6 +86,13 @@ def test_rows_lie_side_by_side_across_phases_and_end_where_the_scored_text_ends(
 def test_a_row_that_ends_with_the_scored_text_is_trained_on() -> None:
     outcome = run(window_tokens=5, stride_tokens=5, score_first={"chunk_tokens": 20}, phased={"documents": 3})
     assert trained_rows(outcome) == [(0, 29, 2 * 3), (30, 79, 2 * 5)]  # phases end at targets 30 and 83
+
+
+def test_with_boundaries_every_step_from_the_beginning_of_the_text_is_trained_on_but_the_last() -> None:
+    events = [event for event in run(phased={"boundaries": [1, 3, 5]}).events if event.state == -1]  # at targets 13, 30 and 60; steps of 16
+    assert [(event.first, event.last, event.num_steps) for event in events] == [
+        (16 * place, 16 * place + 15, 2) for num_steps in (0, 1, 3) for place in range(num_steps)]
+    assert [event.lr for event in events] == pytest.approx([0.01, 0.01, 0.0075, 0.0025])
 
 
 def test_a_phase_without_a_whole_row_trains_nothing() -> None:

@@ -44,6 +44,7 @@ def test_fixed_strategies_score_as_brute_force_does(num_targets: int, changes: d
 @pytest.mark.parametrize("changes", [
     {},
     {"score_first": {"windows": "one_pass", "chunk_tokens": 8, "epochs": 1}, "lora": {"batch_documents": 3}, "phased": {"documents": 1}},
+    {"lora": {"warm_start": 4}, "phased": {"boundaries": [1, 4, 5]}},
     {"lora": {"steps": 2, "batch_documents": 1}, "stride_tokens": 3, "two_phase": {"selective": {"epochs": 3}}},
     {"two_phase": {"recalibration": {"drop_last": True, "batch_sequences": 4}, "selective": {"drop_last": True, "batch_sequences": 3}}}])
 def test_the_announced_work_is_the_work_reported(name: StrategyName, starts: tuple[int, ...], num_targets: int,
