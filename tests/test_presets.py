@@ -147,7 +147,7 @@ def test_comments_say_what_a_key_means_and_where_its_value_comes_from(folder: Pa
         "    mlp: 5",
         "  bits_of:                       # exceptions by name, such as blocks.0.mlp.up.weight: 16 (the most sensitive)",
         "    blocks.0.mlp.up.weight: 16",
-        "  strategies:                    # among plain, sliding, one_pass, score_first, lora, phased, two_phase (fast)",
+        "  strategies:                    # among plain, sliding, one_pass, score_first, lora, phased, longest_first, two_phase (fast)",
         "  strategy: plain                # the one whose score is val_bpb (chosen on held-out documents)",
         "    weight_decay: 1e-3           # (a try)",
         "    grad_clip:                   # global gradient norm (#585); null = not clipped (#410)",

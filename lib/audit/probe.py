@@ -53,7 +53,7 @@ def geometry(name: StrategyName, params: EvaluateParams) -> Geometry:
     chunk, handed_down = params.lora.chunk_tokens, (params.lora.warm_start or 0) + 2
     if name == "lora":
         return Geometry(chunk, max(params.lora.batch_documents + 2, handed_down), chunk * 5 // 2)
-    if name == "phased":  # the documents of the first phase have at least one row to train on, or one step
+    if name in ("phased", "longest_first"):  # the documents of the first phase have at least one row to train on, or one step
         boundaries, targets = params.phased.boundaries, 2 * params.window_tokens
         documents = params.phased.documents if boundaries is None else boundaries[0]
         targets *= 1 if boundaries is None else params.phased.batch_sequences

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from lib.evaluation.trainable import GROUP_NAMES, is_group
 from lib.params import NonNegativeFloat, Params, Positive, PositiveFloat, Precision
 
-StrategyName = Literal["plain", "sliding", "one_pass", "score_first", "lora", "phased", "two_phase"]
+StrategyName = Literal["plain", "sliding", "one_pass", "score_first", "lora", "phased", "longest_first", "two_phase"]
 LayerName = Literal["query", "key", "value", "output", "attention", "up", "down", "mlp", "head"]
 
 
@@ -90,7 +90,8 @@ class LoraParams(Params):
 
 
 class PhasedParams(AdaptationParams):
-    """Documents with adapters as in lora; after some of them the model itself is trained on what has been scored.
+    """Documents with adapters as in lora, in the order of the text or (longest_first) of their lengths; after some of them the model
+    itself is trained on what has been scored.
 
     A cosine goes over phases, with boundaries over the steps of each.
     """
@@ -161,8 +162,8 @@ class EvaluateParams(Params):
             raise ValueError(f"strategies: expected each name once, found {', '.join(self.strategies)}")
         if self.strategy not in self.strategies:
             raise ValueError(f"strategy: expected one of strategies {', '.join(self.strategies)}, found {self.strategy}")
-        if self.strategy == "two_phase":
-            raise ValueError("strategy: expected one that scores before it trains, found two_phase")
+        if self.strategy in ("longest_first", "two_phase"):
+            raise ValueError(f"strategy: expected one that scores text before it trains on later text, found {self.strategy}")
         if self.stride_tokens > self.window_tokens:
             raise ValueError(f"stride_tokens: expected at most window_tokens {self.window_tokens}, found {self.stride_tokens}")
         if self.score_first.chunk_tokens % self.window_tokens:  # or the last row of a chunk would be short

@@ -18,8 +18,8 @@ class Event(NamedTuple):
     Attributes:
         step: events with a smaller step happened before; equal steps did not see each other.
         kind: ``scored``, or ``trained`` after it.
-        state: `SHARED`, or the number of the adapter that was used or trained: that of its document, or with ``lora.warm_start`` the
-            number of its chain, which is the remainder of its document's and carries the text of the earlier documents of the chain.
+        state: `SHARED`, or the number of the adapter that was used or trained: that of its document in the order of scoring, or with
+            ``lora.warm_start`` the number of its chain, the remainder of that, whose adapter carries the text of the documents before.
         first: first target.
         last: last target.
         num_steps: optimizer steps.

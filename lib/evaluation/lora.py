@@ -109,12 +109,16 @@ class LowRankAdapters:
 class DocumentScorer:
     """Scores documents, each with an adapter of its own, into the job's sheet; each process takes its share of the batches.
 
+    Args:
+        job: the job.
+        documents: its documents in the order in which they are scored.
+
     Raises:
         ValueError: a kind of layer that the model has not.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._settings = job, job.params.lora
+    def __init__(self, job: Job, documents: Documents) -> None:
+        self._job, self._documents, self._settings = job, documents, job.params.lora
         model = job.forward.model
         assert isinstance(model, GPT)
         num_chains = -(-(self._settings.warm_start or 0) // job.process.world_size)
@@ -122,8 +126,8 @@ class DocumentScorer:
         self._longest_alike = model.params.rope_trained_tokens or math.inf
 
     def score(self, which: Integers) -> None:
-        """Score the documents with these numbers, which follow each other and those of the last call."""
-        documents, process = self._job.documents, self._job.process
+        """Score the documents with these numbers, in the order of scoring; they follow each other and those of the last call."""
+        documents, process = self._documents, self._job.process
         first_event = len(self._job.sheet.ledger.events)
         with mode(self._job.forward.model, training=False), frozen(list(self._job.forward.model.parameters())), self._adapters.attached():
             for of_round in self._rounds(which):
@@ -140,7 +144,7 @@ class DocumentScorer:
         size, num_processes, period = self._settings.batch_documents, self._job.process.world_size, self._settings.warm_start
         for first in range(0, len(which), period or len(which)):
             group = which[first:first + (period or len(which))]
-            group = group[np.argsort(-self._job.documents.length[group], kind="stable")]
+            group = group[np.argsort(-self._documents.length[group], kind="stable")]
             place = np.arange(len(group)) // size if period is None else group % period
             shares = [group[place % num_processes == rank] for rank in range(num_processes)]
             for begin in range(0, max(map(len, shares)), size):
@@ -150,7 +154,7 @@ class DocumentScorer:
         settings, ledger, period = self._settings, self._job.sheet.ledger, self._settings.warm_start
         states = (numbers if period is None else numbers % period).tolist()
         chains = None if period is None else torch.from_numpy(numbers % period // self._job.process.world_size).to(self._job.stream.device)
-        documents = self._job.documents.select(numbers)
+        documents = self._documents.select(numbers)
         starts, lengths = (torch.from_numpy(array).to(self._job.stream.device)[:, None] for array in documents)  # (B, 1)
         self._adapters.reset(chains)
         optimizer = torch.optim.AdamW(self._adapters.parameters, lr=settings.lr, betas=settings.adam_betas, eps=settings.adam_eps,

@@ -24,7 +24,7 @@ class Strategy(NamedTuple):
         run: fills the sheet of a job; every process calls it.
         work: the number of inputs that it scores (or their equivalent), for the projection of the time.
         trains: the settings of the adaptation of the model's own parameters.
-        transductive: whether it trains on text before scoring it, so that its score is not a legal one.
+        transductive: whether it trains on text before scoring it or what comes before it, so that its score is not a legal one.
         isolates_documents: whether with some parameters no document's score depends on another document; the audit checks it.
         chunk_tokens: targets that are scored between two changes of what they are scored with, at most: the weights, an adapter,
             or for strategies that change nothing the window. The audit chooses its places by it.
@@ -98,7 +98,7 @@ def _score_first_work(documents: Documents, params: EvaluateParams) -> int:
 def _lora(job: Job) -> None:
     """pr410-lora: every document on its own, with an adapter of its own."""
     with job.limit.phase("scoring"):
-        DocumentScorer(job).score(np.arange(len(job.documents.start)))
+        DocumentScorer(job, job.documents).score(np.arange(len(job.documents.start)))
 
 
 class Phase(NamedTuple):
@@ -128,7 +128,7 @@ def _phases(documents: Documents, params: EvaluateParams) -> list[Phase]:
         boundaries = tuple(range(settings.documents, num_documents, settings.documents))
     firsts, phases, trained = [0, *(boundary for boundary in boundaries if boundary < num_documents)], list[Phase](), 0
     for first, next_first in itertools.pairwise(firsts):
-        end = int(documents.start[next_first])  # of what has been scored
+        end = int(documents.length[:next_first].sum())  # of what has been scored
         if settings.boundaries is None:
             parts, lrs = [range(trained, end - row + 1, row)], [scheduled_lr(settings, len(phases), len(firsts) - 1)]
             trained += len(parts[0]) * row
@@ -139,10 +139,22 @@ def _phases(documents: Documents, params: EvaluateParams) -> list[Phase]:
     return [*phases, Phase(range(firsts[-1], num_documents), [], [])]
 
 
-def _phased(job: Job) -> None:
-    settings, limit = job.params.phased, job.limit
-    adapter, scorer = Adapter(job, settings), DocumentScorer(job)
-    phases = _phases(job.documents, job.params)
+def _longest(documents: Documents) -> Documents:
+    """Documents in the order of their lengths."""
+    return documents.select(np.argsort(-documents.length, kind="stable"))
+
+
+def _longest_first(job: Job) -> None:
+    """#1855: phased, the longest documents first: whether the model has been trained on others depends on how a document will end."""
+    documents = _longest(job.documents)
+    _phased(job, documents, np.concatenate([np.arange(start, start + length) for start, length in zip(*documents, strict=True)]))
+
+
+def _phased(job: Job, documents: Documents | None = None, targets: Integers | None = None) -> None:
+    """Documents as they are, or others with the targets of all of them."""
+    documents, settings, limit = documents or job.documents, job.params.phased, job.limit
+    adapter, scorer = Adapter(job, settings, targets), DocumentScorer(job, documents)
+    phases = _phases(documents, job.params)
     num_left = sum(phase.num_rows for phase in phases) * job.params.window_tokens
     num_epochs = 0
     for phase in phases:
@@ -152,7 +164,7 @@ def _phased(job: Job) -> None:
         epochs = adapter.affordable_epochs(num_targets, num_left)
         num_left -= num_targets
         if settings.boundaries is not None:
-            adapter = Adapter(job, settings)
+            adapter = Adapter(job, settings, targets)
         with limit.phase("adaptation"):
             for rows, lr in zip(phase.parts, phase.lrs, strict=True):
                 adapter.train(np.array(rows), lr, epochs)
@@ -207,5 +219,7 @@ STRATEGIES: dict[StrategyName, Strategy] = {
                      chunk_tokens=lambda params: params.lora.chunk_tokens,
                      isolates_documents=lambda params: params.lora.warm_start is None),
     "phased": Strategy(_phased, _phased_work, trains=lambda params: (params.phased,), chunk_tokens=lambda params: params.lora.chunk_tokens),
+    "longest_first": Strategy(_longest_first, lambda documents, params: _phased_work(_longest(documents), params), transductive=True,
+                              trains=lambda params: (params.phased,), chunk_tokens=lambda params: params.lora.chunk_tokens),
     "two_phase": Strategy(_two_phase, _two_phase_work, trains=_two_phase_settings, transductive=True),
 }

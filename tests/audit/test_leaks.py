@@ -26,7 +26,7 @@ from tests.evaluation.tiny import MODEL, make_model, make_params, make_text, mak
 from tests.evaluation.tiny import STRATEGIES as NAMES
 
 TOKENS = make_tokens(240, starts=(0, 5, 31, 60, 83, 107, 150, 170, 199))
-LEGAL = [name for name in NAMES if name != "two_phase"]
+LEGAL = [name for name in NAMES if not STRATEGIES[name].transductive]
 PARAMS = make_params()
 CHUNK = PARAMS.score_first.chunk_tokens  # 16
 MEMORY: dict[str, Any] = {}  # what outlives a strategy

@@ -51,7 +51,8 @@ def nested(section: str, changes: dict[str, Any]) -> dict[str, Any]:
     ({"strategies": ["ttt"]}, r"evaluate.strategies.0: .*found \"ttt\""),
     ({"strategy": "ttt"}, r"evaluate.strategy: .*found \"ttt\""),
     ({"strategies": ["plain", "lora"]}, r"evaluate.strategy: expected one of strategies plain, lora, found score_first"),
-    ({"strategy": "two_phase"}, r"evaluate.strategy: expected one that scores before it trains, found two_phase"),
+    *[({"strategy": name}, rf"evaluate.strategy: expected one that scores text before it trains on later text, found {name}")
+      for name in ("longest_first", "two_phase")],
     ({"score_first": {"chunk_tokens": 20}}, r"evaluate.score_first.chunk_tokens: expected a multiple of window_tokens 8, found 20"),
     ({"score_first": {"chunk_tokens": 4}}, r"evaluate.score_first.chunk_tokens: expected a multiple of window_tokens 8, found 4"),
     ({"score_first": {"windows": "plain"}}, r"evaluate.score_first.windows: .*found \"plain\""),
