@@ -25,7 +25,7 @@ class Strategy(NamedTuple):
         work: the number of inputs that it scores (or their equivalent), for the projection of the time.
         trains: the settings of the adaptation of the model's own parameters.
         transductive: whether it trains on text before scoring it or what comes before it, so that its score is not a legal one.
-        isolates_documents: whether with some parameters no document's score depends on another document; the audit checks it.
+        isolates_documents: whether with given parameters no document's score depends on another document; the audit checks it.
         chunk_tokens: targets that are scored between two changes of what they are scored with, at most: the weights, an adapter,
             or for strategies that change nothing the window. The audit chooses its places by it.
     """

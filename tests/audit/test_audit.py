@@ -349,6 +349,15 @@ def test_the_judges_of_a_record_agree_with_brute_force(events: list[Event], warm
     assert check_single_pass(events, NUM_TARGETS, DOCUMENTS, warm_start)["passed"] == is_single_pass(events, warm_start)
 
 
+@pytest.mark.parametrize(("states", "warm_start"), [((0, 1, 2), None), ((0, 1, 0), 2), ((0, 0, 0), 1), ((0, 1, 2), 3)])
+def test_an_adapter_belongs_to_a_document_or_to_those_of_its_chain(states: tuple[int, ...], warm_start: int | None) -> None:
+    events = [Event(step, "scored", state, start, start + length - 1)
+              for step, (state, start, length) in enumerate(zip(states, *DOCUMENTS, strict=True))]
+    for other in (None, 1, 2, 3):
+        alike = other == warm_start or {other, warm_start} == {None, 3}
+        assert check_single_pass(events, NUM_TARGETS, DOCUMENTS, other)["passed"] == is_single_pass(events, other) == alike
+
+
 @given(st.lists(st.integers(1, 4), min_size=3, max_size=12), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=2))
 def test_the_judges_agree_on_records_that_are_nearly_right(sizes: list[int], swaps: list[tuple[int, int]]) -> None:
     ends = [end for end in np.cumsum(sizes).tolist() if end < NUM_TARGETS] + [NUM_TARGETS]
