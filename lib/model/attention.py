@@ -130,7 +130,7 @@ class Attention(nn.Module):
             added_value: value embedding (B, T, K*E) added to the values, or None.
             scope: what the T positions attend to, and how.
             output_scale: (D,), of the outputs.
-            adapters: of query, key, value and output, and of attention: from the inputs to the outputs, before their scale.
+            adapters: those of query, key, value and output, and that of attention: from the inputs to the outputs, before their scale.
 
         Returns:
             (B, P, D).

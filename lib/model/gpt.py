@@ -138,7 +138,7 @@ class Block(nn.Module):
             scope: what the T positions attend to, and how.
             added_value: value embedding (B, T, K*E).
             input_scale: () fp32, of the MLP's normalised inputs; None for 1.
-            adapters: of this pass of the block.
+            adapters: those of this pass of the block.
 
         Returns:
             The stream and the MLP's normalised inputs at the positions of `scope`, both (B, P, D).
@@ -156,7 +156,7 @@ class Block(nn.Module):
             x0: embedding (B, T, D).
             entry: how the next block, or the head, takes its input.
             keep: whether the output of the block is wanted, for a later one.
-            adapters: of this pass of the block.
+            adapters: those of this pass of the block.
 
         Returns:
             The stream in the next block, its normalised inputs, and the output of this one, all (B, P, D).

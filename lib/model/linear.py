@@ -17,7 +17,7 @@ class LowRank(NamedTuple):
     Attributes:
         a: (B, K, C).
         b: (B, R, K).
-        factor: of their product.
+        factor: scale of the product B A x.
     """
 
     a: Tensor
