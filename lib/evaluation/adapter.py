@@ -85,11 +85,10 @@ class Adapter:
                 for batch in batches:
                     self._step(batch)
         self._optimizer.zero_grad()
-        first, end = int(row_starts[0]), int(row_starts[-1]) + window_tokens
-        trained = [np.array((first, end - 1))]
+        trained = np.arange(row_starts[0], row_starts[-1] + window_tokens)
         if self._targets is not None:
-            trained = np.split(self._targets[first:end], np.flatnonzero(np.diff(self._targets[first:end]) != 1) + 1)
-        for run in trained:
+            trained = self._targets[trained]
+        for run in np.split(trained, np.flatnonzero(np.diff(trained) != 1) + 1):
             self._job.sheet.ledger.trained(int(run[0]), int(run[-1]), epochs * len(batches), lr)
 
     def affordable_epochs(self, num_targets: int, num_left: int) -> int:
