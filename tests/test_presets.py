@@ -147,7 +147,7 @@ def test_comments_say_what_a_key_means_and_where_its_value_comes_from(folder: Pa
         "    mlp: 5",
         "  bits_of:                       # exceptions by name, such as blocks.0.mlp.up.weight: 16 (the most sensitive)",
         "    blocks.0.mlp.up.weight: 16",
-        "  strategies:                    # among plain, sliding, one_pass, score_first, lora, phased, two_phase (fast)",
+        "  strategies:                    # among plain, sliding, one_pass, score_first, lora, phased, longest_first, two_phase (fast)",
         "  strategy: plain                # the one whose score is val_bpb (chosen on held-out documents)",
         "    weight_decay: 1e-3           # (a try)",
         "    grad_clip:                   # global gradient norm (#585); null = not clipped (#410)",
@@ -195,6 +195,13 @@ def test_1855_has_the_published_values() -> None:
         "weight_decay.vector": 0.02, "momentum_start": 0.92, "momentum": 0.97, "momentum_warmup": pytest.approx(1500 / 4945, abs=5e-4),
         "orthogonalization": "polar_express", "orthogonalization_steps": 5, "normalize_rows": "before", "cautious_decay": False,
         "adam_betas": [0.9, 0.99], "adam_eps": 1e-8, "grad_clip": 0.3, "warmdown": 0.85, "lr_floor": 0.1}
+    lora = {
+        "rank": 80, "alpha": 144.0, "layers": ["query", "key", "value", "attention", "mlp", "head"], "window_tokens": 2048,
+        "chunk_tokens": 48, "steps": 1, "lr": 1e-4, "adam_betas": [0.0, 0.99], "adam_eps": 1e-10, "weight_decay": 0.5,
+        "warm_start": 8 * 64, "batch_documents": 64}
+    phased = {
+        "boundaries": [833, 1666, 2500], "epochs": 1, "lr": 1e-3, "lr_schedule": "cosine", "optimizer": "sgd", "momentum": 0.9,
+        "weight_decay": 0.0, "grad_clip": 1.0, "batch_sequences": 32_768 // 2048, "trainable": ["all"]}
     expected = {f"train.optimizer.{key}": value for key, value in optimizer.items()} | {
         "train.averaging.ema_decay": 0.9965, "train.averaging.select": "ema", "train.loop_start": 0.35, "train.qat.below_lr": 0.0,
         "train.row_tokens": 98_304, "train.sequence_tokens": 2048,
@@ -202,7 +209,9 @@ def test_1855_has_the_published_values() -> None:
         "model.tied_head": True, "model.ln_scale": True, "model.residual_mix": True, "model.unet_skips": True, "model.smear_gate": True,
         "quantize.clip.num_std": 13.0, "quantize.clip.num_std_of.mlp": 11.5, "quantize.clip.num_std_of.embedding": 14.0,
         "quantize.clip.floor": 0.0, "quantize.damping": 0.01, "quantize.method": "gptq", "quantize.prune_fraction": 0.0,
-        "evaluate.lora.rank": 80, "evaluate.lora.chunk_tokens": 48, "evaluate.lora.window_tokens": 2048}
+        **{f"evaluate.lora.{key}": value for key, value in lora.items()},
+        **{f"evaluate.phased.{key}": value for key, value in phased.items()},
+        "evaluate.window_tokens": 2048}
     assert {key: values[key] for key in expected} == expected
     assert values["calibrate.num_sequences"] == 16 * 48
 

@@ -44,8 +44,8 @@ def save_scores(folder: Path, metrics: Mapping[str, Any], timing: Mapping[str, f
         curves: bits per byte of the first n scored targets, as pairs (n, bits per byte).
         context: rows (inputs before the target's own at most, targets, nats per token).
         documents: rows (tokens of the document at most, documents, bytes, bits per byte).
-        ledgers: what was scored and trained on, in order; targets counted from 0, ranges inclusive, state -1 for the model itself
-            and the number of a document for its own adapter.
+        ledgers: what was scored and trained on, in order; targets counted from 0, ranges inclusive, state -1 for the model itself,
+            else the number of an adapter.
         nats: loss of each target, (N,) fp32, to the last bit: what replays of the run are compared with.
     """
     parts = {CURVES_FOLDER: curves, CONTEXT_FOLDER: context, DOCUMENTS_FOLDER: documents, LEDGER_FOLDER: ledgers}

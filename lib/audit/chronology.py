@@ -3,6 +3,7 @@
 A check is a dictionary with ``passed`` and the numbers that show it. Shapes: N targets.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,22 +44,24 @@ def check_score_before_update(events: Sequence[Event], num_targets: int) -> Find
             "targets_trained_after_scoring": trained_after, "targets_scored": total, "targets_scored_from_the_past_only": past_only}
 
 
-def check_single_pass(events: Sequence[Event], num_targets: int, documents: Documents) -> Finding:
-    """C4: every target is scored once, from left to right by each state; a document's own adapter scores and sees only its document.
+def check_single_pass(events: Sequence[Event], num_targets: int, documents: Documents, warm_start: int | None = None) -> Finding:
+    """C4: every target is scored once, from left to right by each state; an adapter scores and sees only its documents.
 
     Args:
         events: ordered by step.
         num_targets: N.
         documents: where the stream's documents are.
+        warm_start: ``evaluate.lora.warm_start``, after how many documents the next one of the same adapter comes; None for no other one.
     """
     scored = np.zeros(num_targets, np.bool_)
     ends: dict[int, int] = {}  # state -> one past the last target that it scored
     again = backwards = outside = 0
-    starts, lengths = documents.start.tolist(), documents.length.tolist()
+    starts, ends_of_documents = documents.start.tolist(), (documents.start + documents.length).tolist()
     for event in events:
-        first, end = (0, num_targets) if event.state == SHARED else (
-            (starts[event.state], starts[event.state] + lengths[event.state]) if 0 <= event.state < len(starts) else (0, 0))
-        outside += not first <= event.first <= event.last < end
+        number = bisect_right(starts, event.first) - 1  # of the document
+        is_own = event.state == SHARED or event.state == number % (warm_start or len(starts))
+        end = num_targets if event.state == SHARED else ends_of_documents[number]
+        outside += not (is_own and 0 <= event.first <= event.last < end)
         if event.kind == "scored":
             again += int(np.count_nonzero(scored[event.first:event.last + 1]))
             backwards += event.first < ends.get(event.state, 0)

@@ -51,12 +51,14 @@ class Geometry(NamedTuple):
 
 def geometry(name: StrategyName, params: EvaluateParams) -> Geometry:
     """The smallest piece in which a strategy shows all that it does: it adapts before the end, and fills more than one batch."""
-    chunk = params.lora.chunk_tokens
+    chunk, handed_down = params.lora.chunk_tokens, (params.lora.warm_start or 0) + 2
     if name == "lora":
-        return Geometry(chunk, params.lora.batch_documents + 2, chunk * 5 // 2)
-    if name == "phased":  # the documents of the first phase have at least one row to train on
-        row = -(-2 * params.window_tokens // params.phased.documents)
-        return Geometry(chunk, params.phased.documents + 2, max(chunk * 5 // 2, row))
+        return Geometry(chunk, max(params.lora.batch_documents + 2, handed_down), chunk * 5 // 2)
+    if name in ("phased", "longest_first"):  # the documents of the first phase have at least one row to train on, or one step
+        boundaries, targets = params.phased.boundaries, 2 * params.window_tokens
+        documents = params.phased.documents if boundaries is None else boundaries[0]
+        targets *= 1 if boundaries is None else params.phased.batch_sequences
+        return Geometry(chunk, max(documents + 2, handed_down), max(chunk * 5 // 2, -(-targets // documents)))
     units = {"score_first": params.score_first.chunk_tokens, "one_pass": params.segment_tokens}
     return Geometry(units.get(name, params.window_tokens))
 
@@ -190,7 +192,7 @@ class Trial:
 
         Hints of the tilt come from other documents; only where they stay the same are scores compared.
         """
-        if not STRATEGIES[self._name].isolates_documents:
+        if not STRATEGIES[self._name].isolates_documents(self._params):
             return None
         documents = find_documents(self._probe.tokens, self._bos_id)
         if (num_documents := len(documents.start)) == 1:

@@ -90,7 +90,7 @@ def plan_replays(outcomes: Mapping[StrategyName, Outcome], text: Text, params: E
         digest.update(outcomes[name].nats.tobytes())
     generator = np.random.default_rng(int.from_bytes(digest.digest(), "little"))
     names = [name for name in STRATEGIES if name in outcomes and not STRATEGIES[name].transductive]
-    isolated = tuple(name for name in names if STRATEGIES[name].isolates_documents)
+    isolated = tuple(name for name in names if STRATEGIES[name].isolates_documents(params))
     shared = tuple(name for name in names if name not in isolated)
     replays = []
     for _ in range(2 if thorough else 1) if isolated else ():
@@ -179,7 +179,7 @@ def check_replays(outcomes: Mapping[StrategyName, Outcome], text: Text, params: 
     noise: dict[StrategyName, float] = {}
     for replay in plan_replays(outcomes, text, params, thorough=thorough, seed_of_cuts=seed_of_cuts):
         generator = np.random.default_rng(int(replay.first.sum()))
-        isolating = STRATEGIES[replay.names[0]].isolates_documents
+        isolating = STRATEGIES[replay.names[0]].isolates_documents(params)
         before = np.arange(1, end + 1) < np.repeat(replay.first, text.documents.length)  # targets' tokens
         if not isolating:
             before &= np.arange(1, end + 1) < replay.first.min()
@@ -271,7 +271,7 @@ def score_again(model: GPT, text: Text, params: EvaluateParams, names: Sequence[
     clock, scores = _Clock(process), {}
     for name, job in make_jobs(model, text, params, names, process=process, limit=clock):
         most = work * STRATEGIES[name].work(text.documents, params) if work < 1 else float("inf")
-        end = job.num_targets if STRATEGIES[name].isolates_documents else until  # the longest documents come first
+        end = job.num_targets if STRATEGIES[name].isolates_documents(params) else until  # the longest documents come first
         clock.start(partial(_is_enough, job.sheet, process, end, most))
         if work < 1 and process.world_size == 1:  # several processes stop between batches, together
             job.sheet.write = partial(_write_some, job.sheet.write, [int(work * job.num_targets)])  # type: ignore[method-assign]

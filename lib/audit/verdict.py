@@ -62,7 +62,7 @@ def audit_scores(model: GPT, text: Text, params: EvaluateParams, outcomes: Mappi
         checks = {"causality": _with_part(causality, "replays", replays.get(name)), "distribution": distribution,
                   "score_before_update": _with_part(check_score_before_update(outcome.events, len(text.tokens) - 1), "model_state",
                                                     check_state([outcome, trial.original])),
-                  "single_pass": check_single_pass(outcome.events, len(text.tokens) - 1, text.documents)}
+                  "single_pass": check_single_pass(outcome.events, len(text.tokens) - 1, text.documents, params.lora.warm_start)}
         passed = worst(*(check["passed"] for check in checks.values()))  # type: ignore[arg-type]
         strategies[name] = {"legal": passed, **checks}
     everywhere = process.merge({process.rank: confinement}).values()

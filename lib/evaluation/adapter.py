@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,13 +48,17 @@ class Adapter:
     Args:
         job: the job whose model is changed.
         settings: what is trained, and how.
+        targets: (M,) numbers of the targets of another text, put together from documents of the stream, that is trained on instead of it.
 
     Raises:
         ValueError: a trainable group that does not exist or matches nothing.
     """
 
-    def __init__(self, job: Job, settings: AdaptationParams) -> None:
-        self._job, self._settings = job, settings
+    def __init__(self, job: Job, settings: AdaptationParams, targets: Integers | None = None) -> None:
+        self._job, self._settings, self._targets = job, settings, targets
+        self._text = job.stream
+        if targets is not None:
+            self._text = job.stream[torch.from_numpy(np.append(targets, targets[-1] + 1)).to(job.stream.device)]
         parameters = dict(job.forward.model.named_parameters())
         members = match_groups(settings.trainable, parts_of(job.forward.model))
         names = {name for group in members.values() for name in group}
@@ -80,7 +85,11 @@ class Adapter:
                 for batch in batches:
                     self._step(batch)
         self._optimizer.zero_grad()
-        self._job.sheet.ledger.trained(int(row_starts[0]), int(row_starts[-1]) + window_tokens - 1, epochs * len(batches), lr)
+        trained = np.arange(row_starts[0], row_starts[-1] + window_tokens)
+        if self._targets is not None:
+            trained = self._targets[trained]
+        for run in np.split(trained, np.flatnonzero(np.diff(trained) != 1) + 1):
+            self._job.sheet.ledger.trained(int(run[0]), int(run[-1]), epochs * len(batches), lr)
 
     def affordable_epochs(self, num_targets: int, num_left: int) -> int:
         """Epochs on the next `num_targets` targets when `num_left` (these among them) are still to be trained on.
@@ -102,7 +111,7 @@ class Adapter:
         if len(own):
             full = len(own) == -(-self._settings.batch_sequences // process.world_size)
             for part in torch.split(own, batch_size(window_tokens, self._job.params.batch_tokens)):
-                rows = gather_rows(self._job.stream, part, window_tokens + 1)  # (R, T+1)
+                rows = gather_rows(self._text, part, window_tokens + 1)  # (R, T+1)
                 (self._job.forward(rows, ALL_POSITIONS, repeats=full).sum() / num_targets).backward()
         self._sum_gradients()
         if self._settings.grad_clip is not None:

@@ -8,8 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from lib.evaluation.trainable import GROUP_NAMES, is_group
 from lib.params import Fraction, NonNegativeFloat, Params, Positive, PositiveFloat, Precision
 
-StrategyName = Literal["plain", "sliding", "one_pass", "score_first", "lora", "phased", "two_phase"]
-LayerName = Literal["query", "key", "value", "output", "up", "down", "head"]
+StrategyName = Literal["plain", "sliding", "one_pass", "score_first", "lora", "phased", "longest_first", "two_phase"]
+LayerName = Literal["query", "key", "value", "output", "attention", "up", "down", "mlp", "head"]
 
 
 class AdaptationParams(Params):
@@ -54,11 +54,15 @@ class ScoreFirstParams(AdaptationParams):
 
 
 class LoraParams(Params):
-    """A low-rank adapter (arXiv:2106.09685) for each document alone (pr410-lora): score a chunk, then train the adapter on it."""
+    """A low-rank adapter (arXiv:2106.09685) for each document (pr410-lora): score a chunk, then train the adapter on it."""
 
     rank: Positive
+    alpha: PositiveFloat | None
+    """What the adapter adds is scaled by alpha / rank; None is the rank."""
     layers: Annotated[tuple[LayerName, ...], Field(min_length=1)]
-    """Linear layers of every block, and the head, that get an adapter."""
+    """Layers of every block, and the head, that get an adapter, one for each time that a pass runs through the block. That of a matrix
+    (query, key, value, output, up, down) has its inputs and outputs; those of attention and mlp lie beside the whole, from its normalised
+    input to its output, and are scaled with that (#1855)."""
     window_tokens: Positive
     """Inputs that the model sees at once, within the document."""
     chunk_tokens: Positive
@@ -66,8 +70,14 @@ class LoraParams(Params):
     steps: Positive
     """Optimizer steps on each chunk."""
     lr: NonNegativeFloat
-    """Learning rate of Adam (arXiv:1412.6980)."""
+    """Learning rate of AdamW (arXiv:1711.05101)."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    adam_eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+    """Decoupled, as AdamW has it: each step takes lr * weight_decay of every weight away."""
+    warm_start: Positive | None
+    """How many documents before a document, in the order of the text, the one is whose trained A it starts with, instead of the same values
+    for all (#1855); B and the optimizer start anew all the same. So many documents are scored at a time."""
     batch_documents: Positive
     """Documents in one forward pass of one process; changes speed, not scores."""
 
@@ -81,13 +91,24 @@ class LoraParams(Params):
 
 
 class PhasedParams(AdaptationParams):
-    """Documents with their own adapters as in lora; after some of them the model itself is trained on what has been scored.
+    """Documents with adapters as in lora, in the order of the text or (longest_first) of their lengths; after some of them the model
+    itself is trained on what has been scored.
 
-    A cosine goes over phases.
+    A cosine goes over phases, with boundaries over the steps of each.
     """
 
     documents: Positive
     """Documents of a phase: they are scored, then trained on, then the next ones are scored."""
+    boundaries: tuple[Positive, ...] | None
+    """Instead: numbers of documents, ascending, after which the model is trained on all text that has been scored so far (#1855), by an
+    optimizer of its own, in steps of batch_sequences rows from the beginning of the text; the last step is left out."""
+
+    @field_validator("boundaries")
+    @classmethod
+    def _check_boundaries(cls, boundaries: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if boundaries is not None and (not boundaries or list(boundaries) != sorted(set(boundaries))):
+            raise ValueError(f"expected ascending numbers of documents, at least one, or null, found {list(boundaries)}")
+        return boundaries
 
 
 class WholeTextParams(AdaptationParams):
@@ -163,8 +184,8 @@ class EvaluateParams(Params):
             raise ValueError(f"strategies: expected each name once, found {', '.join(self.strategies)}")
         if self.strategy not in self.strategies:
             raise ValueError(f"strategy: expected one of strategies {', '.join(self.strategies)}, found {self.strategy}")
-        if self.strategy == "two_phase":
-            raise ValueError("strategy: expected one that scores before it trains, found two_phase")
+        if self.strategy in ("longest_first", "two_phase"):
+            raise ValueError(f"strategy: expected one that scores text before it trains on later text, found {self.strategy}")
         if self.stride_tokens > self.window_tokens:
             raise ValueError(f"stride_tokens: expected at most window_tokens {self.window_tokens}, found {self.stride_tokens}")
         if self.score_first.chunk_tokens % self.window_tokens:  # or the last row of a chunk would be short

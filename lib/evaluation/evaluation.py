@@ -227,7 +227,7 @@ def _describe(model: GPT, params: EvaluateParams, process: Process) -> None:
     for name in params.strategies:
         for settings in STRATEGIES[name].trains(params):
             say(f"{name} trains {describe_groups(match_groups(settings.trainable, parts), sizes)}", enabled=process.is_main)
-        if name in ("lora", "phased"):
+        if name in ("lora", "phased", "longest_first"):
             num_parameters = LowRankAdapters(model, params.lora, process.device).num_parameters
             say(f"{name} trains an adapter of {num_parameters:,} parameters per document ({', '.join(params.lora.layers)})",
                 enabled=process.is_main)

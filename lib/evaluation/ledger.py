@@ -18,7 +18,8 @@ class Event(NamedTuple):
     Attributes:
         step: events with a smaller step happened before; equal steps did not see each other.
         kind: ``scored``, or ``trained`` after it.
-        state: `SHARED`, or the number of the document whose own adapter was used or trained.
+        state: `SHARED`, or the number of the adapter that was used or trained: that of its document in the order of scoring, or with
+            ``lora.warm_start`` the number of its chain, the remainder of that, whose adapter carries the text of the documents before.
         first: first target.
         last: last target.
         num_steps: optimizer steps.
@@ -42,7 +43,7 @@ class Ledger:
         self._step = 0
 
     def scored(self, first: int, last: int, state: int = SHARED) -> None:
-        """Targets `first` .. `last` were scored with the shared weights and, if it is one, the adapter of the document `state`."""
+        """Targets `first` .. `last` were scored with the shared weights and, if it is one, the adapter `state`."""
         self._add(Event(self._step, "scored", state, first, last))
 
     def trained(self, first: int, last: int, num_steps: int, lr: float, state: int = SHARED) -> None:

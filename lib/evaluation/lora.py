@@ -1,7 +1,9 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) of single documents: a chunk is scored, then the document's adapter is trained on it.
 
 Every document starts with a fresh adapter and sees no other document, so that documents can be scored in any order and many
-at a time (pr410-lora). Shapes: B documents of a batch, T inputs of a window, P targets of a chunk, R rank.
+at a time (pr410-lora). With a warm start (#1855) A is handed down a chain, from each document to the one `warm_start` documents after it.
+There are `warm_start` chains; a process keeps some of them, so that scores depend neither on batches nor on the number of processes.
+Shapes: B documents of a batch, T inputs of a window, P targets of a chunk, R rank.
 """
 
 import math
@@ -19,56 +21,60 @@ from lib.evaluation.config import LoraParams
 from lib.evaluation.job import Job
 from lib.evaluation.score import mode
 from lib.evaluation.windows import Documents, Integers
-from lib.model.gpt import GPT, TiedHead
-from lib.model.linear import Linear
+from lib.model.gpt import GPT
+from lib.model.linear import LowRank
 from lib.model.parts import parts_of
 
 INIT_SEED = 0
+BESIDE = ("attention", "mlp")  # what has adapters from its input to its output, beside all that is in it
 SHAPES = 4  # of compiled windows
 
 
-def adapted_layers(model: nn.Module, layers: tuple[str, ...]) -> dict[str, tuple[Linear | TiedHead, int, int]]:
-    """The modules that get an adapter, by name: module, number of its inputs, number of its outputs.
+def adapted_layers(model: GPT, layers: tuple[str, ...]) -> dict[str, list[tuple[int, int]]]:
+    """Numbers of inputs and outputs of the adapters of some layers, by name: of one for each pass of a block, or of the head.
 
     Raises:
         ValueError: a kind of layer that the model has not.
     """
-    found: dict[str, tuple[Linear | TiedHead, int, int]] = {}
-    users = {name: part for part in parts_of(model).values() for name in part.modules}
+    width = model.params.model_dim
+    shapes = {name.rpartition(".")[2]: model.get_parameter(part.name).shape
+              for part in parts_of(model).values() if part.is_matrix for name in part.modules}
+    shapes |= dict.fromkeys(BESIDE, torch.Size((width, width)))
     for layer in layers:
-        names = [name for name in users if name.rpartition(".")[2] == layer]
-        if not names:
+        if layer not in shapes:
             raise UserError(f"evaluate.lora.layers: {layer}: the model has no such layer")
-        for name in names:
-            module = model.get_submodule(name)
-            assert isinstance(module, Linear | TiedHead)
-            num_outputs, num_inputs = model.get_parameter(users[name].name).shape
-            found[name] = (module, num_inputs, num_outputs)
-    return found
+    num_passes = len(model.params.layer_order())
+    return {layer: [(shapes[layer][1], shapes[layer][0])] * (1 if layer == "head" else num_passes) for layer in layers}
 
 
 class LowRankAdapters:
-    """An adapter for each document of a batch: y = W x + B A x, with A uniform in +-1/sqrt(inputs) and B zero at first.
+    """An adapter for each document of a batch: alpha / rank B A x is added, with A uniform in +-1/sqrt(inputs) and B zero at first.
 
-    A starts with the same values for every document and run, so that scores do not depend on how documents are batched.
+    A starts with the same values for every document and run, so that scores do not depend on how documents are batched, or with those that
+    were kept for its chain.
 
     Args:
         model: the model whose layers have the adapters while they are `attached`.
         settings: the section ``evaluate.lora``.
         device: where they are.
+        num_chains: how many values of A are kept.
     """
 
-    def __init__(self, model: nn.Module, settings: LoraParams, device: torch.device) -> None:
+    def __init__(self, model: GPT, settings: LoraParams, device: torch.device, num_chains: int = 0) -> None:
         generator = torch.Generator().manual_seed(INIT_SEED)
-        self._modules: list[Linear | TiedHead] = []
-        self._initial, self._pairs = [], []
-        for module, num_inputs, num_outputs in adapted_layers(model, settings.layers).values():
-            initial = (2 * torch.rand(settings.rank, num_inputs, generator=generator) - 1) / math.sqrt(num_inputs)
-            self._modules.append(module)
-            self._initial.append(initial.to(device))
-            self._pairs.append((nn.Parameter(initial.expand(settings.batch_documents, -1, -1).to(device, copy=True)),
-                                nn.Parameter(torch.zeros(settings.batch_documents, num_outputs, settings.rank, device=device))))
-        self.parameters = [parameter for pair in self._pairs for parameter in pair]
+        factor = 1.0 if settings.alpha is None else settings.alpha / settings.rank
+        self._model, self._initial, self._kept = model, list[Tensor](), list[Tensor]()
+        self._adapters: dict[str, list[LowRank]] = {layer: [] for layer in settings.layers}
+        for layer, shapes in adapted_layers(model, settings.layers).items():
+            for num_inputs, num_outputs in shapes:
+                initial = (2 * torch.rand(settings.rank, num_inputs, generator=generator) - 1) / math.sqrt(num_inputs)
+                self._initial.append(initial.to(device))
+                self._kept.append(initial.expand(num_chains, -1, -1).to(device, copy=True))
+                self._adapters[layer].append(LowRank(
+                    nn.Parameter(initial.expand(settings.batch_documents, -1, -1).to(device, copy=True)),
+                    nn.Parameter(torch.zeros(settings.batch_documents, num_outputs, settings.rank, device=device)), factor))
+        self._all = [adapter for of_layer in self._adapters.values() for adapter in of_layer]
+        self.parameters = [parameter for a, b, _ in self._all for parameter in (a, b)]
 
     @property
     def num_parameters(self) -> int:
@@ -76,58 +82,83 @@ class LowRankAdapters:
         return sum(parameter[0].numel() for parameter in self.parameters)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Make all adapters as new."""
-        for initial, (a, b) in zip(self._initial, self._pairs, strict=True):
+    def reset(self, chains: Tensor | None) -> None:
+        """Make all adapters as new; the first ones have the A of these chains."""
+        for initial, kept, (a, b, _) in zip(self._initial, self._kept, self._all, strict=True):
             a.copy_(initial.expand_as(a))
             b.zero_()
+            if chains is not None:
+                a[: len(chains)] = kept[chains]
+
+    @torch.no_grad()
+    def keep(self, chains: Tensor, rows: slice) -> None:
+        """Keep the A of some adapters for their chains."""
+        for kept, (a, *_) in zip(self._kept, self._all, strict=True):
+            kept[chains[rows]] = a[rows]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Row n of what the model computes uses adapter n."""
+        self._model.adapters.update(self._adapters)
         try:
-            for module, pair in zip(self._modules, self._pairs, strict=True):
-                module.adapter = pair
             yield
         finally:
-            for module in self._modules:
-                module.adapter = None
+            self._model.adapters.clear()
 
 
 class DocumentScorer:
     """Scores documents, each with an adapter of its own, into the job's sheet; each process takes its share of the batches.
 
+    Args:
+        job: the job.
+        documents: its documents in the order in which they are scored.
+
     Raises:
         ValueError: a kind of layer that the model has not.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._settings = job, job.params.lora
+    def __init__(self, job: Job, documents: Documents) -> None:
+        self._job, self._documents, self._settings = job, documents, job.params.lora
         model = job.forward.model
         assert isinstance(model, GPT)
-        self._adapters = LowRankAdapters(model, self._settings, job.stream.device)
+        num_chains = -(-(self._settings.warm_start or 0) // job.process.world_size)
+        self._adapters = LowRankAdapters(model, self._settings, job.stream.device, num_chains)
         self._longest_alike = model.params.rope_trained_tokens or math.inf
 
     def score(self, which: Integers) -> None:
-        """Score the documents with these numbers, in batches of similar length, longest first."""
-        documents, process = self._job.documents, self._job.process
-        which = which[np.argsort(-documents.length[which], kind="stable")]
-        batches = [which[n:n + self._settings.batch_documents] for n in range(0, len(which), self._settings.batch_documents)]
+        """Score the documents with these numbers, in the order of scoring; they follow each other and those of the last call."""
+        documents, process = self._documents, self._job.process
         first_event = len(self._job.sheet.ledger.events)
         with mode(self._job.forward.model, training=False), frozen(list(self._job.forward.model.parameters())), self._adapters.attached():
-            for first in range(0, len(batches), process.world_size):
-                of_round = batches[first:first + process.world_size]
-                if process.rank < len(of_round):
-                    self._score_batch(of_round[process.rank])
+            for of_round in self._rounds(which):
+                if len(own := of_round[process.rank]):
+                    self._score_batch(own)
                 self._job.limit.advance(sum(document_work(documents.select(batch), self._settings) for batch in of_round))
         self._job.sheet.ledger.synchronize(process, first_event)
 
+    def _rounds(self, which: Integers) -> Iterator[list[Integers]]:
+        """What each process scores at the same time as the others: batches of similar length, the longest documents first.
+
+        Only of documents that hand their A to each other an earlier one comes first, in the same process.
+        """
+        size, num_processes, period = self._settings.batch_documents, self._job.process.world_size, self._settings.warm_start
+        for first in range(0, len(which), period or len(which)):
+            group = which[first:first + (period or len(which))]
+            group = group[np.argsort(-self._documents.length[group], kind="stable")]
+            place = np.arange(len(group)) // size if period is None else group % period
+            shares = [group[place % num_processes == rank] for rank in range(num_processes)]
+            for begin in range(0, max(map(len, shares)), size):
+                yield [share[begin:begin + size] for share in shares]
+
     def _score_batch(self, numbers: Integers) -> None:
-        settings, ledger = self._settings, self._job.sheet.ledger
-        documents = self._job.documents.select(numbers)
+        settings, ledger, period = self._settings, self._job.sheet.ledger, self._settings.warm_start
+        states = (numbers if period is None else numbers % period).tolist()
+        chains = None if period is None else torch.from_numpy(numbers % period // self._job.process.world_size).to(self._job.stream.device)
+        documents = self._documents.select(numbers)
         starts, lengths = (torch.from_numpy(array).to(self._job.stream.device)[:, None] for array in documents)  # (B, 1)
-        self._adapters.reset()
-        optimizer = torch.optim.Adam(self._adapters.parameters, lr=settings.lr, betas=settings.adam_betas)
+        self._adapters.reset(chains)
+        optimizer = torch.optim.AdamW(self._adapters.parameters, lr=settings.lr, betas=settings.adam_betas, eps=settings.adam_eps,
+                                      weight_decay=settings.weight_decay)
         for first in range(0, int(documents.length[0]), settings.chunk_tokens):
             end = first + settings.chunk_tokens
             active = documents.select(documents.length > first)
@@ -139,8 +170,8 @@ class DocumentScorer:
                 nats = self._forward(rows, scored, hints := self._job.sheet.hints(targets))  # (B, P), or (2, B, P)
             self._job.sheet.write(targets, nats.detach(), torch.arange(first - start, end - start, device=rows.device))
             nats = nats if hints is None else nats[0]
-            for number, begin, length in zip(numbers.tolist(), active.start.tolist(), active.length.tolist(), strict=False):
-                ledger.scored(begin + first, begin + min(end, length) - 1, number)
+            for state, begin, length in zip(states, active.start.tolist(), active.length.tolist(), strict=False):
+                ledger.scored(begin + first, begin + min(end, length) - 1, state)
             self._write_distribution(active, rows, start, first, end)
             for step in range(settings.steps if num_trained else 0):
                 if step:
@@ -148,8 +179,10 @@ class DocumentScorer:
                 optimizer.zero_grad()
                 nats[:num_trained].mean(1).sum().backward()
                 optimizer.step()
-            for number, begin in zip(numbers[:num_trained].tolist(), active.start.tolist(), strict=False):
-                ledger.trained(begin + first, begin + end - 1, settings.steps, settings.lr, number)
+            for state, begin in zip(states[:num_trained], active.start.tolist(), strict=False):
+                ledger.trained(begin + first, begin + end - 1, settings.steps, settings.lr, state)
+            if chains is not None:  # of documents that will not be trained again; the optimizer goes on moving them
+                self._adapters.keep(chains, slice(int((documents.length > end + settings.chunk_tokens).sum()), num_trained))
 
     def _forward(self, rows: Tensor, scored: slice, hints: Tensor | None = None) -> Tensor:
         """Losses (B, P) of the `scored` positions of rows (B, T+1) that end with them; (2, B, P), of `hints` (B, P) too, where there are.

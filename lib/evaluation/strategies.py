@@ -4,6 +4,7 @@ A strategy fills the job's sheet: it scores with `Scorer` or `DocumentScorer` an
 that the audit judges. Shapes: N targets.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -23,8 +24,9 @@ class Strategy(NamedTuple):
         run: fills the sheet of a job; every process calls it.
         work: the number of inputs that it scores (or their equivalent), for the projection of the time.
         trains: the settings of the adaptation of the model's own parameters.
-        transductive: whether it trains on text before scoring it, so that its score is not a legal one.
-        isolates_documents: whether no document's score depends on another document, but for hints of the tilt; the audit checks it.
+        transductive: whether it trains on text before scoring it or what comes before it, so that its score is not a legal one.
+        isolates_documents: whether with given parameters no document's score depends on another document, but for hints of the tilt; the
+            audit checks it.
         chunk_tokens: targets that are scored between two changes of what they are scored with, at most: the weights, an adapter,
             or for strategies that change nothing the window. The audit chooses its places by it.
     """
@@ -33,7 +35,7 @@ class Strategy(NamedTuple):
     work: Callable[[Documents, EvaluateParams], int]
     trains: Callable[[EvaluateParams], tuple[AdaptationParams, ...]] = lambda _: ()
     transductive: bool = False
-    isolates_documents: bool = False
+    isolates_documents: Callable[[EvaluateParams], bool] = lambda _: False
     chunk_tokens: Callable[[EvaluateParams], int] = lambda params: params.window_tokens
 
 
@@ -97,46 +99,83 @@ def _score_first_work(documents: Documents, params: EvaluateParams) -> int:
 def _lora(job: Job) -> None:
     """pr410-lora: every document on its own, with an adapter of its own."""
     with job.limit.phase("scoring"):
-        DocumentScorer(job).score(np.arange(len(job.documents.start)))
+        DocumentScorer(job, job.documents).score(np.arange(len(job.documents.start)))
 
 
-def _phases(documents: Documents, params: EvaluateParams) -> list[tuple[Documents, range]]:
-    """The documents of each phase, and the first inputs of the rows that are trained on after it: whole rows, none left out between."""
-    size, row = params.phased.documents, params.window_tokens
-    phases, trained = [], 0
-    for first in range(0, len(documents.start), size):
-        part = documents.select(slice(first, first + size))
-        end = int(part.start[-1] + part.length[-1])
-        rows = range(trained, end - row + 1, row) if first + size < len(documents.start) else range(0)
-        trained += len(rows) * row
-        phases.append((part, rows))
-    return phases
+class Phase(NamedTuple):
+    """Documents that are scored, and what the model is trained on after them.
+
+    Attributes:
+        documents: their numbers.
+        parts: for each learning rate the first inputs of rows that are trained on.
+        lrs: the learning rates.
+    """
+
+    documents: range
+    parts: list[range]
+    lrs: list[float]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all parts."""
+        return sum(map(len, self.parts))
 
 
-def _phased(job: Job) -> None:
-    settings, limit = job.params.phased, job.limit
-    adapter, scorer = Adapter(job, settings), DocumentScorer(job)
-    phases = _phases(job.documents, job.params)
-    num_left = sum(len(rows) for _, rows in phases) * job.params.window_tokens
-    num_epochs = first = 0
-    for number, (part, rows) in enumerate(phases):
-        which = np.arange(first, first + len(part.start))
+def _phases(documents: Documents, params: EvaluateParams) -> list[Phase]:
+    """Phases of so many documents each: whole rows, none left out between; or phases with boundaries, trained on from the beginning."""
+    settings, row, num_documents = params.phased, params.window_tokens, len(documents.start)
+    step, boundaries = row * settings.batch_sequences, settings.boundaries
+    if boundaries is None:
+        boundaries = tuple(range(settings.documents, num_documents, settings.documents))
+    firsts, phases, trained = [0, *(boundary for boundary in boundaries if boundary < num_documents)], list[Phase](), 0
+    for first, next_first in itertools.pairwise(firsts):
+        end = int(documents.length[:next_first].sum())  # of what has been scored
+        if settings.boundaries is None:
+            parts, lrs = [range(trained, end - row + 1, row)], [scheduled_lr(settings, len(phases), len(firsts) - 1)]
+            trained += len(parts[0]) * row
+        else:
+            parts = [range(begin, begin + step, row) for begin in range(0, end - step, step)]
+            lrs = [scheduled_lr(settings, place, len(parts)) for place in range(len(parts))]
+        phases.append(Phase(range(first, next_first), parts, lrs))
+    return [*phases, Phase(range(firsts[-1], num_documents), [], [])]
+
+
+def _longest(documents: Documents) -> Documents:
+    """Documents in the order of their lengths."""
+    return documents.select(np.argsort(-documents.length, kind="stable"))
+
+
+def _longest_first(job: Job) -> None:
+    """#1855: phased, the longest documents first: whether the model has been trained on others depends on how a document will end."""
+    documents = _longest(job.documents)
+    _phased(job, documents, np.concatenate([np.arange(start, start + length) for start, length in zip(*documents, strict=True)]))
+
+
+def _phased(job: Job, documents: Documents | None = None, targets: Integers | None = None) -> None:
+    """Documents as they are, or others with the targets of all of them."""
+    documents, settings, limit = documents or job.documents, job.params.phased, job.limit
+    adapter, scorer = Adapter(job, settings, targets), DocumentScorer(job, documents)
+    phases = _phases(documents, job.params)
+    num_left = sum(phase.num_rows for phase in phases) * job.params.window_tokens
+    num_epochs = 0
+    for phase in phases:
         with limit.phase("scoring"):
-            scorer.score(which)
-        first += len(part.start)
-        num_targets = len(rows) * job.params.window_tokens
+            scorer.score(np.array(phase.documents))
+        num_targets = phase.num_rows * job.params.window_tokens
         epochs = adapter.affordable_epochs(num_targets, num_left)
         num_left -= num_targets
+        if settings.boundaries is not None:
+            adapter = Adapter(job, settings, targets)
         with limit.phase("adaptation"):
-            adapter.train(np.array(rows), scheduled_lr(settings, number, max(1, len(phases) - 1)), epochs)
-        num_epochs += epochs if len(rows) else 0
-    _note_epochs(job, num_epochs, sum(len(rows) > 0 for _, rows in phases))
+            for rows, lr in zip(phase.parts, phase.lrs, strict=True):
+                adapter.train(np.array(rows), lr, epochs)
+        num_epochs += epochs if num_targets else 0
+    _note_epochs(job, num_epochs, sum(phase.num_rows > 0 for phase in phases))
 
 
 def _phased_work(documents: Documents, params: EvaluateParams) -> int:
-    phases = _phases(documents, params)
-    num_trained = sum(len(rows) for _, rows in phases) * params.window_tokens
-    return sum(document_work(part, params.lora) for part, _ in phases) + params.phased.epochs * training_work(num_trained)
+    num_trained = sum(phase.num_rows for phase in _phases(documents, params)) * params.window_tokens
+    return document_work(documents, params.lora) + params.phased.epochs * training_work(num_trained)
 
 
 def _two_phase(job: Job) -> None:
@@ -177,8 +216,11 @@ STRATEGIES: dict[StrategyName, Strategy] = {
     "one_pass": _fixed(_one_pass, lambda params: params.segment_tokens),
     "score_first": Strategy(_score_first, _score_first_work, trains=lambda params: (params.score_first,),
                             chunk_tokens=lambda params: params.score_first.chunk_tokens),
-    "lora": Strategy(_lora, lambda documents, params: document_work(documents, params.lora), isolates_documents=True,
-                     chunk_tokens=lambda params: params.lora.chunk_tokens),
+    "lora": Strategy(_lora, lambda documents, params: document_work(documents, params.lora),
+                     chunk_tokens=lambda params: params.lora.chunk_tokens,
+                     isolates_documents=lambda params: params.lora.warm_start is None),
     "phased": Strategy(_phased, _phased_work, trains=lambda params: (params.phased,), chunk_tokens=lambda params: params.lora.chunk_tokens),
+    "longest_first": Strategy(_longest_first, lambda documents, params: _phased_work(_longest(documents), params), transductive=True,
+                              trains=lambda params: (params.phased,), chunk_tokens=lambda params: params.lora.chunk_tokens),
     "two_phase": Strategy(_two_phase, _two_phase_work, trains=_two_phase_settings, transductive=True),
 }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.model.config import GATE_DIMS, ModelParams
-from lib.model.linear import Linear, apply_jointly
+from lib.model.linear import Adapters, Linear, add_low_rank, apply_jointly
 from lib.model.sdpa import Attend, Kernel, Sight
 
 ALL_POSITIONS = slice(None)
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         self.register_parameter("gate", nn.Parameter(torch.empty(params.num_heads, min(GATE_DIMS, params.model_dim)))
                                 if params.attention_gate else None)
 
-    def forward(self, x: Tensor, added_value: Tensor | None, scope: Scope, output_scale: Tensor) -> Tensor:
+    def forward(self, x: Tensor, added_value: Tensor | None, scope: Scope, output_scale: Tensor, adapters: Adapters) -> Tensor:
         """Attend.
 
         Args:
@@ -130,16 +130,17 @@ class Attention(nn.Module):
             added_value: value embedding (B, T, K*E) added to the values, or None.
             scope: what the T positions attend to, and how.
             output_scale: (D,), of the outputs.
+            adapters: those of query, key, value and output, and that of attention: from the inputs to the outputs, before their scale.
 
         Returns:
             (B, P, D).
         """
         rotation, first, last, attend = scope
         if last - first == x.shape[1]:
-            q, k, v = apply_jointly((self.query, self.key, self.value), x)
+            q, k, v = apply_jointly((self.query, self.key, self.value), x, [adapters.get(name) for name in ("query", "key", "value")])
         else:
-            q = self.query(x[:, first:last])
-            k, v = apply_jointly((self.key, self.value), x)
+            q = self.query(x[:, first:last], adapter=adapters.get("query"))
+            k, v = apply_jointly((self.key, self.value), x, [adapters.get(name) for name in ("key", "value")])
         q = q.unflatten(-1, (self.num_heads, -1))  # (B, P, H, E)
         k = k.unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, E)
         v = (v if added_value is None else v + added_value).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, E)
@@ -150,4 +151,5 @@ class Attention(nn.Module):
             y = remove_own_value(y, v[:, first:last])
         if self.gate is not None:
             y = y * torch.sigmoid(GATE_SCALE * F.linear(x[:, first:last, :GATE_DIMS], self.gate))[..., None].to(y.dtype)
-        return self.output(y.flatten(2), row_scale=output_scale)
+        y = self.output(y.flatten(2), row_scale=output_scale, adapter=adapters.get("output"))
+        return add_low_rank(y, x[:, first:last], adapters.get("attention"), output_scale)

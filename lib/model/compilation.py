@@ -54,9 +54,9 @@ def _compiled(part: Callable[..., T], backend: Backend) -> Callable[..., T]:
     return torch.compile(part, fullgraph=True, dynamic=False, backend=backend)
 
 
-def call(part: Callable[..., T], *arguments: Any, compiled: bool) -> T:
-    """``part(*arguments)``, of a function that exists once (it is what a graph belongs to), compiled or not."""
+def call(part: Callable[..., T], *arguments: Any, compiled: bool, **options: Any) -> T:
+    """``part(*arguments, **options)``, of a function that exists once (it is what a graph belongs to), compiled or not."""
     if not compiled:
-        return part(*arguments)
+        return part(*arguments, **options)
     _CLOCK.watch()
-    return _compiled(part, BACKEND)(*arguments)
+    return _compiled(part, BACKEND)(*arguments, **options)

@@ -11,6 +11,7 @@ has two lanes, (2, B, T, D), that of attention and that of the MLP.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,7 +24,7 @@ from lib.model.attention import ALL_POSITIONS, Attention, Rotation, Scope, make_
 from lib.model.compilation import call
 from lib.model.config import ModelParams, parse_model
 from lib.model.embedding import BigramHash, SmearGate, TokenSmearGate, ValueEmbedding
-from lib.model.linear import Linear, LowRank, add_low_rank
+from lib.model.linear import Adapters, Linear, LowRank, add_low_rank
 from lib.model.loss import softcapped_cross_entropy
 from lib.model.parts import Declared
 from lib.model.sdpa import SDPA, Kernel
@@ -46,9 +47,11 @@ class MLP(nn.Module):
         self.up = Linear(params.model_dim, params.mlp_hidden_dim)
         self.down = Linear(params.mlp_hidden_dim, params.model_dim)
 
-    def forward(self, x: Tensor, output_scale: Tensor) -> Tensor:
-        """(B, T, D), and the scale (D,) of the outputs -> (B, T, D)."""
-        return self.down(F.leaky_relu(self.up(x), self.negative_slope).square(), row_scale=output_scale)
+    def forward(self, x: Tensor, output_scale: Tensor, adapters: Adapters) -> Tensor:
+        """(B, T, D), the scale (D,) of the outputs, and adapters of up, down and mlp: from `x` to the outputs, before their scale."""
+        y = F.leaky_relu(self.up(x, adapter=adapters.get("up")), self.negative_slope).square()
+        y = self.down(y, row_scale=output_scale, adapter=adapters.get("down"))
+        return add_low_rank(y, x, adapters.get("mlp"), output_scale)
 
 
 class Skip(NamedTuple):
@@ -125,7 +128,8 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.empty(params.model_dim))
         self.register_parameter("residual_mix", nn.Parameter(torch.empty(2, params.model_dim)) if params.residual_mix else None)
 
-    def attend(self, x: Tensor, y: Tensor, scope: Scope, added_value: Tensor | None, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, y: Tensor, scope: Scope, added_value: Tensor | None, input_scale: Tensor | None, *,
+               adapters: Adapters) -> tuple[Tensor, Tensor]:
         """The first half.
 
         Args:
@@ -134,14 +138,16 @@ class Block(nn.Module):
             scope: what the T positions attend to, and how.
             added_value: value embedding (B, T, K*E).
             input_scale: () fp32, of the MLP's normalised inputs; None for 1.
+            adapters: those of this pass of the block.
 
         Returns:
             The stream and the MLP's normalised inputs at the positions of `scope`, both (B, P, D).
         """
-        x = x[:, scope.first : scope.last] + self.attention(y, added_value, scope, self.attention_scale)
+        x = x[:, scope.first : scope.last] + self.attention(y, added_value, scope, self.attention_scale, adapters)
         return x, rms_norm(x, input_scale)
 
-    def transform(self, x: Tensor, y: Tensor, x0: Tensor, entry: Entry, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def transform(self, x: Tensor, y: Tensor, x0: Tensor, entry: Entry, keep: bool, *,
+                  adapters: Adapters) -> tuple[Tensor, Tensor, Tensor | None]:
         """The second half, and the entry to what follows.
 
         Args:
@@ -150,11 +156,12 @@ class Block(nn.Module):
             x0: embedding (B, T, D).
             entry: how the next block, or the head, takes its input.
             keep: whether the output of the block is wanted, for a later one.
+            adapters: those of this pass of the block.
 
         Returns:
             The stream in the next block, its normalised inputs, and the output of this one, all (B, P, D).
         """
-        output = x + self.mlp(y, self.mlp_scale)
+        output = x + self.mlp(y, self.mlp_scale, adapters)
         return *enter(output, x0, entry), output if keep else None
 
 
@@ -166,15 +173,17 @@ class ParallelBlock(Block):
         self.lane_residual = nn.Parameter(torch.empty(2))
         self.lane_outputs = nn.Parameter(torch.empty(2, 2))  # of attention and MLP, for each lane
 
-    def attend(self, x: Tensor, y: Tensor, scope: Scope, added_value: Tensor | None, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, y: Tensor, scope: Scope, added_value: Tensor | None, input_scale: Tensor | None, *,
+               adapters: Adapters) -> tuple[Tensor, Tensor]:
         """As of `Block`, with `x` and `y` (2, B, T, D); the stream is (2, B, P, D) again, and the MLP's inputs (B, P, D) those of `y`."""
         x, mlp_input = x[:, :, scope.first : scope.last], y[1, :, scope.first : scope.last]
-        output = self.attention(y[0], added_value, scope, self.attention_scale)
+        output = self.attention(y[0], added_value, scope, self.attention_scale, adapters)
         return self._on_lanes(self.lane_residual, x.dtype) * x + self._on_lanes(self.lane_outputs[0], x.dtype) * output, mlp_input
 
-    def transform(self, x: Tensor, y: Tensor, x0: Tensor, entry: Entry, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def transform(self, x: Tensor, y: Tensor, x0: Tensor, entry: Entry, keep: bool, *,
+                  adapters: Adapters) -> tuple[Tensor, Tensor, Tensor | None]:
         """As of `Block`, with `x` (2, B, P, D)."""
-        output = x + self._on_lanes(self.lane_outputs[1], x.dtype) * self.mlp(y, self.mlp_scale)
+        output = x + self._on_lanes(self.lane_outputs[1], x.dtype) * self.mlp(y, self.mlp_scale, adapters)
         return *enter(output, x0, entry), output if keep else None
 
     @staticmethod
@@ -185,13 +194,9 @@ class ParallelBlock(Block):
 class TiedHead(nn.Module):
     """The output head that is the token embedding; a module, so that calibration sees its input and output."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.adapter: LowRank | None = None
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, adapter: LowRank | None = None) -> Tensor:
         """(B, P, D) and (V, D) -> (B, P, V)."""
-        return add_low_rank(F.linear(x, weight), x, self.adapter)
+        return add_low_rank(F.linear(x, weight), x, adapter)
 
 
 class Start(NamedTuple):
@@ -215,7 +220,11 @@ class Start(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model; parameters are uninitialised until `initialize` or `load_state_dict`."""
+    """The model; parameters are uninitialised until `initialize` or `load_state_dict`.
+
+    Attributes:
+        adapters: what is added while it is there: name of a layer -> adapters for each block in `ModelParams.layer_order`, or for the head.
+    """
 
     PARTS: ClassVar[dict[str, Declared]] = {
         "token_embedding.weight": Declared("embedding", reader="head"),
@@ -251,6 +260,7 @@ class GPT(nn.Module):
         super().__init__()
         self.params = params
         self.kernel = kernel
+        self.adapters: dict[str, Sequence[LowRank]] = {}
         self.token_embedding = nn.Embedding(params.vocab_size, params.model_dim)
         self.bigram = BigramHash(params) if params.bigram_rows else None
         self.smear_gate = (TokenSmearGate if params.smear_per_token else SmearGate)(params) if params.smear_gate else None
@@ -288,18 +298,22 @@ class GPT(nn.Module):
             (B, P) fp32 nats, (K, B, P) for so many targets.
         """
         y = self._run_blocks(tokens, positions, attention_tokens, starts, looped=looped, compiled=compiled)
-        return call(_losses, self, y, targets, compiled=compiled)
+        return call(_losses, self, y, targets, self._head_adapter, compiled=compiled)
 
     def logits(self, tokens: Tensor, positions: slice = ALL_POSITIONS, attention_tokens: int | None = None,
                starts: Tensor | None = None) -> Tensor:
         """Soft-capped logits (B, P, V) fp32 for the token after each chosen position of `tokens` (B, T) int64; arguments of `forward`."""
         cap = self.params.logit_softcap
         y = self._run_blocks(tokens, positions, attention_tokens, starts, looped=True, compiled=False)
-        return cap * torch.tanh(self.head_outputs(y).float() / cap)
+        return cap * torch.tanh(self.head_outputs(y, self._head_adapter).float() / cap)
 
-    def head_outputs(self, y: Tensor) -> Tensor:
+    def head_outputs(self, y: Tensor, adapter: LowRank | None = None) -> Tensor:
         """(B, P, V) before the soft cap, in the dtype of matrix products, from the normalised outputs (B, P, D) of the last block."""
-        return self.head(y, self.token_embedding.weight) if self.params.tied_head else self.head(y)
+        return self.head(y, self.token_embedding.weight, adapter=adapter) if self.params.tied_head else self.head(y, adapter=adapter)
+
+    @property
+    def _head_adapter(self) -> LowRank | None:
+        return next(iter(self.adapters.get("head", ())), None)
 
     def _run_blocks(self, tokens: Tensor, positions: slice, attention_tokens: int | None, starts: Tensor | None, *, looped: bool,
                     compiled: bool) -> Tensor:
@@ -319,13 +333,14 @@ class GPT(nn.Module):
         num_skips = 0 if self.skip_weights is None else len(order) // 2
         kept: list[Tensor] = []
         for place, layer in enumerate(order, 1):
+            adapters = {name: of_passes[place - 1] for name, of_passes in self.adapters.items() if name != "head"}
             block, is_last = self.blocks[layer], place == len(order)
             assert isinstance(block, Block)
             x, y = call(type(block).attend, block, x, y, at_positions if is_last else everywhere, added_values.get(layer),
-                        None if input_scales is None else input_scales[layer], compiled=compiled)
+                        None if input_scales is None else input_scales[layer], adapters=adapters, compiled=compiled)
             skip = self._skip(place - num_skips, kept) if num_skips <= place < 2 * num_skips else None
             entry = Entry() if is_last else self._entry(order[place], input_scales, skip)
-            x, y, output = call(type(block).transform, block, x, y, x0, entry, place < num_skips, compiled=compiled)
+            x, y, output = call(type(block).transform, block, x, y, x0, entry, place < num_skips, adapters=adapters, compiled=compiled)
             if output is not None:
                 kept.append(output)
         return y
@@ -394,12 +409,13 @@ class GPT(nn.Module):
                 parameter.fill_(self.params.q_gain_init)
 
 
-def _losses(model: GPT, y: Tensor, targets: Tensor) -> Tensor:
-    """Losses fp32 of `targets` (B, P) or (K, B, P), from the normalised outputs `y` (B, P, D) of the last block.
+def _losses(model: GPT, y: Tensor, targets: Tensor, adapter: LowRank | None) -> Tensor:
+    """Losses fp32 of `targets` (B, P) or (K, B, P), from the normalised outputs `y` (B, P, D) of the last block and the
+    adapter of the head.
 
     Those of the first target take a sum over the vocabulary, the others' differ from them by logits.
     """
-    z, cap = model.head_outputs(y), model.params.logit_softcap
+    z, cap = model.head_outputs(y, adapter), model.params.logit_softcap
     first = targets if targets.dim() == 2 else targets[0]
     losses = softcapped_cross_entropy(z.flatten(0, 1), first.flatten(), cap).view(first.shape)
     if targets.dim() == 2:

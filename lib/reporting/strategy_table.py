@@ -50,7 +50,7 @@ class Strategy(NamedTuple):
 def find_strategies(metrics: Metrics, verdicts: Mapping[str, bool | None]) -> list[Strategy]:
     """The strategies that were run, in the order of the figures; arguments as of `format_strategies`.
 
-    One that is declared to train on text before it is scored is not legal, whatever the audits found.
+    One that is declared to train on text before it, or what comes before it, is scored is not legal, whatever the audits found.
     """
     reference = _bpb(REFERENCE, metrics)
     keys = [key.removesuffix(_BPB) for key in metrics[0] if key.endswith(_BPB) and key != "val_bpb"]

@@ -26,7 +26,7 @@ from tests.evaluation.tiny import MODEL, make_model, make_params, make_text, mak
 from tests.evaluation.tiny import STRATEGIES as NAMES
 
 TOKENS = make_tokens(240, starts=(0, 5, 31, 60, 83, 107, 150, 170, 199))
-LEGAL = [name for name in NAMES if name != "two_phase"]
+LEGAL = [name for name in NAMES if not STRATEGIES[name].transductive]
 PARAMS = make_params()
 CHUNK = PARAMS.score_first.chunk_tokens  # 16
 MEMORY: dict[str, Any] = {}  # what outlives a strategy
@@ -276,8 +276,9 @@ def test_honest_strategies_are_not_accused(thorough: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"window_tokens": 64, "stride_tokens": 8, "score_first": {"chunk_tokens": 64}},
-                                     {"lora": {"window_tokens": 64, "chunk_tokens": 16}}])
-def test_windows_far_beyond_the_trained_length_are_not_accused(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+                                     {"lora": {"window_tokens": 64, "chunk_tokens": 16}}, {"lora": {"warm_start": 3}}])
+def test_long_windows_and_warm_starts_are_not_accused(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows far beyond the trained length."""
     monkeypatch.setattr("tests.audit.test_leaks.PARAMS", make_params(**changes))
     for name in ("sliding", "score_first", "lora"):
         assert replayed(name, thorough=True) == [True, True, True], name

@@ -51,11 +51,15 @@ def nested(section: str, changes: dict[str, Any]) -> dict[str, Any]:
     ({"strategies": ["ttt"]}, r"evaluate.strategies.0: .*found \"ttt\""),
     ({"strategy": "ttt"}, r"evaluate.strategy: .*found \"ttt\""),
     ({"strategies": ["plain", "lora"]}, r"evaluate.strategy: expected one of strategies plain, lora, found score_first"),
-    ({"strategy": "two_phase"}, r"evaluate.strategy: expected one that scores before it trains, found two_phase"),
+    *[({"strategy": name}, rf"evaluate.strategy: expected one that scores text before it trains on later text, found {name}")
+      for name in ("longest_first", "two_phase")],
     ({"score_first": {"chunk_tokens": 20}}, r"evaluate.score_first.chunk_tokens: expected a multiple of window_tokens 8, found 20"),
     ({"score_first": {"chunk_tokens": 4}}, r"evaluate.score_first.chunk_tokens: expected a multiple of window_tokens 8, found 4"),
     ({"score_first": {"windows": "plain"}}, r"evaluate.score_first.windows: .*found \"plain\""),
     ({"phased": {"documents": 0}}, r"evaluate.phased.documents: .*found 0"),
+    *[({"phased": {"boundaries": found}}, r"evaluate.phased.boundaries: expected ascending numbers of documents, .*found \[")
+      for found in ([], [2, 2], [3, 1])],
+    ({"phased": {"boundaries": [0, 2]}}, r"evaluate.phased.boundaries.0: .*found 0"),
     ({"phased": {"chunk_tokens": 16}}, r"evaluate.phased.chunk_tokens: unknown key"),
     ({"two_phase": {"selective": {"drop_last": 1}}}, r"evaluate.two_phase.selective.drop_last: .*found 1"),
     ({"lora": {"chunk_tokens": 9}}, r"evaluate.lora.chunk_tokens: expected at most window_tokens 8, found 9"),
@@ -67,7 +71,7 @@ def nested(section: str, changes: dict[str, Any]) -> dict[str, Any]:
     ({"lora": {"adam_betas": [-0.1, 0.5]}}, r"evaluate.lora.adam_betas.0: .*found -0.1"),
     ({"lora": {"lr": -0.1}}, r"evaluate.lora.lr: .*found -0.1"),
     *[({"lora": {key: 0}}, rf"evaluate.lora.{key}: .*found 0")
-      for key in ("rank", "window_tokens", "chunk_tokens", "steps", "batch_documents")],
+      for key in ("rank", "alpha", "window_tokens", "chunk_tokens", "steps", "adam_eps", "warm_start", "batch_documents")],
     *[(nested(section, {key: value}), rf"evaluate.{section}.{key}: .*found {found}") for section in SECTIONS for key, value, found in [
         ("epochs", 0, "0"), ("lr", -1e-4, "-0.0001"), ("lr_schedule", "linear", '"linear"'), ("optimizer", "adam", '"adam"'),
         ("momentum", 1.0, "1.0"), ("weight_decay", -0.1, "-0.1"), ("grad_clip", 0.0, "0.0"), ("batch_sequences", 0, "0"),

@@ -110,7 +110,7 @@ def test_what_will_be_trained_is_said_with_exact_numbers(capsys: pytest.CaptureF
         lambda name: "attention_scale" in name or "mlp_scale" in name, lambda name: "residual_mix" in name))
     assert f"score_first trains 17 tensors, {last + scales - 32:,} parameters (last_1_blocks {last:,}, scales {scales:,})" in said
     assert f"two_phase trains 9 tensors, {block_scales + mix:,} parameters (block_scales {block_scales:,}, residual_mix {mix:,})" in said
-    assert said.count(" trains an adapter of 432 parameters per document (query, value, head)") == 2
+    assert said.count(" trains an adapter of 432 parameters per document (query, value, head)") == 3
 
 
 def make_evaluation(bpb: Mapping[StrategyName, float], chosen: StrategyName, figures: dict[str, float]) -> Evaluation:

@@ -1,13 +1,16 @@
+import copy
 import itertools
 import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from lib.distributed import SINGLE_CPU
 from lib.evaluation.config import LoraParams
@@ -15,77 +18,97 @@ from lib.evaluation.evaluation import Outcome, run_strategy
 from lib.evaluation.lora import LowRankAdapters, adapted_layers, document_work
 from lib.evaluation.windows import Documents
 from lib.model import compilation
-from lib.model.gpt import GPT
+from lib.model.attention import Attention
+from lib.model.gpt import GPT, MLP
 from tests.evaluation.tiny import FRONTIER, make_job, make_model, make_params, make_tokens
 
 STARTS = (0, 13, 14, 30, 47, 60, 83)
 NUM_TARGETS = 91
 LENGTHS = np.diff([*STARTS, NUM_TARGETS]).tolist()  # 13, 1, 16, 17, 13, 23, 8
-LAYERS = {"query": "blocks.{}.attention.query.weight", "key": "blocks.{}.attention.key.weight", "value": "blocks.{}.attention.value.weight",
-          "output": "blocks.{}.attention.output.weight", "up": "blocks.{}.mlp.up.weight", "down": "blocks.{}.mlp.down.weight",
-          "head": "head.weight"}
-
-
-def untie(model: GPT) -> GPT:
-    """The same model with a head of its own, so that the head's weights can change without the embedding's."""
-    untied = GPT(model.params.model_copy(update={"tied_head": False}))
-    untied.load_state_dict({"head.weight": model.token_embedding.weight} | model.state_dict())
-    return untied
+PATHS = {"query": "attention.query", "key": "attention.key", "value": "attention.value", "output": "attention.output",
+         "attention": "attention", "up": "mlp.up", "down": "mlp.down", "mlp": "mlp"}
+LAYERS = [*PATHS, "head"]
 
 
 class AdamByHand:
-    """arXiv:1412.6980, algorithm 1."""
+    """arXiv:1412.6980, algorithm 1; the weights decay apart from the gradient (arXiv:1711.05101)."""
 
-    def __init__(self, parameters: list[Tensor], lr: float, betas: tuple[float, float]) -> None:
-        self.parameters, self.lr, self.betas, self.num_steps = parameters, lr, betas, 0
+    def __init__(self, parameters: list[Tensor], settings: LoraParams) -> None:
+        self.parameters, self.settings, self.num_steps = parameters, settings, 0
         self.moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in parameters]
 
     def step(self, gradients: tuple[Tensor, ...]) -> None:
         self.num_steps += 1
-        (beta1, beta2), n = self.betas, self.num_steps
+        (beta1, beta2), lr, n = self.settings.adam_betas, self.settings.lr, self.num_steps
         for parameter, gradient, (first, second) in zip(self.parameters, gradients, self.moments, strict=True):
             first.copy_(beta1 * first + (1 - beta1) * gradient)
             second.copy_(beta2 * second + (1 - beta2) * gradient**2)
-            parameter.data -= self.lr * (first / (1 - beta1**n)) / ((second / (1 - beta2**n)).sqrt() + 1e-8)
+            parameter.data *= 1 - lr * self.settings.weight_decay
+            parameter.data -= lr * (first / (1 - beta1**n)) / ((second / (1 - beta2**n)).sqrt() + self.settings.adam_eps)
 
 
-def adapt_by_hand(model: GPT, document: Tensor, settings: LoraParams) -> npt.NDArray[np.float32]:
-    """pr410-lora for one document alone: the low-rank products are added to the weights; an Adam step on each chunk but the last.
+def attach_by_hand(model: GPT, adapters: dict[tuple[str, int], tuple[Tensor, Tensor]], factor: float) -> None:
+    """Hooks that add the products of adapters, by layer and number of the pass: a module counts the passes of its block by itself."""
+    def add(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], outputs: Tensor, of_passes: Iterator[Any]) -> Tensor:
+        x, scale, (a, b) = inputs[0], options.get("row_scale"), next(of_passes)
+        if isinstance(module, Attention):
+            x, scale = x[:, inputs[2].first : inputs[2].last], inputs[3]
+        elif isinstance(module, MLP):
+            scale = inputs[1]
+        change = factor * (x @ a.T @ b.T)
+        return outputs + (change if scale is None else scale * change)
+
+    order = model.params.layer_order()
+    for layer in {layer for layer, _ in adapters}:
+        for block in set(order):
+            module = model.head if layer == "head" else model.get_submodule(f"blocks.{block}.{PATHS[layer]}")
+            numbers = [0] if layer == "head" else [number for number, its_block in enumerate(order) if its_block == block]
+            if layer != "head" or block == 0:
+                module.register_forward_hook(partial(add, of_passes=itertools.cycle([adapters[layer, number] for number in numbers])),
+                                             with_kwargs=True)
+
+
+def adapt_by_hand(model: GPT, document: Tensor, settings: LoraParams, chain: dict[tuple[str, int], Tensor]) -> npt.NDArray[np.float32]:
+    """One document alone: low-rank products are added to outputs; an Adam step on each chunk but the last.
 
     Args:
         model: without adapters.
         document: (N+1,) its tokens and the one after them.
         settings: of lora.
+        chain: the A that an earlier document has left, if one has; this one leaves its own.
     """
-    model, num_targets = untie(model), len(document) - 1
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    names = [LAYERS[layer].format(block) for layer in settings.layers for block in range(1 if layer == "head" else len(model.blocks))]
+    model, num_targets, adapters = copy.deepcopy(model), len(document) - 1, dict[tuple[str, int], tuple[Tensor, Tensor]]()
     generator = torch.Generator().manual_seed(0)
-    a, b = [], []
-    for name in names:
-        num_outputs, num_inputs = weights[name].shape
-        a.append(((torch.rand(settings.rank, num_inputs, generator=generator) * 2 - 1) / math.sqrt(num_inputs)).requires_grad_())
-        b.append(torch.zeros(num_outputs, settings.rank, requires_grad=True))
-    optimizer, nats = AdamByHand([*a, *b], settings.lr, settings.adam_betas), np.empty(num_targets, np.float32)
+    for layer in settings.layers:
+        weight = model.token_embedding.weight if layer == "head" else getattr(model.blocks[0].get_submodule(PATHS[layer]), "weight", None)
+        num_outputs, num_inputs = (model.params.model_dim,) * 2 if weight is None else weight.shape
+        for number in range(1 if layer == "head" else len(model.params.layer_order())):
+            a = (torch.rand(settings.rank, num_inputs, generator=generator) * 2 - 1) / math.sqrt(num_inputs)
+            a, b = chain.get((layer, number), a), torch.zeros(num_outputs, settings.rank)
+            adapters[layer, number] = a.requires_grad_(), b.requires_grad_()
+    attach_by_hand(model, adapters, (settings.alpha or settings.rank) / settings.rank)
+    trained = [matrix for pair in adapters.values() for matrix in pair]
+    optimizer, nats = AdamByHand(trained, settings), np.empty(num_targets, np.float32)
     for first in range(0, num_targets, settings.chunk_tokens):
         end = min(first + settings.chunk_tokens, num_targets)
         start = max(0, first + settings.chunk_tokens - settings.window_tokens)
 
         def score(start: int = start, first: int = first, end: int = end) -> Tensor:
-            changed = {name: weights[name] + up @ down for name, down, up in zip(names, a, b, strict=True)}
-            window, targets = document[None, start:end], document[None, start + 1 : end + 1]
-            return functional_call(model, weights | changed, (window, targets))[0, first - start :]
+            return model(document[None, start:end], document[None, start + 1 : end + 1])[0, first - start :]
 
         nats[first:end] = score().detach()
         for _ in range(settings.steps if end < num_targets else 0):
-            optimizer.step(torch.autograd.grad(score().mean(), [*a, *b]))
+            optimizer.step(torch.autograd.grad(score().mean(), trained))
+    chain.update({place: a.detach() for place, (a, _) in adapters.items()})
     return nats
 
 
 def adapt_all_by_hand(model: GPT, tokens: npt.NDArray[np.uint16], settings: LoraParams) -> npt.NDArray[np.float32]:
     stream = torch.from_numpy(tokens.astype(np.int64))
     bounds = [*np.flatnonzero(tokens[:-1] == 1).tolist(), len(tokens) - 1]
-    return np.concatenate([adapt_by_hand(model, stream[begin : end + 1], settings) for begin, end in itertools.pairwise(bounds)])
+    chains: list[dict[tuple[str, int], Tensor]] = [{} for _ in bounds]
+    return np.concatenate([adapt_by_hand(model, stream[begin : end + 1], settings, chains[number % (settings.warm_start or len(bounds))])
+                           for number, (begin, end) in enumerate(itertools.pairwise(bounds))])
 
 
 def run(tokens: npt.NDArray[np.uint16] | None = None, model: GPT | None = None, **settings: Any) -> Outcome:
@@ -100,17 +123,28 @@ def run(tokens: npt.NDArray[np.uint16] | None = None, model: GPT | None = None, 
     ({"chunk_tokens": 5, "window_tokens": 13, "batch_documents": 3}, {"rope_trained_tokens": 16}),
     # Without attention: an input that attends to nothing but itself has gradients of rounding errors, which Adam makes as large as lr.
     ({"chunk_tokens": 1, "window_tokens": 3, "lr": 0.05, "batch_documents": 9, "layers": ["up", "head"]}, {}),
-    ({"layers": list(LAYERS), "adam_betas": [0.5, 0.99]}, {}),
-    ({"layers": list(LAYERS)[::-1], "batch_documents": 3}, {"tied_head": False, "num_kv_heads": 2}),
+    ({"layers": LAYERS, "adam_betas": [0.5, 0.99]}, {}),
+    ({"layers": LAYERS[::-1], "batch_documents": 3}, {"tied_head": False, "num_kv_heads": 2}),
     ({"layers": ["head"], "lr": 0.03}, {"tied_head": False}),
-    ({"layers": list(LAYERS)}, FRONTIER),  # in every pass of the loop
+    ({"layers": LAYERS}, FRONTIER),  # one for every pass of the loop
+    ({"layers": ["key", "attention", "mlp", "head"], "alpha": 3, "adam_betas": [0, 0.99], "adam_eps": 1e-4, "weight_decay": 5.0}, FRONTIER),
+    ({"weight_decay": 20.0, "steps": 2}, {}),
+    ({"warm_start": 1, "lr": 0.03}, {}),
+    ({"warm_start": 2, "weight_decay": 5.0, "lr": 0.03}, FRONTIER),
+    ({"warm_start": 3, "batch_documents": 2, "steps": 2}, {}),
+    ({"warm_start": 4, "batch_documents": 9}, {}),
     *(({"layers": [layer], "lr": 0.03}, {}) for layer in LAYERS)])
-def test_scores_are_those_of_products_added_to_the_weights_for_one_document_after_the_other(settings: dict[str, Any],
+def test_scores_are_those_of_products_added_to_outputs_for_one_document_after_the_other(settings: dict[str, Any],
                                                                                             model: dict[str, Any]) -> None:
     tokens = make_tokens(NUM_TARGETS, starts=STARTS)
     nats = run(tokens, make_model(**model), **settings).nats
     assert nats == pytest.approx(adapt_all_by_hand(make_model(**model), tokens, make_params(lora=settings).lora), abs=3e-4)
     assert np.abs(nats - run(tokens, make_model(**model), **settings | {"lr": 0.0}).nats).max() > 0.01  # it did adapt
+
+
+def test_the_record_names_the_chain_whose_adapter_carries_earlier_documents() -> None:
+    events = run(make_tokens(26, starts=(0, 9, 14)), warm_start=2).events
+    assert {(event.state, bisect_right((0, 9, 14), event.first) - 1) for event in events} == {(0, 0), (1, 1), (0, 2)}
 
 
 @pytest.mark.parametrize("settings", [{}, {"window_tokens": 9, "chunk_tokens": 6}])
@@ -128,9 +162,19 @@ def test_without_learning_rate_every_document_is_scored_alone_and_as_if_nothing_
     assert run(tokens, model, lr=0.0, **settings).nats == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("warm_start", [None, 1, 3, 5])
 @pytest.mark.parametrize("batch_documents", [1, 3, 7, 20])
-def test_scores_do_not_depend_on_how_many_documents_share_a_batch(batch_documents: int) -> None:
-    assert run(batch_documents=batch_documents).nats == pytest.approx(run().nats, abs=1e-5)
+def test_scores_do_not_depend_on_how_many_documents_share_a_batch(batch_documents: int, warm_start: int | None) -> None:
+    nats = run(batch_documents=batch_documents, warm_start=warm_start, weight_decay=5.0).nats
+    assert nats == pytest.approx(run(warm_start=warm_start, weight_decay=5.0).nats, abs=1e-5)
+
+
+def test_with_a_warm_start_documents_change_later_ones_of_their_chain_alone() -> None:
+    tokens, changed = make_tokens(NUM_TARGETS, starts=STARTS), make_tokens(NUM_TARGETS, starts=STARTS)
+    changed[1:13] = changed[1:13][::-1]  # of document 0
+    differs = run(tokens, warm_start=3).nats != run(changed, warm_start=3).nats
+    assert [differs[first : first + length].any() for first, length in zip(STARTS, LENGTHS, strict=True)] == [
+        number % 3 == 0 for number in range(len(STARTS))]
 
 
 def test_scores_do_not_depend_on_the_order_of_documents() -> None:
@@ -165,7 +209,7 @@ def test_the_model_sees_nothing_of_another_document() -> None:
 def test_adaptation_lowers_the_loss_of_a_document_that_repeats_itself_but_not_of_the_next_one() -> None:
     document = make_tokens(7)
     tokens = np.concatenate([document, np.tile(document[1:], 12), document, np.tile(document[1:], 12), document[:1]])
-    nats = np.split(run(tokens, layers=list(LAYERS), lr=0.03, steps=3).nats, 2)
+    nats = np.split(run(tokens, layers=LAYERS, lr=0.03, steps=3).nats, 2)
     assert nats[0][-16:].mean() < 0.5 * nats[0][8:24].mean()
     assert nats[1] == pytest.approx(nats[0], abs=1e-4)
 
@@ -191,12 +235,12 @@ def test_the_context_of_every_target_lies_in_its_document() -> None:
 
 
 def test_every_adapter_starts_uniform_and_equal_and_adds_nothing() -> None:
-    model, settings = make_model(), make_params(lora={"rank": 5, "layers": list(LAYERS), "batch_documents": 3}).lora
+    model, settings = make_model(), make_params(lora={"rank": 5, "layers": LAYERS, "batch_documents": 3}).lora
     adapters = LowRankAdapters(model, settings, SINGLE_CPU.device)
     with torch.no_grad():
         for parameter in adapters.parameters:
             parameter.add_(1.0)
-    adapters.reset()
+    adapters.reset(None)
     down, up = adapters.parameters[0::2], adapters.parameters[1::2]
     assert all((parameter == 0).all() for parameter in up)
     assert all(torch.equal(parameter[0], parameter[n]) for parameter in down for n in range(3))

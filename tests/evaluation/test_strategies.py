@@ -22,7 +22,7 @@ from tests.evaluation.tiny import BOS, make_job, make_model, make_params, make_t
 from tests.processes import run_processes
 
 NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
-LEGAL = [name for name in NAMES if name != "two_phase"]
+LEGAL = [name for name in NAMES if not STRATEGIES[name].transductive]
 
 
 def score(name: StrategyName, tokens: npt.NDArray[np.uint16], **changes: Any) -> npt.NDArray[np.float32]:
@@ -44,6 +44,7 @@ def test_fixed_strategies_score_as_brute_force_does(num_targets: int, changes: d
 @pytest.mark.parametrize("changes", [
     {},
     {"score_first": {"windows": "one_pass", "chunk_tokens": 8, "epochs": 1}, "lora": {"batch_documents": 3}, "phased": {"documents": 1}},
+    {"lora": {"warm_start": 4}, "phased": {"boundaries": [1, 4, 5]}},
     {"lora": {"steps": 2, "batch_documents": 1}, "stride_tokens": 3, "two_phase": {"selective": {"epochs": 3}}},
     {"two_phase": {"recalibration": {"drop_last": True, "batch_sequences": 4}, "selective": {"drop_last": True, "batch_sequences": 3}}}])
 def test_the_announced_work_is_the_work_reported(name: StrategyName, starts: tuple[int, ...], num_targets: int,
@@ -66,7 +67,8 @@ def test_work_is_counted_in_inputs_and_three_times_where_it_is_trained_on() -> N
     work = {name: STRATEGIES[name].work(documents, params) for name in NAMES}
     assert work == {
         "plain": 40, "sliding": 17 * 8, "one_pass": 24 + 24, "score_first": 17 * 8 + 3 * 2 * 32,
-        "lora": (4 * 3 + 8 * 3 * 3 + 8) + (4 * 3 + 8 * 3 * 4 + 8), "phased": work["lora"], "two_phase": 17 * 8 + (2 + 2) * 3 * 40}
+        "lora": (4 * 3 + 8 * 3 * 3 + 8) + (4 * 3 + 8 * 3 * 4 + 8), "phased": work["lora"], "longest_first": work["lora"],
+        "two_phase": 17 * 8 + (2 + 2) * 3 * 40}
 
 
 def first_changed_score(name: StrategyName, changed_token: int, **changes: Any) -> int:
@@ -135,10 +137,11 @@ def test_the_distribution_of_the_last_target_is_the_one_that_it_was_scored_with(
 
 CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     (STARTS, {}),
-    ((0, 40), {"score_first": {"batch_sequences": 1, "epochs": 1, "windows": "one_pass"}, "lora": {"batch_documents": 1}, "phased": {
-        "documents": 1, "batch_sequences": 1}}),  # fewer documents, and fewer rows, than processes
-    (STARTS, {"score_first": {"chunk_tokens": 24, "batch_sequences": 3, "optimizer": "sgd", "lr": 0.001, "grad_clip": 1000.0}, "phased": {
-        "batch_sequences": 3, "optimizer": "sgd", "lr": 0.001, "grad_clip": 1000.0}, "lora": {"batch_documents": 1, "steps": 2}}),
+    ((0, 40), {"score_first": {"batch_sequences": 1, "epochs": 1, "windows": "one_pass"}, "lora": {"batch_documents": 1, "warm_start": 2},
+               "phased": {"documents": 1, "batch_sequences": 1}}),  # fewer documents, and fewer rows, than processes
+    (STARTS, {"score_first": {"chunk_tokens": 24, "batch_sequences": 3, "optimizer": "sgd", "lr": 0.001, "grad_clip": 1000.0},
+              "lora": {"batch_documents": 1, "steps": 2, "warm_start": 4},
+              "phased": {"batch_sequences": 3, "optimizer": "sgd", "lr": 0.001, "grad_clip": 1000.0}}),
 ]
 
 

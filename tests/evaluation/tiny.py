@@ -39,9 +39,9 @@ EVALUATE: dict[str, Any] = {
     "strategies": list(STRATEGIES), "strategy": "score_first", "window_tokens": 8, "stride_tokens": 2, "segment_tokens": 16,
     "batch_tokens": 32, "precision": "fp32", "compile": False, "limit_seconds": 3600.0, "when_late": "fail", "audit": True, "tilt": None,
     "score_first": ADAPTATION | {"windows": "sliding", "chunk_tokens": 16},
-    "lora": {"rank": 2, "layers": ["query", "value", "head"], "window_tokens": 8, "chunk_tokens": 4, "steps": 1, "lr": 0.01,
-             "adam_betas": [0.9, 0.95], "batch_documents": 2},
-    "phased": ADAPTATION | {"documents": 2},
+    "lora": {"rank": 2, "alpha": None, "layers": ["query", "value", "head"], "window_tokens": 8, "chunk_tokens": 4, "steps": 1, "lr": 0.01,
+             "adam_betas": [0.9, 0.95], "adam_eps": 1e-8, "weight_decay": 0.0, "warm_start": None, "batch_documents": 2},
+    "phased": ADAPTATION | {"documents": 2, "boundaries": None},
     "two_phase": {"recalibration": ADAPTATION | {"drop_last": False, "trainable": ["block_scales", "residual_mix"]},
                   "selective": ADAPTATION | {"drop_last": False, "optimizer": "sgd"}},
 }

@@ -1,7 +1,8 @@
 """The architecture of entry #1855 beside what its own classes computed: logits, loss and gradients of one small model.
 
 `pr1855_model.safetensors` holds all weights, 61 tokens of three documents, logits with and without the loop, with documents joined and
-apart, and gradients of the loss with both; of matrices of layers those of two rows.
+apart, and gradients of the loss with both; of matrices of layers those of two rows. `pr1855_adapter.safetensors` holds two documents in
+two rows, their adapters of rank 8 and alpha 144, A and B of each layer in each of the 17 passes of blocks, and the losses.
 """
 
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lib.model.gpt import GPT, build_model
+from lib.model.linear import LowRank
 
+ADAPTER = load_file(Path(__file__).parent / "pr1855_adapter.safetensors")
 GOLDEN = load_file(Path(__file__).parent / "pr1855_model.safetensors")
 TOKENS = GOLDEN["tokens"][None]
 DOCUMENTS = [0, 17, 41]
@@ -87,3 +90,21 @@ def test_loss_and_gradients() -> None:
             found = found[[0, len(found) // 2]]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not GOLDEN["gradient/lane_post"][:8].any()  # what layers before the first parallel one have, and this model has not
+
+
+def test_losses_with_adapters_in_every_pass() -> None:
+    model = make_model()
+    with torch.no_grad():
+        without = model(ADAPTER["rows"], ADAPTER["targets"])
+        for layer, num_passes in {"query": 17, "key": 17, "value": 17, "attention": 17, "mlp": 17, "head": 1}.items():
+            model.adapters[layer] = [read_adapter(layer, place) for place in range(num_passes)]
+        found = model(ADAPTER["rows"], ADAPTER["targets"])
+    torch.testing.assert_close(found, ADAPTER["nats"], rtol=0, atol=1e-4)
+    assert (found - without).abs().mean() > 0.1
+
+
+def read_adapter(layer: str, place: int) -> LowRank:
+    a, b = (ADAPTER[f"{layer}/{place}/{matrix}"] for matrix in "AB")
+    if layer in ("query", "key"):
+        b = b * SIGNS.repeat(b.shape[1] // 16)[:, None]
+    return LowRank(a, b, 144 / 8)

@@ -14,7 +14,7 @@ from lib.model.attention import ALL_POSITIONS
 from lib.model.compilation import compile_seconds
 from lib.model.config import parse_model
 from lib.model.gpt import GPT
-from lib.model.linear import Linear
+from lib.model.linear import LowRank
 from tests.model.test_gpt import FRONTIER, FULL, PLAIN
 
 Result = tuple[Tensor, ...]
@@ -112,16 +112,11 @@ def test_other_parts_of_a_length_need_no_new_graph_and_another_length_those_of_a
 
 
 def attach_adapters(model: GPT) -> Callable[[], None]:
-    generator = torch.Generator().manual_seed(3)
-    layers = [module for name, module in model.named_modules() if isinstance(module, Linear) and ".attention." in name]
-    for layer in layers:
-        layer.adapter = (torch.randn(3, 2, layer.in_features, generator=generator),
-                         torch.randn(3, layer.out_features, 2, generator=generator))
-
-    def detach() -> None:
-        for layer in layers:
-            layer.adapter = None
-    return detach
+    generator, width = torch.Generator().manual_seed(3), model.params.model_dim
+    for layer in ("query", "attention", "mlp"):
+        model.adapters[layer] = [LowRank(torch.randn(3, 2, width, generator=generator), torch.randn(3, width, 2, generator=generator))
+                                 for _ in model.params.layer_order()]
+    return model.adapters.clear
 
 
 def attach_hooks(model: GPT) -> Callable[[], None]:

@@ -505,8 +505,8 @@ def test_under_autocast_the_residual_stream_is_bf16_and_losses_are_fp32(monkeypa
     model, tokens = make_model(FULL), torch.arange(16).view(2, 8)
     seen: set[torch.dtype] = set()
     def watch(half: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-        def run(*arguments: Any) -> tuple[Tensor | None, ...]:
-            outputs = half(*arguments)
+        def run(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
+            outputs = half(*arguments, **options)
             seen.update(tensor.dtype for tensor in (*arguments[1:3], *outputs) if tensor is not None)
             return outputs
         return run

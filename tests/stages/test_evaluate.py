@@ -80,7 +80,7 @@ def test_every_strategy_has_its_tables() -> None:
         for name in STRATEGIES:
             assert results[f"{folder}/{name}.csv"].decode().splitlines()[0] == columns
     for name in STRATEGIES:
-        bpb = metrics["two_phase_transductive_bpb" if name == "two_phase" else f"{name}_bpb"]
+        bpb = metrics[f"{name}_transductive_bpb" if name in ("longest_first", "two_phase") else f"{name}_bpb"]
         assert load_curve(RESULT / f"curves/{name}.csv", ("tokens", "bpb"))[-1] == (metrics["num_tokens"], bpb)
         for folder, column, total in (("context", "tokens", "num_tokens"), ("documents", "bytes", "num_bytes")):
             rows = read_csv(RESULT / folder / f"{name}.csv", [column])
