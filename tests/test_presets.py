@@ -188,6 +188,19 @@ def test_1855_has_all_parameters_but_those_that_nothing_uses() -> None:
     assert outline(model.model_dump(mode="json")).num_parameters + 6 * model.parallel_from == 35_945_671
 
 
+def test_the_large_model_does_what_1855_does_with_more_weights() -> None:
+    """As many blocks in a pass, and in the same places skips and parallel ones."""
+    small, free, large = (load_settings(name, FOLDER).model.architecture for name in ("pr1855", "pr1855-free", "pr1855-large"))
+    assert small == free and large.parallel_from is not None and small.parallel_from is not None
+    orders = [model.layer_order() for model in (small, large)]
+    assert list(map(len, orders)) == [17, 17] and len(set(orders[1])) == len(set(orders[0])) + 3
+    assert [[layer >= (model.parallel_from or 0) for layer in order] for model, order in zip((small, large), orders, strict=True)] == 2 * [
+        [False] * 14 + [True] * 3]
+    models = [outline(model.model_dump(mode="json")) for model in (small, large)]
+    per_layer = sum(parameter.numel() for parameter in models[0].blocks[3].parameters())
+    assert models[1].num_parameters == models[0].num_parameters + 3 * per_layer == 44_594_031
+
+
 def test_1855_has_the_published_values() -> None:
     values = dict(flatten(load_settings("pr1855", FOLDER).model_dump(mode="json")))
     optimizer = {
@@ -281,7 +294,7 @@ def test_the_block_of_a_published_preset_lists_what_differs_from_the_corrected_m
     assert set().union(*found.values()) == listed
 
 
-@pytest.mark.parametrize("free", ["pr585-free", "pr410-free"])
+@pytest.mark.parametrize("free", ["pr585-free", "pr410-free", "pr1855-free", "pr1855-large"])
 def test_free_presets_have_free_steps_at_the_limit_and_no_grid(free: str) -> None:
     params = load_settings(free, FOLDER)
     assert params.quantize.target_bytes == params.compress.limit_bytes == 16_000_000
