@@ -93,8 +93,15 @@ def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(before := values.get(key), dict) and before:
             _merge(values[key], value)
-        else:  # what dvc puts there: data without a style of its own
-            values[key] = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value
+        else:
+            values[key] = _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """Data without a style of its own, as dvc puts it into a file."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def _explain(values: CommentedMap, changes: CommentedMap) -> None:
