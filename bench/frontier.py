@@ -55,7 +55,8 @@ def make_params(recipe: str, lever: str | None, options: argparse.Namespace) -> 
         "seeds": options.seeds, "report": {"title": f"Albatross, {recipe} at width {options.width}"},
         "model": sizes | {"model_dim": options.width, "num_heads": heads, "num_kv_heads": int(heads * sizes["num_kv_heads"]),
                           "mlp_hidden_dim": int(options.width * sizes["mlp_hidden_dim"]), "vocab_size": options.vocabulary},
-        "tokenize": default["tokenize"] | source | {"vocab_size": options.vocabulary, "heldout_fraction": 0.005, "val_fraction": 0.005},
+        "tokenize": default["tokenize"] | source | {"vocab_size": options.vocabulary, "heldout_fraction": options.fraction,
+                                                     "val_fraction": options.fraction},
         "train": {"budget_seconds": None, "reserve_seconds": None, "budget_steps": options.steps, "sequence_tokens": options.window,
                   "row_tokens": options.rows * options.window if packed else None,
                   "batch_sequences": 1 if packed else options.rows,
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", choices=LEVERS, default=list(LEVERS), help="levers of #1855")
     parser.add_argument("--width", type=int, default=192, help=f"a multiple of {HEAD_DIM} of at least {2 * HEAD_DIM}")
     parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--fraction", type=float, default=0.005, help="share of the documents that is held out, and that is validated on")
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--rows", type=int, default=4, help="windows of a step")
     parser.add_argument("--window", type=int, default=512, help="tokens that the model sees at once")

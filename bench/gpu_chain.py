@@ -42,8 +42,10 @@ SMOKE: dict[str, Any] = {
 
 
 def merge(old: Any, new: Any) -> Any:
-    """Nested mappings `old` with the values of `new`, whose keys `old` must have."""
-    return {**old, **{key: merge(old[key], value) for key, value in new.items()}} if isinstance(new, dict) else new
+    """Nested mappings `old` with the values of `new`, whose keys `old` must have where it is a mapping."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: merge(old[key], value) for key, value in new.items()}
 
 
 def make_params(bundle: Path, seconds: float, smoke: bool) -> dict[str, Any]:

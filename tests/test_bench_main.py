@@ -1,5 +1,6 @@
 """Every script of bench/ starts, runs to its end and prints its table, on a tiny run of the pipeline."""
 
+import argparse
 import importlib
 import json
 import re
@@ -12,11 +13,13 @@ import pytest
 
 import bench.curve
 import bench.evaluate
+import bench.frontier
 import bench.quantize
 from lib.artifacts.files import read_csv, write_bytes, write_json
 from lib.model import compilation
-from lib.params import read_params
+from lib.params import parse_params, read_params
 from lib.presets import read_preset
+from lib.schema import PipelineParams
 from stages import calibrate, compress, evaluate, quantize, tokenize, train
 from tests.clone import SEED, TINY
 from tests.evaluation.tiny import merge
@@ -53,6 +56,35 @@ def output_of(name: str, arguments: str, folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
     importlib.import_module(f"bench.{name}").main()
     return capsys.readouterr().out
+
+
+def test_frontier(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages run in this process. A second call runs nothing anew and prints the same."""
+    stages = []
+
+    def run_module(name: str, folder: Path, *arguments: str) -> None:
+        stages.append(name)
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            importlib.import_module(name).main(*map(int, arguments[1:]))
+    monkeypatch.setattr(bench.frontier, "run_module", run_module)
+    arguments = (f"--text {run}/documents.jsonl --work {tmp_path} --seeds {SEED} --without --width 96 --vocabulary 400 "
+                 "--fraction 0.02 --steps 2 --rows 2 --window 32 --calibration 2 --bytes 600000")
+    printed = output_of("frontier", arguments, tmp_path, monkeypatch, capsys)
+    rows = [line for line in printed.splitlines() if line.startswith("pr")]
+    assert [row.split("  ")[0] for row in rows] == [f"pr585, seed {SEED}", f"pr1855, seed {SEED}", "pr585, mean", "pr1855, mean"]
+    assert all(len(row[24:].split()) == len(bench.frontier.FIGURES) for row in rows)
+    assert "float: pr1855 is lower by " in printed and stages.count("stages.tokenize") == 1 and stages.count("stages.train") == 2
+    assert output_of("frontier", arguments, tmp_path, monkeypatch, capsys).splitlines()[1:] == printed.splitlines()[1:]
+    assert stages.count("stages.train") == 2
+
+
+@pytest.mark.parametrize("lever", bench.frontier.LEVERS)
+def test_1855_without_a_lever_is_another_valid_file(lever: str) -> None:
+    options = argparse.Namespace(width=192, seeds=[1], text=None, vocabulary=1024, fraction=0.01, steps=8, window=512, rows=4, calibration=8,
+                                 bytes=10**6)
+    whole, without = (parse_params(bench.frontier.make_params("pr1855", each, options), PipelineParams, "") for each in (None, lever))
+    assert whole != without
 
 
 def test_every_script_is_run_by_a_test() -> None:
