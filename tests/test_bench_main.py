@@ -81,8 +81,8 @@ def test_frontier(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 @pytest.mark.parametrize("lever", bench.frontier.LEVERS)
 def test_1855_without_a_lever_is_another_valid_file(lever: str) -> None:
-    options = argparse.Namespace(width=192, seeds=[1], text=None, vocabulary=1024, fraction=0.01, steps=8, window=512, rows=4, calibration=8,
-                                 bytes=10**6)
+    options = argparse.Namespace(width=192, seeds=[1], text=None, vocabulary=1024, fraction=0.01, steps=8, window=512, rows=4,
+                                 calibration=8, bytes=10**6)
     whole, without = (parse_params(bench.frontier.make_params("pr1855", each, options), PipelineParams, "") for each in (None, lever))
     assert whole != without
 
