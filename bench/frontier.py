@@ -52,7 +52,7 @@ def make_params(recipe: str, lever: str | None, options: argparse.Namespace) -> 
     source = {"source": "jsonl", "path": str(options.text.resolve())} if options.text else {}
     packed = values["train"]["row_tokens"] is not None and lever != "packing"
     changes = {
-        "seeds": options.seeds, "report": {"title": f"Albatross, {recipe} at width {options.width}"},
+        "report": {"title": f"Albatross, {recipe} at width {options.width}"},
         "model": sizes | {"model_dim": options.width, "num_heads": heads, "num_kv_heads": int(heads * sizes["num_kv_heads"]),
                           "mlp_hidden_dim": int(options.width * sizes["mlp_hidden_dim"]), "vocab_size": options.vocabulary},
         "tokenize": default["tokenize"] | source | {"vocab_size": options.vocabulary, "heldout_fraction": options.fraction,
