@@ -1,8 +1,8 @@
-"""The recipes of #585 and #1855 side by side, small: ``python -m bench.frontier --text FILE [--seeds SEED ...] [--without LEVER ...]``.
+"""The recipes of #585 and #1855 side by side, small: ``python -m bench.frontier --text FILE [--seeds SEED ...] [--changes NAME ...]``.
 
 Both get the same text, tokens, steps, width and bytes; architecture, optimizer, schedule and averages are those of their presets, with the
 decay of the average scaled to the number of steps. Quantization (free steps) and evaluation are those of the default run. Then #1855 is run
-without one of its levers at a time, with the first seed. Every run is a folder of its own under --work in which the stages run one after
+with one change at a time, with the first seed. Every run is a folder of its own under --work in which the stages run one after
 the other; what is finished is kept, so that the same command goes on after an interruption. One process and the number of threads that
 OMP_NUM_THREADS says.
 """
@@ -32,25 +32,25 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pr1855": {"model": {"num_heads": 1, "num_kv_heads": 0.5, "mlp_hidden_dim": 4}},
 }
 """Sizes: heads as shares of those that the width has, the MLP in widths."""
-LEVERS: dict[str, dict[str, Any]] = {
-    "loop": {"model": {"loop": None}, "train": {"loop_start": 0.0}},
-    "leaky": {"model": {"mlp_negative_slope": 0.0}},
-    "optimizer": {"train": {"optimizer": {"orthogonalization": "newton_schulz", "normalize_rows": "none"}}},
-    "decay": {"train": {"optimizer": {"weight_decay": {"matrix": 0.04, "embedding": 0.04, "vector": 0.0}}}},
-    "gate": {"model": {"attention_gate": False}},
-    "lanes": {"model": {"parallel_from": None}},
-    "packing": {"model": {"document_mask": False}},
-    "bigram": {"model": {"bigram_rows": 2048, "bigram_dim": 48}},
+CHANGES: dict[str, dict[str, Any]] = {
+    "no-loop": {"model": {"loop": None}, "train": {"loop_start": 0.0}},
+    "relu2": {"model": {"mlp_negative_slope": 0.0}},
+    "newton-schulz": {"train": {"optimizer": {"orthogonalization": "newton_schulz", "normalize_rows": "none"}}},
+    "decay-of-585": {"train": {"optimizer": {"weight_decay": {"matrix": 0.04, "embedding": 0.04, "vector": 0.0}}}},
+    "no-gate": {"model": {"attention_gate": False}},
+    "no-lanes": {"model": {"parallel_from": None}},
+    "joined-documents": {"model": {"document_mask": False}},
+    "bigram-table": {"model": {"bigram_rows": 2048, "bigram_dim": 48}},
 }
-"""What #1855 is run without; `bigram` is the table that it has not, put back."""
+"""What #1855 is run with in place of what it has."""
 
 
-def make_params(recipe: str, lever: str | None, options: argparse.Namespace) -> dict[str, Any]:
+def make_params(recipe: str, change: str | None, options: argparse.Namespace) -> dict[str, Any]:
     """All of a params.yaml."""
     values, default = (read_preset(name, ROOT / PRESETS_FOLDER) for name in (recipe, DEFAULT))
     heads, sizes = options.width // HEAD_DIM, RECIPES[recipe]["model"]
     source = {"source": "jsonl", "path": str(options.text.resolve())} if options.text else {}
-    packed = values["train"]["row_tokens"] is not None and lever != "packing"
+    packed = values["train"]["row_tokens"] is not None and change != "joined-documents"
     changes = {
         "report": {"title": f"Albatross, {recipe} at width {options.width}"},
         "model": sizes | {"model_dim": options.width, "num_heads": heads, "num_kv_heads": int(heads * sizes["num_kv_heads"]),
@@ -70,19 +70,19 @@ def make_params(recipe: str, lever: str | None, options: argparse.Namespace) -> 
                                            "window_tokens": options.window, "stride_tokens": options.window // 4,
                                            "score_first": default["evaluate"]["score_first"] | {"chunk_tokens": options.window}},
     }
-    return merge(merge(values, changes), LEVERS[lever] if lever else {})
+    return merge(merge(values, changes), CHANGES[change] if change else {})
 
 
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, str | None, int]]:
-    """Recipe, what it is run without, and seed of each run."""
+    """Recipe, what is changed of it, and seed of each run."""
     yield from ((recipe, None, seed) for seed in options.seeds for recipe in RECIPES)
-    yield from (("pr1855", lever, options.seeds[0]) for lever in options.without)
+    yield from (("pr1855", change, options.seeds[0]) for change in options.changes)
 
 
-def run(recipe: str, lever: str | None, seed: int, options: argparse.Namespace) -> dict[str, float]:
+def run(recipe: str, change: str | None, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Run what is not finished, and give the figures."""
-    folder, tokens = options.work / (f"{recipe}-without-{lever}" if lever else recipe), Path("artifacts/tokenize")
-    params = make_params(recipe, lever, options)
+    folder, tokens = options.work / (f"{recipe}-{change}" if change else recipe), Path("artifacts/tokenize")
+    params = make_params(recipe, change, options)
     if not (folder / PARAMS_FILE).exists() or read_params(folder / PARAMS_FILE) != params:
         prepare(folder, params)
     for stage in STAGES[:-1]:
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="JSON lines; left out: the text of the default run")
     parser.add_argument("--work", type=Path, default=Path("frontier"), help="folder for the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42, 7])
-    parser.add_argument("--without", nargs="*", choices=LEVERS, default=list(LEVERS), help="levers of #1855")
+    parser.add_argument("--changes", nargs="*", choices=CHANGES, default=list(CHANGES), help="to #1855")
     parser.add_argument("--width", type=int, default=192, help=f"a multiple of {HEAD_DIM} of at least {2 * HEAD_DIM}")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--fraction", type=float, default=0.005, help="share of the documents that is held out, and that is validated on")
@@ -122,10 +122,10 @@ def main() -> None:
     print(f"{'bits per byte: held-out | validation':24}")
     print(f"{'':24}" + "".join(f"{name:>11}" for name in FIGURES), flush=True)
     found: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in RECIPES}
-    for recipe, lever, seed in plan(options):
-        figures = run(recipe, lever, seed, options)
-        print_row(f"{recipe} without {lever}" if lever else f"{recipe}, seed {seed}", figures)
-        if lever is None:
+    for recipe, change, seed in plan(options):
+        figures = run(recipe, change, seed, options)
+        print_row(f"{recipe}, {change}" if change else f"{recipe}, seed {seed}", figures)
+        if change is None:
             found[recipe].append(figures)
     for recipe, runs in found.items():
         print_row(f"{recipe}, mean", {name: mean(figures[name] for figures in runs) for name in FIGURES})

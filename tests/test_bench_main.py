@@ -68,7 +68,7 @@ def test_frontier(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
             patch.chdir(folder)
             importlib.import_module(name).main(*map(int, arguments[1:]))
     monkeypatch.setattr(bench.frontier, "run_module", run_module)
-    arguments = (f"--text {run}/documents.jsonl --work {tmp_path} --seeds {SEED} --without --width 96 --vocabulary 400 "
+    arguments = (f"--text {run}/documents.jsonl --work {tmp_path} --seeds {SEED} --changes --width 96 --vocabulary 400 "
                  "--fraction 0.02 --steps 2 --rows 2 --window 32 --calibration 2 --bytes 600000")
     printed = output_of("frontier", arguments, tmp_path, monkeypatch, capsys)
     rows = [line for line in printed.splitlines() if line.startswith("pr")]
@@ -79,12 +79,12 @@ def test_frontier(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert stages.count("stages.train") == 2
 
 
-@pytest.mark.parametrize("lever", bench.frontier.LEVERS)
-def test_1855_without_a_lever_is_another_valid_file(lever: str) -> None:
+@pytest.mark.parametrize("change", bench.frontier.CHANGES)
+def test_1855_with_a_change_is_another_valid_file(change: str) -> None:
     options = argparse.Namespace(width=192, seeds=[1], text=None, vocabulary=1024, fraction=0.01, steps=8, window=512, rows=4,
                                  calibration=8, bytes=10**6)
-    whole, without = (parse_params(bench.frontier.make_params("pr1855", each, options), PipelineParams, "") for each in (None, lever))
-    assert whole != without
+    whole, changed = (parse_params(bench.frontier.make_params("pr1855", each, options), PipelineParams, "") for each in (None, change))
+    assert whole != changed
 
 
 def test_every_script_is_run_by_a_test() -> None:
