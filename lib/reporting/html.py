@@ -41,6 +41,8 @@ ERRORS: dict[str, Callable[[Mapping[str, str]], float]] = {
     "relative error of the outputs": lambda tensor: float(tensor["relative_error"]),
 }
 """What is drawn of every matrix: label of the axis -> value, from its row of the table."""
+TRAINING_CURVES = {"training": "loss.csv", "held-out": "heldout.csv"}
+"""Text -> file of train with the loss on it."""
 CANDIDATES = ("raw", "ema", "swa")
 """Weights that train chooses from."""
 SIZE_COLUMNS = ("part", "num_tensors", "num_weights", "bits", "coded_bits", "num_bytes")
@@ -65,7 +67,10 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
     running, bins = running_curves(folders, strategies), document_bins(folders, strategies)
     tensors = read_csv(stage_folder("quantize", seeds[0]) / "tensors.csv", TENSOR_COLUMNS)
     sizes = read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS)
-    loss: Curves = {f"seed {seed}": load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds}
+    trained = {f"{text}, seed {seed}": load_curve(stage_folder("train", seed) / name, ("tokens", "loss"))
+               for text, name in TRAINING_CURVES.items() for seed in seeds}
+    learning: Curves = {name: curve for name, curve in trained.items() if curve}
+    measured = [name for name in learning if name.startswith("held-out")]
     examples = load_examples(folders[0])
     points = examples["documents"]["points"]
     change = f"bits per byte, difference to {REFERENCE}"
@@ -74,7 +79,8 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
     def plot(curves: Curves, x_label: str, y_label: str, *, unsettled: float = 0, octaves: bool = False) -> Markup | None:
         if not curves:
             return None
-        return _image(plot_curves(curves, x_label, y_label, unsettled=unsettled, octaves=octaves, dashes=line_styles(strategies)))
+        dashes = line_styles(strategies) | dict.fromkeys(measured, "--")
+        return _image(plot_curves(curves, x_label, y_label, unsettled=unsettled, octaves=octaves, dashes=dashes))
 
     return templates().get_template(TEMPLATE).render(
         title=report.title,
@@ -88,7 +94,8 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
         strategies=strategies,
         reference=REFERENCE,
         budget=_image(plot_steps(_budget(metrics, strategies), "bits per byte")),
-        loss=plot({name: curve for name, curve in loss.items() if curve}, "training tokens", "nats per token"),
+        learning=plot(learning, "training tokens", "nats per token", unsettled=0.1),
+        measured=measured,
         running=plot(running, "validation tokens scored", "bits per byte of all so far", unsettled=0.1),
         gains=plot(differences(running), "validation tokens scored", change, unsettled=0.1),
         context=plot(context_curves(folders, strategies), "inputs, at most", "nats per token", octaves=True),

@@ -26,12 +26,13 @@ TRAIN: dict[str, Any] = {
     "averaging": {"ema_decay": 0.9, "ema_every_steps": 1, "swa_below_lr": 0.5, "swa_every_steps": 2, "select": "heldout"},
     "qat": {"below_lr": 0.4, "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8},
             "full_range": False, "clip_quantile": 0.95, "floor": 0.0},
+    "heldout_curve": None,
 }
 
 
 def make_params(**changes: Any) -> TrainParams:
     """Parameters with some sections or values changed; sections are merged."""
-    merged = {key: {**TRAIN[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
+    merged = {key: {**(TRAIN[key] or {}), **value} if isinstance(value, dict) else value for key, value in changes.items()}
     return parse_params({**TRAIN, **merged}, TrainParams, "train.")
 
 
