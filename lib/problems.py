@@ -36,7 +36,8 @@ def list_problems(error: ValidationError, values: Any, kind: type[BaseModel]) ->
     by_key: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors(include_url=False):
         by_key.setdefault(_key(problem, values), []).append(problem)
-    return [line for key, problems in by_key.items() if not any(other.startswith(f"{key}.") for other in by_key) for line in _describe(key, problems, kind)]
+    innermost = (key for key in by_key if not any(other.startswith(f"{key}.") for other in by_key))
+    return [line for key in innermost for line in _describe(key, by_key[key], kind)]
 
 
 def describe_problem(problem: ErrorDetails) -> str:

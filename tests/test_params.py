@@ -137,7 +137,8 @@ def test_files_in_other_encodings_are_named(tmp_path: Path, encoding: str, byte:
     assert read_params(path)["train"] == {}
 
 
-BAD_VALUES: list[Any] = [None, True, -1, 2**63, 2**64 - 1, -1.5, 1e300, float("nan"), "x", "", [], {}, ["x"], {"a": 1}, [[1, 2]], [None], [-1], [[-1, 5]]]
+BAD_VALUES: list[Any] = [None, True, -1, 2**63, 2**64 - 1, -1.5, 1e300, float("nan"), "x", "", [], {}, ["x"], {"a": 1}, [[1, 2]], [None],
+                         [-1], [[-1, 5]]]
 
 
 def test_no_mistake_in_any_key_shows_what_pydantic_says() -> None:

@@ -37,6 +37,7 @@ from lib.training.schedule import lr_multiplier, muon_momentum, part_tokens
 WARM_UP_STEPS = 3  # the first two compile and set up; the last is timed
 WARM_UP_SECONDS = 1e-3  # time of a step that is assumed before one is timed
 CURVE_STEPS = 10  # steps averaged into one point of the loss curve
+CURVE_DIGITS = 6  # of the held-out curve, whose further digits depend on the number of threads
 SYNC_STEPS = 10  # at most so many steps between two synchronizations,
 SYNC_SECONDS = 1.0  # and about this long, unless a step takes longer
 RESUME_INTERVAL_SECONDS = 1.0  # at least this long between two saved states,
@@ -225,7 +226,7 @@ class Run:
     def measure(self, measure: Measure) -> None:
         """Add a point to the held-out curve: the weights after the last step, in its stage."""
         score = measure(self.stage_at(self.budget.plan.fraction(self.num_steps - 1)))
-        self.heldout_curve.append((self.num_tokens, score.loss, score.bpb))
+        self.heldout_curve.append((self.num_tokens, *(round(value, CURVE_DIGITS) for value in (score.loss, score.bpb))))
 
     def check_weights(self) -> None:
         """A loss tells of the weights before its step; those after it must be finite to be kept.

@@ -151,7 +151,7 @@ def test_the_held_out_curve_is_that_of_the_weights_as_they_are_trained_and_chang
         scored, num_tokens = make_model(**model), num_steps * without.num_tokens // 30
         scored.load_state_dict(weights[num_tokens])
         found = score(scored, Stage(*stage))
-        expected.append((num_tokens, found.loss, found.bpb))
+        expected.append((num_tokens, round(found.loss, 6), round(found.bpb, 6)))
     assert curve.heldout_curve == expected and not without.heldout_curve
     assert_same(replace(curve, heldout_curve=[]), without)
 
