@@ -13,10 +13,10 @@ from markupsafe import Markup
 from lib.artifacts.files import read_csv
 from lib.artifacts.paths import stage_folder
 from lib.artifacts.scores import load_curve, load_examples
-from lib.reporting.audit import CONDITIONS, VERDICTS, format_verdicts, judge, judge_strategies, load_audit
+from lib.reporting.audit import CONDITIONS, VERDICTS, format_verdicts, judge_strategies, load_audit, worst
 from lib.reporting.config import ReportParams
 from lib.reporting.figures import plot_curves, plot_dots, plot_points, plot_steps
-from lib.reporting.passage import HIGHEST, Part, templates
+from lib.reporting.passage import HIGHEST, PassagePart, templates
 from lib.reporting.runs import UNRECORDED, flatten
 from lib.reporting.scoring import (
     Curves,
@@ -28,7 +28,7 @@ from lib.reporting.scoring import (
     running_curves,
 )
 from lib.reporting.statistics import compare_with_record
-from lib.reporting.strategy_table import LEGAL, REFERENCE, WITHOUT_ADAPTATION, Strategy, find_strategies
+from lib.reporting.strategy_table import LEGAL, REFERENCE, WITHOUT_ADAPTATION, StrategyRow, find_strategies
 from lib.reporting.summary import headline_rows, loss_row, seed_lines
 from lib.reporting.table import Row, column_names, statistics_names
 from lib.reporting.timing import list_environments, timing_rows
@@ -149,10 +149,10 @@ def make_metrics(report: ReportParams, seeds: Sequence[int], metrics: Sequence[d
                 summary[stage][key] = {name: round(value, 8) for name, value in statistics.items() if value is not None}
     audits = [load_audit(stage_folder("evaluate", seed)) for seed in seeds]
     return summary | {"record": compare_with_record(loss_row(metrics), report.record).figures(),
-                      "audit": {"verdict": VERDICTS[judge(*(audit and audit.legal for audit in audits))]}}
+                      "audit": {"verdict": VERDICTS[worst(*(audit and audit.legal for audit in audits))]}}
 
 
-def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[Strategy]) -> dict[str, dict[str, float]]:
+def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[StrategyRow]) -> dict[str, dict[str, float]]:
     """Means of what follows from each other: float model to quantized model, and windows to the strategy that counts."""
     held_out = {name: fmean(of_seed["quantize"][key] for of_seed in metrics)
                 for name, key in (("float", "heldout_bpb_float"), ("quantized", "heldout_bpb"))}
@@ -160,11 +160,11 @@ def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[S
     return {"held-out": held_out, "validation": {each.name: each.bpb.mean for each in strategies if each.name in wanted and each.bpb.mean}}
 
 
-def list_passages(passage: Mapping[str, Any]) -> dict[str, tuple[list[Part], float]]:
+def list_passages(passage: Mapping[str, Any]) -> dict[str, tuple[list[PassagePart], float]]:
     """Strategy -> the parts of a passage, and its bits per token, from ``examples.json``."""
     found = {}
     for number, strategy in enumerate(passage["strategies"]):
-        parts = [Part(text, bits[number], num_tokens) for text, num_tokens, *bits in passage["parts"]]
+        parts = [PassagePart(text, bits[number], num_tokens) for text, num_tokens, *bits in passage["parts"]]
         found[strategy] = parts, sum(part.bits for part in parts) / max(1, sum(part.num_tokens for part in parts))
     return found
 

@@ -226,7 +226,7 @@ class Run:
     def measure(self, measure: Measure) -> None:
         """Add a point to the held-out curve: the weights after the last step, in its stage."""
         score = measure(self.stage_at(self.budget.plan.fraction(self.num_steps - 1)))
-        self.heldout_curve.append((self.num_tokens, *(round(value, CURVE_DIGITS) for value in (score.loss, score.bpb))))
+        self.heldout_curve.append((self.num_tokens, round(score.loss, CURVE_DIGITS), round(score.bpb, CURVE_DIGITS)))
 
     def check_weights(self) -> None:
         """A loss tells of the weights before its step; those after it must be finite to be kept.
