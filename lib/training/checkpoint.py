@@ -15,6 +15,7 @@ from lib.evaluation.bpb import Score
 from lib.evaluation.heldout import score_heldout
 from lib.model.config import ModelSection
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.model.kernels import choose_kernel
 from lib.progress import say
 from lib.training.config import TrainParams
@@ -75,7 +76,7 @@ def train_checkpoint(section: ModelSection, params: TrainParams, text: Split, he
     kernel = choose_kernel(section.attention, section.architecture, params.precision, process.device)
     say(f"train: attention by {kernel.reason}", enabled=process.is_main)
     model = GPT(section.architecture, kernel).to(process.device)
-    model.initialize(seed)
+    initialize(model, seed)
     loader = make_loader(params, text, tokenizer.bos_id, seed)
 
     def score(tokens: Tokens, stage: Stage) -> Score:

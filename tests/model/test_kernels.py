@@ -20,6 +20,7 @@ from lib.model import compilation, flash
 from lib.model.config import KernelName, ModelParams, ModelSection, parse_model
 from lib.model.flash import find_boundaries
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.model.kernels import LIBRARIES, KernelError, choose_kernel
 from lib.model.sdpa import SDPA, Kernel, Sight
 from lib.params import ParamsError, Precision, parse_params
@@ -192,7 +193,7 @@ def test_a_compiled_model_is_the_eager_one(name: KernelName, document_mask: bool
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     params = MODEL.model_copy(update={"document_mask": document_mask, "num_layers": 1, "value_embedding_layers": (0,), "num_xsa_layers": 1})
     model = GPT(params, choose_kernel(name, params, "bf16", CUDA))
-    model.initialize(0)
+    initialize(model, 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
@@ -246,7 +247,7 @@ def test_flash_is_launched_for_parts_and_not_for_rows(name: KernelName, monkeypa
 
     monkeypatch.setattr(module, "flash_attn_varlen_func", watch)
     model = GPT(MODEL, kernel)
-    model.initialize(0)
+    initialize(model, 0)
     tokens = torch.tensor([[5, 5, 1, 5, 5, 5, 5, 1, 1, 5, 5, 5], [1, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 1]])  # BOS = 1
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens, tokens, attention_tokens=3, starts=find_parts(tokens, 1, 3))

@@ -8,6 +8,7 @@ import numpy as np
 from lib.artifacts.tokens import Split, SplitWriter, load_split
 from lib.model.config import parse_model
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.params import parse_params
 from lib.training.config import TrainParams
 from tests.evaluation.tiny import MODEL
@@ -39,7 +40,7 @@ def make_params(**changes: Any) -> TrainParams:
 def make_model(seed: int = 0, **changes: Any) -> GPT:
     """An initialised model."""
     model = GPT(parse_model({**MODEL, **changes}, "model."))
-    model.initialize(seed)
+    initialize(model, seed)
     return model
 
 
