@@ -27,6 +27,7 @@ from torch.fx import GraphModule
 
 from lib.model import compilation
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.params import PARAMS_FILE
 from lib.presets import load_settings
 
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     params = load_settings(options.preset).model.architecture
     model = GPT(params)
-    model.initialize(0)
+    initialize(model, 0)
     rows = torch.randint(0, params.vocab_size, (2, options.tokens + 1), generator=torch.Generator().manual_seed(0))
     print(f"torch {torch.__version__}, cpu {platform.machine()}, {torch.get_num_threads()} threads; {options.preset}, {params.num_layers} "
           f"layers, forward and backward in bf16, {options.tokens} tokens a sequence")

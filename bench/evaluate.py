@@ -37,6 +37,7 @@ from lib.evaluation.trainable import match_groups
 from lib.evaluation.windows import Documents, Windows, batch_size, one_pass_windows, sliding_windows, split_batches
 from lib.model.config import ModelParams
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.model.parts import parts_of
 from lib.params import PARAMS_FILE
 from lib.presets import load_settings
@@ -111,7 +112,7 @@ class Projection(NamedTuple):
 def make_model(params: ModelParams, device: torch.device) -> GPT:
     """A model in which nothing is zero."""
     model = GPT(params)
-    model.initialize(0)
+    initialize(model, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

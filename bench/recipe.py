@@ -30,6 +30,7 @@ from lib.distributed import SINGLE_CPU, Process
 from lib.evaluation.heldout import compare_heldout
 from lib.model.config import ModelSection
 from lib.model.gpt import GPT, build_model
+from lib.model.initialization import initialize
 from lib.model.kernels import choose_kernel
 from lib.model.parts import parts_of
 from lib.params import load_params, parse_params, read_params
@@ -63,7 +64,7 @@ class Bench:
         architecture = self.section.architecture
         kernel = choose_kernel(self.section.attention, architecture, params.precision, self.process.device)
         model = GPT(architecture, kernel).to(self.process.device)
-        model.initialize(seed)
+        initialize(model, seed)
         loader = make_loader(params, self.splits["train"], architecture.bos_id, seed)
         with tempfile.TemporaryDirectory() as folder:
             candidates = train(model, params, loader, self.process, Path(folder) / "resume.pt", status=dict).candidates

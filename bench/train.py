@@ -35,6 +35,7 @@ from lib.distributed import Process, start_process
 from lib.evaluation.evaluation import peak_memory_mib
 from lib.model.config import ModelParams
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.model.kernels import choose_kernel
 from lib.model.parts import parts_of
 from lib.model.sdpa import Kernel
@@ -164,7 +165,7 @@ def make_loops(model_params: ModelParams, params: TrainParams, kernel: Kernel, p
 
     def make_model() -> GPT:
         model = GPT(model_params, kernel).to(process.device)
-        model.initialize(0)
+        initialize(model, 0)
         return model
 
     def make_run() -> Run:

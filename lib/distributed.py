@@ -7,6 +7,7 @@ others end with one message; torchrun then names the one that died.
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from lib.errors import report_at_once
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)  # longer than any process waits for another that works, compiling or writing included
+SILENT_SECONDS = 5.0  # so much later a process ends whose error another one reports; else torchrun might end that one before it does
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -139,6 +143,7 @@ def start_process() -> Iterator[Process]:
         yield Process(rank, world_size, device)
         return
     store, *_ = next(rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT))
+    report_at_once()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
                             timeout=COLLECTIVE_TIMEOUT)
     try:
@@ -150,11 +155,14 @@ def start_process() -> Iterator[Process]:
                   file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:  # what users can mend is often found by every process
-        if not _is_first(store, f"{type(error).__name__} {error}"):
-            raise SystemExit(1) from None
-        raise
+        if _is_first(store, f"{type(error).__name__} {error}"):
+            raise
+    else:
+        return
     finally:
         dist.destroy_process_group()
+    time.sleep(SILENT_SECONDS)
+    raise SystemExit(1)
 
 
 def _is_first(store: Any, event: str) -> bool:

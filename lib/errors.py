@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 import traceback
 from types import TracebackType
 
@@ -13,6 +14,8 @@ _REMEDIES = {
     errno.EROFS: "take a folder that can be written to", errno.EIO: "see to the disk and rerun",
     errno.EMFILE: "raise the number of open files (ulimit -n) and rerun", errno.ENFILE: "close other programs and rerun",
 }  # of what a machine refuses; other errors of the system, such as a missing file that nobody expected, are errors of the program
+
+PATIENCE_SECONDS = 20.0  # the first process of a machine may be that much slower to find the same error
 
 _BATCHES = "train.micro_batch_sequences, calibrate.batch_sequences, evaluate.batch_tokens, evaluate.lora.batch_documents"
 
@@ -37,7 +40,21 @@ def describe_error(error: BaseException) -> str | None:
 
 def report_errors() -> None:
     """From now on this process ends with the message alone where an error has one."""
-    sys.excepthook = _report
+    sys.excepthook = _report_early
+
+
+def report_at_once() -> None:
+    """To be called when the processes of a run have joined, and can agree on which of them is to end with an error."""
+    if sys.excepthook is _report_early:
+        sys.excepthook = _report
+
+
+def _report_early(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """`sys.excepthook` before the processes of a run have joined. What users can mend is found by every one: the first of this machine says
+    so and ends, upon which torchrun ends the others. If nobody ends them, it has found nothing, and they speak up."""
+    if describe_error(error) is not None and kind is not KeyboardInterrupt and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE_SECONDS)
+    _report(kind, error, where)
 
 
 def _report(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:

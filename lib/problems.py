@@ -25,6 +25,9 @@ _EXPECTED = {  # kind of problem -> what was expected; names in braces are of it
 def list_problems(error: ValidationError, values: Any, kind: type[BaseModel]) -> list[str]:
     """What is wrong with data, a line for each key: the key, what was expected, what was found.
 
+    Nothing is said of a key below which something is wrong: pydantic calls a list too short that has elements which are wrong, and where
+    a value may be of several kinds it says of each what is wrong with it.
+
     Args:
         error: what pydantic says of it.
         values: the data.
@@ -33,7 +36,8 @@ def list_problems(error: ValidationError, values: Any, kind: type[BaseModel]) ->
     by_key: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors(include_url=False):
         by_key.setdefault(_key(problem, values), []).append(problem)
-    return [line for key, problems in by_key.items() for line in _describe(key, problems, kind)]
+    innermost = (key for key in by_key if not any(other.startswith(f"{key}.") for other in by_key))
+    return [line for key in innermost for line in _describe(key, by_key[key], kind)]
 
 
 def describe_problem(problem: ErrorDetails) -> str:

@@ -1,4 +1,4 @@
-"""Train: tokenizer, train and held-out shards -> checkpoint of float weights, loss curve."""
+"""Train: tokenizer, train and held-out shards -> checkpoint of float weights, loss curve, held-out curve."""
 
 from lib.artifacts.checkpoint import save_checkpoint
 from lib.artifacts.files import read_json, sha256_of, write_csv
@@ -24,12 +24,14 @@ def main(seed: int) -> None:
         tokenizer = load_tokenizer(TOKENIZE_FOLDER / "tokenizer.model", section.architecture.bos_id)
         text, heldout = (load_split(TOKENIZE_FOLDER / name, section.architecture.vocab_size) for name in ("train", "heldout"))
         check_corpus({name: read_json(TOKENIZE_FOLDER / name / SPLIT_FILE) for name in ("train", "heldout")})
-        resume_path = resume_file(folder, params, section.architecture, seed, sha256_of(TOKENIZE_FOLDER / "train" / SPLIT_FILE))
+        data_sha256 = "".join(sha256_of(TOKENIZE_FOLDER / name / SPLIT_FILE) for name in ("train", "heldout"))
+        resume_path = resume_file(folder, params, section.architecture, seed, data_sha256)
         trained = train_checkpoint(section, params, text, heldout, tokenizer, seed=seed, process=process, resume_path=resume_path,
                                    watch=lambda model: SizeWatch(model, enabled=process.is_main).status)
         if process.is_main:
             save_checkpoint(folder / "checkpoint.safetensors", trained.checkpoint)
             write_csv(folder / "loss.csv", ("tokens", "loss"), trained.loss_curve)
+            write_csv(folder / "heldout.csv", ("tokens", "loss", "bpb"), trained.heldout_curve)
             save_metrics(folder, trained.metrics, trained.timing)
             resume_path.unlink(missing_ok=True)
 

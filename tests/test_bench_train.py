@@ -19,6 +19,7 @@ from bench.train import Loop, Measured, PlainLoop, check_losses, find_peak, flop
 from lib.distributed import SINGLE_CPU, Process
 from lib.model.config import parse_model
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.model.sdpa import SDPA
 from lib.presets import read_preset
 from lib.training import orthogonal
@@ -40,15 +41,13 @@ GPU = Process(0, 1, torch.device("cuda", 0))
 ], ids=["default", "micro-batches", "packed", "rare averages", "seconds", "bf16"])
 def test_both_loops_train_the_same(changes: dict[str, Any], tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses of every step, weights and averages, from the same start, where no gradient is near zero, on the same batches."""
-    initialize = GPT.initialize
-
     def initialize_with_noise(model: GPT, seed: int) -> None:
         initialize(model, seed)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
-    monkeypatch.setattr(GPT, "initialize", initialize_with_noise)
+    monkeypatch.setattr(bench.train, "initialize", initialize_with_noise)
     model_params = parse_model(MODEL, "model.")
     run, plain = (make() for make in make_loops(model_params, make_params(**changes), SDPA, SINGLE_CPU).values())
     assert isinstance(run, Run)

@@ -137,7 +137,8 @@ def test_files_in_other_encodings_are_named(tmp_path: Path, encoding: str, byte:
     assert read_params(path)["train"] == {}
 
 
-BAD_VALUES: list[Any] = [None, True, -1, 2**63, 2**64 - 1, -1.5, 1e300, float("nan"), "x", "", [], {}, ["x"], {"a": 1}, [[1, 2]], [None]]
+BAD_VALUES: list[Any] = [None, True, -1, 2**63, 2**64 - 1, -1.5, 1e300, float("nan"), "x", "", [], {}, ["x"], {"a": 1}, [[1, 2]], [None],
+                         [-1], [[-1, 5]]]
 
 
 def test_no_mistake_in_any_key_shows_what_pydantic_says() -> None:
@@ -160,7 +161,9 @@ def test_no_mistake_in_any_key_shows_what_pydantic_says() -> None:
             try:
                 parse_params(changed, PipelineParams, "")
             except ParamsError as error:
-                lines += str(error).splitlines()
+                lines += (found := str(error).splitlines())
+                keys = [line.partition(":")[0] for line in found]
+                assert not any(other.startswith(f"{key}.") for key in keys for other in keys), found
     assert len(lines) > 1000
     known = r"expected .|missing; presets/default|unknown key; (did you mean|presets/default)"
     assert [line for line in lines if not re.match(rf"[\w., ]+: ({known})", line)] == []
@@ -182,6 +185,19 @@ def test_what_may_have_been_meant(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ParamsError) as error:
         parse_params(merge(params, change), PipelineParams, "")
     assert message in str(error.value).splitlines()
+
+
+@pytest.mark.parametrize(("section", "value", "message"), [
+    ("seeds", [-1], "seeds.0: expected a number from 0, found -1"), ("seeds", [], "seeds: expected a list of 1 or more, found []"),
+    ("train", {"budget_steps": [[0, 0]]}, "train.budget_steps.0.1: expected a number above 0, found 0"),
+    ("quantize", {"clip": {"percentiles": ["x"]}}, 'quantize.clip.percentiles.0: expected a number, found "x"')])
+def test_one_mistake_is_one_line(section: str, value: Any, message: str) -> None:
+    params: Any = read_params(Path(__file__).parents[1] / "params.yaml")
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        value = params[section] | {key: params[section][key] | inner if isinstance(inner, dict) else inner}
+    with pytest.raises(ParamsError) as error:
+        parse_params(params | {section: value}, PipelineParams, "")
+    assert str(error.value) == message
 
 
 def test_seeds_reach_as_far_as_torch_takes_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

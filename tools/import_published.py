@@ -50,6 +50,7 @@ def import_file(path: Path, seed: int) -> str:
     else:
         save_checkpoint(folder / "checkpoint.safetensors", convert_checkpoint(published, model, train.sequence_tokens))
         write_csv(folder / "loss.csv", ("tokens", "loss"), [])
+        write_csv(folder / "heldout.csv", ("tokens", "loss", "bpb"), [])
         metrics["num_steps"] = None  # unknown
     save_metrics(folder, metrics, {"seconds": time.monotonic() - start})
     return describe_import(published, seed, packed_bytes)

@@ -33,7 +33,7 @@ from lib.generation.cache import KeyValueCache
 from lib.generation.sampling import Sampling, write_tokens
 from lib.model.gpt import GPT, build_model
 from lib.params import read_params
-from lib.reporting.passage import Part, clean_text, color_text, make_page
+from lib.reporting.passage import PassagePart, clean_text, color_text, make_page
 
 TOKENIZER = "tokenizer.model"
 STRIDES = 4  # of a window that scores a text: each but the first scores its last quarter
@@ -67,13 +67,13 @@ def score_text(model: GPT, tokens: npt.NDArray[np.uint16], window_tokens: int, p
     return sheet.collect(process)[0]
 
 
-def color_tokens(tokenizer: Tokenizer, tokens: list[int], nats: Losses) -> list[Part]:
+def color_tokens(tokenizer: Tokenizer, tokens: list[int], nats: Losses) -> list[PassagePart]:
     """The text of tokens (N,), without BOS, with the bits that they cost."""
     ends = np.cumsum([0, *nats.astype(np.float64) / math.log(2)])  # of the first n tokens
     parts, first = [], 0
     for span in split_text(tokenizer, tokens):
         end = first + span.num_tokens
-        parts.append(Part(span.text, float(ends[end] - ends[first]), span.num_tokens))
+        parts.append(PassagePart(span.text, float(ends[end] - ends[first]), span.num_tokens))
         first = end
     return parts
 

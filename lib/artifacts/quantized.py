@@ -135,7 +135,7 @@ Tensors = tuple[dict[str, QuantizedTensor], dict[str, Tensor]]
 """Matrices and vectors by name."""
 
 
-def flatten(quantized: QuantizedModel) -> Tensors:
+def to_tensors(quantized: QuantizedModel) -> Tensors:
     """Matrices and vectors as files have them: factors of corrections and row scales beside the matrix, by names with suffixes."""
     matrices, vectors = dict(quantized.matrices), dict(quantized.vectors)
     for name, matrix in quantized.matrices.items():
@@ -147,7 +147,7 @@ def flatten(quantized: QuantizedModel) -> Tensors:
 
 
 def assemble(matrices: Mapping[str, QuantizedTensor], vectors: Mapping[str, Tensor]) -> Tensors:
-    """What `flatten` has made into one, as it was.
+    """What `to_tensors` has made into one, as it was.
 
     Raises:
         ArtifactError: row scales without their matrix, a correction without its matrix or its other factor, or of another shape.
@@ -165,7 +165,7 @@ def assemble(matrices: Mapping[str, QuantizedTensor], vectors: Mapping[str, Tens
 
 def save_quantized(path: Path, quantized: QuantizedModel, sources: Sequence[Path] = ()) -> None:
     """Write a quantized model, made from the files `sources`, as safetensors; the same model gives the same bytes."""
-    matrices, vectors = flatten(quantized)
+    matrices, vectors = to_tensors(quantized)
     tensors = {VECTORS + name: vector for name, vector in vectors.items()}
     for name, matrix in matrices.items():
         tensors |= {CODES + name: matrix.codes, ROWS + name: matrix.row_exponents, COLUMNS + name: matrix.column_exponents}

@@ -29,15 +29,15 @@ SEARCH_PATHS = ("PATH", "LD_LIBRARY_PATH")
 CACHES = (".cache/torch", ".triton", ".nv")  # of compilers, below the home folder
 CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 
-Checks = dict[str, dict[str, object]]
+Findings = dict[str, dict[str, object]]
 
 
-def unchecked(why: str) -> Checks:
+def unchecked(why: str) -> Findings:
     """What `confine` returns where nothing was confined."""
     return {"training_data": {"passed": None, "why": why}, "network": {"passed": None, "why": why}}
 
 
-def confine(*, read: Iterable[Path], write: Iterable[Path], forbidden: Iterable[Path], network: bool = False) -> Checks:
+def confine(*, read: Iterable[Path], write: Iterable[Path], forbidden: Iterable[Path], network: bool = False) -> Findings:
     """Leave this process only what it needs, then try what it must not do.
 
     What can be read besides `read`: the interpreter, its packages, the code in ``lib`` and ``stages``, the system's folders, caches of

@@ -171,7 +171,7 @@ class Trial:
         """The conditions C1 and C2: whether they ``passed`` (None where differences may be the device's own noise), and numbers."""
         tokens, original = self._probe.tokens, self.original
         number = np.arange(1, len(tokens))  # of each target's token
-        comparison = Comparison(original)
+        comparison = RunComparison(original)
         for first in self._probe.changes:
             comparison.add(self._run(self._replace(np.arange(len(tokens)) >= first)), number < first)
         deviations = [abs(original.nats[last - 1] + _stated(self._run(tokens[:last + 1]))[tokens[last]]) for last in self._probe.cuts]
@@ -202,7 +202,7 @@ class Trial:
         parts = [rank < num_documents // 2, rank % 2 == 0]  # the longer half may be scored before the other, neighbours in one batch
         if self._thorough:  # any two documents differ in one bit of their numbers
             parts += [np.arange(num_documents) >> bit & 1 == 1 for bit in range((num_documents - 1).bit_length())]
-        comparison = Comparison(self.original)
+        comparison = RunComparison(self.original)
         for part in (*parts, *(~part for part in parts)):
             changed = self._replace(part[np.append(number, number[-1])])
             comparison.add(self._run(changed), ~part[number] & same_hints(changed, self._probe.tokens, self._params.tilt))
@@ -274,7 +274,7 @@ class Trial:
                                             NoLimit(math.inf, process), sheet))
 
 
-class Comparison:
+class RunComparison:
     """How far scores of changed texts differ from those of the `original`, to the last bit."""
 
     def __init__(self, original: Outcome) -> None:

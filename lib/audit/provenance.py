@@ -10,7 +10,7 @@ from lib.artifacts.files import read_json
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.tokens import SPLIT_FILE, Split
 from lib.audit.chronology import Finding
-from lib.audit.isolation import Checks, confine
+from lib.audit.isolation import Findings, confine
 from lib.audit.text import check_text
 from lib.data.tokenizer import Tokenizer
 from lib.distributed import Process
@@ -21,7 +21,7 @@ MANIFEST = TOKENIZE_FOLDER / "manifest.json"
 READER = "evaluate"
 
 
-def confine_to_inputs(seeds: Sequence[int], stage: str, process: Process) -> Checks:
+def confine_to_inputs(seeds: Sequence[int], stage: str, process: Process) -> Findings:
     """Leave this process the inputs of an evaluation and the output folders of `stage`, for good.
 
     Args:

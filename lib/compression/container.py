@@ -27,7 +27,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from lib.artifacts.checkpoint import Training
 from lib.artifacts.files import ArtifactError
-from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, QuantizedModel, QuantizedTensor, assemble, flatten
+from lib.artifacts.quantized import LEFT, MAX_BITS, MIN_BITS, RIGHT, QuantizedModel, QuantizedTensor, assemble, to_tensors
 from lib.compression.coding import CODECS, compress_bytes, decompress_bytes
 from lib.compression.exponents import decode_exponents, encode_exponents
 from lib.errors import UserError
@@ -173,7 +173,7 @@ def load_artifact(path: Path) -> QuantizedModel:
 
 
 def _pack(quantized: QuantizedModel, codec: str, level: int) -> Packed:
-    by_name, vectors_by_name = flatten(quantized)
+    by_name, vectors_by_name = to_tensors(quantized)
     matrices, vectors = sorted(by_name.items()), sorted(vectors_by_name.items())
     codes, sizes = CODECS[codec].encode([matrix.codes.numpy() for _, matrix in matrices], level)
     exponents = encode_exponents((matrix.row_exponents.numpy(), matrix.column_exponents.numpy()) for _, matrix in matrices)

@@ -29,7 +29,7 @@ def load_training(folder: Path, tokenizer: Tokenizer, heldout_tokens: int) -> tu
     """
     if (folder / "train" / SPLIT_FILE).exists():
         return load_split(folder / "train", tokenizer.vocab_size), load_split(folder / "heldout", tokenizer.vocab_size)
-    paths = find_shards(folder, "train")
+    paths = find_split_shards(folder, "train")
     *shards, last = load_shards(paths, tokenizer.vocab_size)
     starts = np.flatnonzero(last[:max(0, len(last) - heldout_tokens) + 1] == tokenizer.bos_id)
     if not len(starts) or starts[-1] == 0:
@@ -44,7 +44,7 @@ def load_validation(folder: Path, tokenizer: Tokenizer) -> Split:
     """The validation text of a folder; arguments and errors as of `load_training`, but for `heldout_tokens`."""
     if (folder / "val" / SPLIT_FILE).exists():
         return load_split(folder / "val", tokenizer.vocab_size)
-    split = Split(folder, load_shards(find_shards(folder, "val"), tokenizer.vocab_size), 0, 0, 0, tokenizer.vocab_size)
+    split = Split(folder, load_shards(find_split_shards(folder, "val"), tokenizer.vocab_size), 0, 0, 0, tokenizer.vocab_size)
     tokens = split.tokens()
     num_bytes = int(tokenizer.target_bytes(tokens).sum())
     return replace(split, num_documents=int((tokens == tokenizer.bos_id).sum()), raw_bytes=num_bytes, accounted_bytes=num_bytes)
@@ -58,10 +58,10 @@ def check_names(folder: Path) -> None:
     """
     for split in ("train", "val"):
         if not (folder / split / SPLIT_FILE).exists():
-            find_shards(folder, split)
+            find_split_shards(folder, split)
 
 
-def find_shards(folder: Path, split: str) -> list[Path]:
+def find_split_shards(folder: Path, split: str) -> list[Path]:
     """Published shards of a split, ``train`` or ``val``, in the order of their names.
 
     Raises:

@@ -24,7 +24,7 @@ REMEDY = ("name the dataset or the tokenizer that the side-car belongs to; or, t
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SidecarComparison:
     """What came of a comparison over all tokens of the validation shards.
 
     Attributes:
@@ -38,7 +38,7 @@ class Comparison:
     differing: int
 
 
-def compare_sidecars(shards: Shards, tokenizer: Tokenizer) -> Comparison | None:
+def compare_sidecars(shards: Shards, tokenizer: Tokenizer) -> SidecarComparison | None:
     """Compare the side-cars of all validation shards, and say what came of it; None where they are not complete.
 
     Args:
@@ -71,11 +71,11 @@ def compare_sidecars(shards: Shards, tokenizer: Tokenizer) -> Comparison | None:
                             f"by the tokenizer's accounting, found {theirs:,}: bits per byte would be too low; {REMEDY}")
     say(f"tokenize: byte side-cars of {theirs:,} bytes, by this project's accounting {ours:,}, which counts; {differing:,} of "
         f"{len(tokens):,} tokens differ")
-    return Comparison(theirs, ours, differing)
+    return SidecarComparison(theirs, ours, differing)
 
 
 def _compare_documents(tokens: Stream, sidecars: Stream, tokenizer: Tokenizer, start: int, end: int) -> tuple[int, int, int]:
-    """What `Comparison` says, of the whole documents from one position of the streams to another."""
+    """What `SidecarComparison` says, of the whole documents from one position of the streams to another."""
     ids, found = tokens.read(start, end), sidecars.read(start, end).astype(np.int64)
     expected = np.append(0, tokenizer.target_bytes(ids))
     is_byte = np.array([tokenizer.processor.is_byte(i) for i in range(tokenizer.vocab_size)])[ids]

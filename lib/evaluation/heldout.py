@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.artifacts.tokens import Split
+from lib.artifacts.tokens import Split, Tokens
 from lib.data.tokenizer import Tokenizer
 from lib.distributed import Process
 from lib.errors import UserError
@@ -46,27 +46,28 @@ class HeldoutComparison(NamedTuple):
                 "heldout_loss_increase": round(self.loss_increase, 8), "heldout_tokens": self.num_tokens}
 
 
-def score_heldout(model: nn.Module, split: Split, tokenizer: Tokenizer, *, window_tokens: int, batch_windows: int, precision: Precision,
-                  process: Process) -> Score:
-    """Score a split with one model; every process gets the result.
+def score_heldout(model: nn.Module, tokens: Tokens, tokenizer: Tokenizer, *, window_tokens: int, batch_windows: int, precision: Precision,
+                  process: Process, looped: bool = True) -> Score:
+    """Score a stream with one model; every process gets the result.
 
     Args:
         model: called as `GPT.forward`, on the process's device.
-        split: held-out documents.
-        tokenizer: the one that the split was made with.
+        tokens: (n+1,) uint16, held-out documents.
+        tokenizer: the one that they were made with.
         window_tokens: inputs that the model sees at once.
         batch_windows: windows in one forward pass.
         precision: precision of the matrix products.
         process: says which share of the windows is computed here.
+        looped: argument of `GPT.forward`.
     """
-    tokens = split.tokens()
-    nats = window_losses(model, tokens, window_tokens=window_tokens, batch_windows=batch_windows, precision=precision, process=process)
+    nats = window_losses(model, tokens, window_tokens=window_tokens, batch_windows=batch_windows, precision=precision, process=process,
+                         looped=looped)
     return make_score(nats, tokenizer.target_bytes(tokens))
 
 
 @torch.inference_mode()
-def window_losses(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_tokens: int, batch_windows: int, precision: Precision,
-                  process: Process) -> npt.NDArray[np.float32]:
+def window_losses(model: nn.Module, tokens: Tokens, *, window_tokens: int, batch_windows: int, precision: Precision, process: Process,
+                  looped: bool = True) -> npt.NDArray[np.float32]:
     """Loss of every target of a stream in windows side by side, the last of which may be shorter; the model is in evaluation mode.
 
     Args:
@@ -76,6 +77,7 @@ def window_losses(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_to
         batch_windows: windows in one forward pass.
         precision: precision of the matrix products.
         process: says which share of the windows is computed here; every process gets the whole result.
+        looped: argument of `GPT.forward`.
 
     Returns:
         (n,) fp32 nats.
@@ -99,7 +101,7 @@ def window_losses(model: nn.Module, tokens: npt.NDArray[np.uint16], *, window_to
             if number % process.world_size == process.rank:
                 on_device = batch.to(process.device)
                 with torch.autocast(process.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    nats[done:done + num_losses] = model(on_device[:, :-1], on_device[:, 1:]).flatten()
+                    nats[done:done + num_losses] = model(on_device[:, :-1], on_device[:, 1:], looped=looped).flatten()
             done += num_losses
     finally:
         model.train(was_training)

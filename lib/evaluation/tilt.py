@@ -17,7 +17,7 @@ from lib.evaluation.config import TiltParams
 NO_HINT = -1
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits without a pattern: 2^64 over the golden ratio
 
-Tokens = npt.NDArray[np.integer]
+AnyTokens = npt.NDArray[np.integer]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
@@ -34,7 +34,7 @@ class Hints(NamedTuple):
     boosts: npt.NDArray[np.float32]
 
 
-def find_hints(tokens: Tokens, params: TiltParams) -> Hints:
+def find_hints(tokens: AnyTokens, params: TiltParams) -> Hints:
     """The hint of every target and its boost: of the longest n-grams of ``evaluate.tilt.boosts`` that have one.
 
     Args:
@@ -49,7 +49,7 @@ def find_hints(tokens: Tokens, params: TiltParams) -> Hints:
     return hints
 
 
-def follow_ngrams(tokens: Tokens, num_tokens: int, threshold: float) -> npt.NDArray[np.int32]:
+def follow_ngrams(tokens: AnyTokens, num_tokens: int, threshold: float) -> npt.NDArray[np.int32]:
     """The hint of every target: what a pass from left to right expects that has counted which tokens followed each context.
 
     The context is the last `num_tokens` - 1 tokens, whichever documents they belong to; there is no hint before so many. Before a target is

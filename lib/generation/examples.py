@@ -19,7 +19,7 @@ SAMPLINGS = (Sampling(0.8, 0.95, 0), Sampling(0.8, 0.95, 1))
 SAMPLE_TOKENS = 200  # of each, at most
 PASSAGE_TOKENS = 300
 MAX_POINTS = 1000  # documents, evenly spaced where there are more
-REFERENCE: StrategyName = "plain"
+BASELINE: StrategyName = "plain"
 
 
 def make_examples(model: GPT, tokenizer: Tokenizer, evaluation: Evaluation) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _choose_passage(tokenizer: Tokenizer, evaluation: Evaluation) -> dict[str, A
     end = min(2 * PASSAGE_TOKENS, int(lengths[document]) - 1)  # the last target is the BOS of the next document
     begin = max(0, end - PASSAGE_TOKENS)
     targets = slice(int(starts[document]) + begin, int(starts[document]) + end)
-    strategies = list(dict.fromkeys(name for name in (REFERENCE, evaluation.params.strategy) if name in evaluation.outcomes))
+    strategies = list(dict.fromkeys(name for name in (BASELINE, evaluation.params.strategy) if name in evaluation.outcomes))
     bits = np.stack([evaluation.outcomes[name].nats[targets].astype(np.float64) / math.log(2) for name in strategies])
     parts, first = [], 0
     for span in split_text(tokenizer, evaluation.text.tokens[1:][targets].tolist()):

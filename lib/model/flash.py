@@ -23,7 +23,7 @@ MIN_DOCUMENTS, MIN_MEAN_TOKENS = 1024, 32
 
 FlashAttend = Callable[[Tensor, Tensor, Tensor, list[int], Tensor | None], Tensor]
 """Queries, keys, values as in `Attend`; two limits: how many tokens before its own a position attends to, -1 for all, and tokens of the
-longest document, for which kernels are launched; `find_documents` -> (B, P, H, E)."""
+longest document, for which kernels are launched; `find_boundaries` -> (B, P, H, E)."""
 
 
 def attend_by_flash(attend: FlashAttend, sight: Sight, _: torch.device) -> Attend:
@@ -32,7 +32,7 @@ def attend_by_flash(attend: FlashAttend, sight: Sight, _: torch.device) -> Atten
     The causal mask of flash-attn is aligned to the last key: the last query sees all keys, as positions that end with the keys do.
     """
     limits = [(sight.attention_tokens or 0) - 1, sight.longest or sight.last]
-    documents = None if sight.starts is None else find_documents(sight.starts, sight.first, limits[1])
+    documents = None if sight.starts is None else find_boundaries(sight.starts, sight.first, limits[1])
 
     def attend_in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Autocast normalises queries and keys in fp32; values are bf16, as their matrix product gives them.
@@ -41,7 +41,7 @@ def attend_by_flash(attend: FlashAttend, sight: Sight, _: torch.device) -> Atten
     return attend_in_one_dtype
 
 
-def find_documents(starts: Tensor, first: int, longest: int) -> Tensor:
+def find_boundaries(starts: Tensor, first: int, longest: int) -> Tensor:
     """Boundaries of documents among the tokens of all sequences, one sequence after the other, without a transfer from the device.
 
     S is a bound: MIN_DOCUMENTS, or a mean of MIN_MEAN_TOKENS tokens a document, whichever is more. The bound that is always right, the

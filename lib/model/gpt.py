@@ -10,7 +10,6 @@ Shapes: B batch, T tokens, P wanted positions, D model, V vocabulary. The residu
 has two lanes, (2, B, T, D), that of attention and that of the MLP.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -28,14 +27,6 @@ from lib.model.linear import Adapters, Linear, LowRank, add_low_rank
 from lib.model.loss import softcapped_cross_entropy
 from lib.model.parts import Declared
 from lib.model.sdpa import SDPA, Kernel
-
-VALUE_TABLE_STD = 0.01  # pr585, pr410
-INITIAL: dict[str, float | list[list[float]]] = {
-    "bigram.table.weight": 0, "bigram.scale": 0.05, "smear_gate.gate": 0, "smear_gate.weight": 0, "smear_gate.factor": 0,
-    "value_embedding.projection.weight": 0, "value_embedding.scale": 0.1, "value_embedding.layer_scales": 1, "attention.output.weight": 0,
-    "attention.gate": 0, "mlp.down.weight": 0, "attention_scale": 1, "mlp_scale": 1, "residual_mix": [[1], [0]], "lane_residual": 1.1,
-    "lane_outputs": 1, "skip_weights": 1, "skip_gates": 0, "head.weight": 0}
-"""Initial values of what does not begin at random; of parameters of blocks by their names within one."""
 
 
 class MLP(nn.Module):
@@ -220,7 +211,7 @@ class Start(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model; parameters are uninitialised until `initialize` or `load_state_dict`.
+    """The model; parameters are uninitialised until `lib.model.initialization.initialize` or `load_state_dict`.
 
     Attributes:
         adapters: what is added while it is there: name of a layer -> adapters for each block in `ModelParams.layer_order`, or for the head.
@@ -379,34 +370,6 @@ class GPT(nn.Module):
         starts = tokens == self.params.bos_id
         starts[:, 0] = True
         return starts
-
-    @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Set all parameters as pr585, pr410 and #1855 do, on the CPU generator, so that a seed means the same on every device.
-
-        Matrices are orthogonal; the outputs of attention and MLP start at zero, so that each block starts as the identity.
-        The scripts meant the projections of the bigram and value embeddings to start at zero, but a later pass overwrote them
-        with scaled orthogonal ones. Zero is restored for the value embedding; the bigram projection must stay non-zero because
-        its table starts at zero, and a product of two zeros has no gradient.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                weight = torch.empty(module.weight.shape)
-                nn.init.orthogonal_(weight, generator=generator)
-                module.weight.copy_(weight)
-        embedding = self.token_embedding.weight
-        embedding.copy_(torch.randn(embedding.shape, generator=generator) * self.params.embedding_init_std)
-        if self.bigram is not None:
-            self.bigram.projection.weight.mul_(1 / math.sqrt(2 * self.params.num_layers))
-        if self.value_embedding is not None:
-            table = self.value_embedding.table.weight
-            table.copy_(torch.randn(table.shape, generator=generator) * VALUE_TABLE_STD)
-        for name, parameter in self.named_parameters():
-            if (value := INITIAL.get(name.split(".", 2)[-1] if name.startswith("blocks.") else name)) is not None:
-                parameter.copy_(torch.tensor(value))
-            elif name.endswith("q_gain"):
-                parameter.fill_(self.params.q_gain_init)
 
 
 def _losses(model: GPT, y: Tensor, targets: Tensor, adapter: LowRank | None) -> Tensor:

@@ -33,7 +33,7 @@ INT8_NOTES = ("dtypes", "qmeta", "passthrough_orig_dtypes")  # tell what weights
 T = TypeVar("T")
 
 
-class Codes(NamedTuple):
+class ScaledCodes(NamedTuple):
     """A matrix whose weights are code * scale of the row: `codes` (R, C) int8, `scales` (R,) fp16 or fp32."""
 
     codes: Tensor
@@ -52,7 +52,7 @@ class Parameters(NamedTuple):
 
     is_quantized: bool
     floats: dict[str, Tensor]
-    codes: dict[str, Codes]
+    codes: dict[str, ScaledCodes]
     left_out: tuple[str, ...]
 
 
@@ -116,13 +116,13 @@ def _from_int8(payload: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, An
     return tensors | dict(others), {name: {"type": "int8"} for name in codes} | dict.fromkeys(others, PASSTHROUGH[0])
 
 
-def _split(tensors: Any, kinds: Any) -> tuple[dict[str, Tensor], dict[str, Codes]]:
+def _split(tensors: Any, kinds: Any) -> tuple[dict[str, Tensor], dict[str, ScaledCodes]]:
     """Floats and codes of an artifact, or ValueError that lists what is not as expected."""
     if not isinstance(tensors, Mapping) or not isinstance(kinds, Mapping):
         raise UserError(f"expected {SUPPORTED}, found {type(tensors).__name__} and {type(kinds).__name__}")
     _check_names([*tensors, *kinds])
     floats: dict[str, Tensor] = {}
-    codes: dict[str, Codes] = {}
+    codes: dict[str, ScaledCodes] = {}
     problems: list[str] = []
     used: set[str] = set()
     for name, kind in kinds.items():
@@ -146,7 +146,7 @@ def _split(tensors: Any, kinds: Any) -> tuple[dict[str, Tensor], dict[str, Codes
                             f"{tuple(first.shape)} and {tuple(scales[0].shape)}")
         else:
             scale = scales[0] if scales[0].dtype == torch.float16 else scales[0].float()
-            codes[name] = Codes(first, scale.expand(len(first)))
+            codes[name] = ScaledCodes(first, scale.expand(len(first)))
     problems += [f"{name}: a tensor that belongs to no parameter" for name in tensors if name not in used]
     if problems:
         raise UserError("\n".join(["not in the layout of #585 and #410, or of the starting script:", *problems]))

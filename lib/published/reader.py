@@ -21,7 +21,7 @@ from lib.compression.coding import decompress_bytes
 from lib.compression.container import MAGIC
 from lib.errors import UserError
 from lib.published.foreign import PICKLE, ZIP, describe_mark, describe_zip, find_foreign_object, is_whole_pickle
-from lib.published.payload import SUPPORTED, Codes, read_payload
+from lib.published.payload import SUPPORTED, ScaledCodes, read_payload
 
 ZSTANDARD, ZLIB = b"\x28\xb5\x2f\xfd", (b"x\x01", b"x^", b"x\x9c", b"x\xda")  # how they begin; zlib by its level
 MAX_BYTES = 2**30  # of what a file decompresses to, far beyond any real model
@@ -52,7 +52,7 @@ class Published:
     sha256: str
     is_quantized: bool
     floats: dict[str, Tensor]
-    codes: dict[str, Codes]
+    codes: dict[str, ScaledCodes]
     skipped: tuple[str, ...]
 
     @property

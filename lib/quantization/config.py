@@ -4,12 +4,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat
-from lib.params import Precision as ProductPrecision
+from lib.params import Fraction, NonNegative, NonNegativeFloat, Params, Positive, PositiveFloat, Precision
 from lib.quantization.grid_config import Bits
 
 FREE: Literal["free"] = "free"
-Precision = Bits | Literal["free"]
+BitWidth = Bits | Literal["free"]
 """2 to 8: bits of a grid that clips; 16: fp16; free: steps for rows, columns and matrices that `target_bytes` decides, without clipping."""
 
 
@@ -59,7 +58,7 @@ class DistillParams(Params):
     """Adam: gains, scales and mixes; the same."""
     excess: NonNegativeFloat
     """Free steps: how much larger than `target_bytes`, as a fraction, the codes are that distillation starts from and makes shorter."""
-    precision: ProductPrecision
+    precision: Precision
     """Precision of matrix products."""
 
 
@@ -70,9 +69,9 @@ class QuantizeParams(Params):
     """Size of code and artifact together that the steps of free matrices are chosen for; null when none is free."""
     method: Literal["gptq", "rtn"]
     """GPTQ (arXiv:2210.17323) or round-to-nearest."""
-    bits: dict[str, Precision]
+    bits: dict[str, BitWidth]
     """Role of matrices (`lib.model.parts`) -> bits; every role that the model has."""
-    bits_of: dict[str, Precision]
+    bits_of: dict[str, BitWidth]
     """Exceptions: name of a matrix -> the same."""
     free_rows: bool
     """Free steps: one for each row, by the gradients at the outputs."""

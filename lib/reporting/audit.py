@@ -27,7 +27,7 @@ VERDICTS = {True: "legal", False: "NOT LEGAL", None: "NOT CHECKED"}
 RESULTS: dict[bool | None, Result] = {True: "passed", False: "failed", None: "not checked"}
 
 
-class Check(NamedTuple):
+class CheckSummary(NamedTuple):
     """One check.
 
     Attributes:
@@ -48,10 +48,10 @@ class StrategyAudit(NamedTuple):
 
     name: str
     legal: bool | None
-    checks: list[Check]
+    checks: list[CheckSummary]
 
 
-class Audit(NamedTuple):
+class AuditSummary(NamedTuple):
     """All checks of one evaluation.
 
     Attributes:
@@ -62,7 +62,7 @@ class Audit(NamedTuple):
 
     legal: bool | None
     strategies: list[StrategyAudit]
-    groups: dict[str, list[Check]]
+    groups: dict[str, list[CheckSummary]]
 
     @property
     def verdict(self) -> str:
@@ -76,7 +76,7 @@ class Audit(NamedTuple):
         return f"{VERDICTS[self.legal]} ({text})"
 
 
-def load_audit(folder: Path) -> Audit | None:
+def load_audit(folder: Path) -> AuditSummary | None:
     """The audit in the output folder of evaluate; None where there was none (``evaluate.audit: false``).
 
     Raises:
@@ -90,17 +90,17 @@ def load_audit(folder: Path) -> Audit | None:
         strategies = [StrategyAudit(name, found["legal"], [_check(condition, found[condition]) for condition in CONDITIONS])
                       for name, found in values["strategies"].items()]
         groups = {group: [_check(name, check) for name, check in values[group].items()] for group in ("data", "process")}
-        return Audit(values["legal"], strategies, groups)
+        return AuditSummary(values["legal"], strategies, groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: not an audit ({error!r}); `dvc repro -f evaluate` makes it anew") from None
 
 
-def judge(*passed: bool | None) -> bool | None:
+def worst(*passed: bool | None) -> bool | None:
     """What several verdicts come to together: a violation, else not checked, else legal."""
     return min(passed, key=(False, None, True).index)
 
 
-def judge_strategies(audits: Sequence[Audit | None]) -> dict[str, bool | None]:
+def judge_strategies(audits: Sequence[AuditSummary | None]) -> dict[str, bool | None]:
     """Whether the score of each strategy is legal in all seeds: its own checks, and those of data and process, which concern every one.
 
     There is no entry where a seed has no audit.
@@ -109,12 +109,12 @@ def judge_strategies(audits: Sequence[Audit | None]) -> dict[str, bool | None]:
     known = [audit for audit in audits if audit is not None]
     for audit in known if len(known) == len(audits) else ():
         common = {check.result for checks in audit.groups.values() for check in checks}
-        of_all = judge(True, *(value for value, result in RESULTS.items() if result in common))
-        verdicts |= {each.name: judge(each.legal, of_all, verdicts.get(each.name, True)) for each in audit.strategies}
+        of_all = worst(True, *(value for value, result in RESULTS.items() if result in common))
+        verdicts |= {each.name: worst(each.legal, of_all, verdicts.get(each.name, True)) for each in audit.strategies}
     return verdicts
 
 
-def format_verdicts(audits: Sequence[Audit | None]) -> str:
+def format_verdicts(audits: Sequence[AuditSummary | None]) -> str:
     """The verdicts on all seeds, each different one once; without an audit, what tokenize knows of the text."""
     text = load_metrics(TOKENIZE_FOLDER)["text"]
     if None in audits and text.startswith(NOT_REPRODUCED):
@@ -122,10 +122,10 @@ def format_verdicts(audits: Sequence[Audit | None]) -> str:
     return "; ".join(dict.fromkeys("not audited" if audit is None else audit.verdict for audit in audits))
 
 
-def _check(name: str, values: Mapping[str, Any]) -> Check:
+def _check(name: str, values: Mapping[str, Any]) -> CheckSummary:
     parts = [values["why"]] if "why" in values else []
     parts += [f"{key}: {value}" for key, value in _flatten({key: values[key] for key in values if key not in ("passed", "why")})]
-    return Check(name.replace("_", " "), RESULTS[values["passed"]], "; ".join(parts), values.get("why", ""))
+    return CheckSummary(name.replace("_", " "), RESULTS[values["passed"]], "; ".join(parts), values.get("why", ""))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
-Curve = Sequence[tuple[float, float]]
+Points = Sequence[tuple[float, float]]
 
 SIZE_INCHES = (7.2, 3.2)
 ROW_INCHES = 0.24
@@ -29,7 +29,7 @@ DARK = {
 """Colours of a figure -> those for readers who prefer dark pages."""
 
 
-def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, *, unsettled: float = 0,
+def plot_curves(curves: Mapping[str, Points], x_label: str, y_label: str, *, unsettled: float = 0,
                 dashes: Mapping[str, str] = MappingProxyType({}), octaves: bool = False) -> str:
     """Named curves in one figure.
 
@@ -64,7 +64,7 @@ def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str, *, unse
         return _render(figure)
 
 
-def plot_panels(panels: Mapping[str, Mapping[str, Curve]], x_label: str, *, log: Sequence[str] = ()) -> str:
+def plot_panels(panels: Mapping[str, Mapping[str, Points]], x_label: str, *, log: Sequence[str] = ()) -> str:
     """Figures with a common horizontal axis, one below the other, points joined by lines.
 
     Args:
@@ -132,7 +132,7 @@ def plot_steps(ladders: Mapping[str, Mapping[str, float]], x_label: str) -> str:
         return _render(figure)
 
 
-def plot_points(points: Curve, x_label: str, y_label: str) -> str:
+def plot_points(points: Points, x_label: str, y_label: str) -> str:
     """Single points (x, y); the horizontal axis is logarithmic, with a tick at each power of two."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _make_axes()

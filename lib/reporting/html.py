@@ -13,10 +13,10 @@ from markupsafe import Markup
 from lib.artifacts.files import read_csv
 from lib.artifacts.paths import stage_folder
 from lib.artifacts.scores import load_curve, load_examples
-from lib.reporting.audit import CONDITIONS, VERDICTS, format_verdicts, judge, judge_strategies, load_audit
+from lib.reporting.audit import CONDITIONS, VERDICTS, format_verdicts, judge_strategies, load_audit, worst
 from lib.reporting.config import ReportParams
 from lib.reporting.figures import plot_curves, plot_dots, plot_points, plot_steps
-from lib.reporting.passage import HIGHEST, Part, templates
+from lib.reporting.passage import HIGHEST, PassagePart, templates
 from lib.reporting.runs import UNRECORDED, flatten
 from lib.reporting.scoring import (
     Curves,
@@ -28,7 +28,7 @@ from lib.reporting.scoring import (
     running_curves,
 )
 from lib.reporting.statistics import compare_with_record
-from lib.reporting.strategy_table import LEGAL, REFERENCE, WITHOUT_ADAPTATION, Strategy, find_strategies
+from lib.reporting.strategy_table import LEGAL, REFERENCE, WITHOUT_ADAPTATION, StrategyRow, find_strategies
 from lib.reporting.summary import headline_rows, loss_row, seed_lines
 from lib.reporting.table import Row, column_names, statistics_names
 from lib.reporting.timing import list_environments, timing_rows
@@ -41,6 +41,8 @@ ERRORS: dict[str, Callable[[Mapping[str, str]], float]] = {
     "relative error of the outputs": lambda tensor: float(tensor["relative_error"]),
 }
 """What is drawn of every matrix: label of the axis -> value, from its row of the table."""
+TRAINING_CURVES = {"training": "loss.csv", "held-out": "heldout.csv"}
+"""Text -> file of train with the loss on it."""
 CANDIDATES = ("raw", "ema", "swa")
 """Weights that train chooses from."""
 SIZE_COLUMNS = ("part", "num_tensors", "num_weights", "bits", "coded_bits", "num_bytes")
@@ -65,7 +67,10 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
     running, bins = running_curves(folders, strategies), document_bins(folders, strategies)
     tensors = read_csv(stage_folder("quantize", seeds[0]) / "tensors.csv", TENSOR_COLUMNS)
     sizes = read_csv(stage_folder("compress", seeds[0]) / "sizes.csv", SIZE_COLUMNS)
-    loss: Curves = {f"seed {seed}": load_curve(stage_folder("train", seed) / "loss.csv", ("tokens", "loss")) for seed in seeds}
+    trained = {f"{text}, seed {seed}": load_curve(stage_folder("train", seed) / name, ("tokens", "loss"))
+               for text, name in TRAINING_CURVES.items() for seed in seeds}
+    learning: Curves = {name: curve for name, curve in trained.items() if curve}
+    measured = [name for name in learning if name.startswith("held-out")]
     examples = load_examples(folders[0])
     points = examples["documents"]["points"]
     change = f"bits per byte, difference to {REFERENCE}"
@@ -74,7 +79,8 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
     def plot(curves: Curves, x_label: str, y_label: str, *, unsettled: float = 0, octaves: bool = False) -> Markup | None:
         if not curves:
             return None
-        return _image(plot_curves(curves, x_label, y_label, unsettled=unsettled, octaves=octaves, dashes=line_styles(strategies)))
+        dashes = line_styles(strategies) | dict.fromkeys(measured, "--")
+        return _image(plot_curves(curves, x_label, y_label, unsettled=unsettled, octaves=octaves, dashes=dashes))
 
     return templates().get_template(TEMPLATE).render(
         title=report.title,
@@ -88,7 +94,8 @@ def make_report(report: ReportParams, params: Mapping[str, Any], metrics: Sequen
         strategies=strategies,
         reference=REFERENCE,
         budget=_image(plot_steps(_budget(metrics, strategies), "bits per byte")),
-        loss=plot({name: curve for name, curve in loss.items() if curve}, "training tokens", "nats per token"),
+        learning=plot(learning, "training tokens", "nats per token", unsettled=0.1),
+        measured=measured,
         running=plot(running, "validation tokens scored", "bits per byte of all so far", unsettled=0.1),
         gains=plot(differences(running), "validation tokens scored", change, unsettled=0.1),
         context=plot(context_curves(folders, strategies), "inputs, at most", "nats per token", octaves=True),
@@ -142,10 +149,10 @@ def make_metrics(report: ReportParams, seeds: Sequence[int], metrics: Sequence[d
                 summary[stage][key] = {name: round(value, 8) for name, value in statistics.items() if value is not None}
     audits = [load_audit(stage_folder("evaluate", seed)) for seed in seeds]
     return summary | {"record": compare_with_record(loss_row(metrics), report.record).figures(),
-                      "audit": {"verdict": VERDICTS[judge(*(audit and audit.legal for audit in audits))]}}
+                      "audit": {"verdict": VERDICTS[worst(*(audit and audit.legal for audit in audits))]}}
 
 
-def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[Strategy]) -> dict[str, dict[str, float]]:
+def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[StrategyRow]) -> dict[str, dict[str, float]]:
     """Means of what follows from each other: float model to quantized model, and windows to the strategy that counts."""
     held_out = {name: fmean(of_seed["quantize"][key] for of_seed in metrics)
                 for name, key in (("float", "heldout_bpb_float"), ("quantized", "heldout_bpb"))}
@@ -153,11 +160,11 @@ def _budget(metrics: Sequence[dict[str, dict[str, Any]]], strategies: Sequence[S
     return {"held-out": held_out, "validation": {each.name: each.bpb.mean for each in strategies if each.name in wanted and each.bpb.mean}}
 
 
-def list_passages(passage: Mapping[str, Any]) -> dict[str, tuple[list[Part], float]]:
+def list_passages(passage: Mapping[str, Any]) -> dict[str, tuple[list[PassagePart], float]]:
     """Strategy -> the parts of a passage, and its bits per token, from ``examples.json``."""
     found = {}
     for number, strategy in enumerate(passage["strategies"]):
-        parts = [Part(text, bits[number], num_tokens) for text, num_tokens, *bits in passage["parts"]]
+        parts = [PassagePart(text, bits[number], num_tokens) for text, num_tokens, *bits in passage["parts"]]
         found[strategy] = parts, sum(part.bits for part in parts) / max(1, sum(part.num_tokens for part in parts))
     return found
 

@@ -14,7 +14,7 @@ BACKGROUNDS = (None, 230, 229, 228, 222, 221, 215, 209, 203, 196)
 RESET = "\x1b[0m"
 
 
-class Part(NamedTuple):
+class PassagePart(NamedTuple):
     """Neighbouring tokens that have a text together.
 
     Attributes:
@@ -44,7 +44,7 @@ def templates() -> Environment:
                        lstrip_blocks=True)
 
 
-def make_page(title: str, summary: str, parts: Sequence[Part]) -> str:
+def make_page(title: str, summary: str, parts: Sequence[PassagePart]) -> str:
     """A coloured text as an HTML file that needs no other, for light and dark screens.
 
     Args:
@@ -55,7 +55,7 @@ def make_page(title: str, summary: str, parts: Sequence[Part]) -> str:
     return templates().get_template("text.html.j2").render(title=title, summary=summary, parts=parts, highest=HIGHEST)
 
 
-def color_text(parts: Sequence[Part], *, colored: bool) -> str:
+def color_text(parts: Sequence[PassagePart], *, colored: bool) -> str:
     """A text for a terminal, with a legend.
 
     Args:
@@ -73,7 +73,7 @@ def clean_text(text: str) -> str:
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(each) == "Cc" and each not in "\n\t" else each for each in text)
 
 
-def _color_lines(part: Part) -> Iterator[str]:
+def _color_lines(part: PassagePart) -> Iterator[str]:
     for number, line in enumerate(clean_text(part.text).split("\n")):
         yield ("\n" if number else "") + _color(line, part.level)  # a background would go on to the end of the line
 

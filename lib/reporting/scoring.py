@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from lib.artifacts.files import ArtifactError, read_csv
 from lib.artifacts.scores import COLUMNS, CONTEXT_FOLDER, CURVES_FOLDER, DOCUMENTS_FOLDER, load_curve
-from lib.reporting.figures import Curve
-from lib.reporting.strategy_table import REFERENCE, Strategy
+from lib.reporting.figures import Points
+from lib.reporting.strategy_table import REFERENCE, StrategyRow
 
 CURVE = ("tokens", "bpb")
 MIN_SHARE = 0.01
 """Fraction of all targets, at least, that a point of the loss by context stands for: fewer have a mean that says little."""
 
-Curves = dict[str, Curve]
+Curves = dict[str, Points]
 """Label of the strategy -> curve, the mean over the seeds."""
 
 
@@ -36,12 +36,12 @@ class DocumentBin(NamedTuple):
     bpb: dict[str, float]
 
 
-def line_styles(strategies: Sequence[Strategy]) -> dict[str, str]:
+def line_styles(strategies: Sequence[StrategyRow]) -> dict[str, str]:
     """Label -> line style: dotted without adaptation, dashed where the score is not legal, else solid."""
     return {each.label: "--" if each.legal is False else "-" if each.adapts else ":" for each in strategies}
 
 
-def running_curves(folders: Sequence[Path], strategies: Sequence[Strategy]) -> Curves:
+def running_curves(folders: Sequence[Path], strategies: Sequence[StrategyRow]) -> Curves:
     """Bits per byte of the first n targets; `folders` are those of evaluate, one for each seed.
 
     Raises:
@@ -58,12 +58,12 @@ def differences(curves: Curves) -> Curves:
     return {name: [(x, y - base) for (x, y), (_, base) in zip(curve, curves[REFERENCE], strict=True)] for name, curve in curves.items()}
 
 
-def context_curves(folders: Sequence[Path], strategies: Sequence[Strategy]) -> Curves:
+def context_curves(folders: Sequence[Path], strategies: Sequence[StrategyRow]) -> Curves:
     """Mean loss by the number of inputs that a prediction sees, from `join_bins`."""
     return {each.label: _average([join_bins(_load_rows(folder, CONTEXT_FOLDER, each.name)) for folder in folders]) for each in strategies}
 
 
-def join_bins(bins: Sequence[Mapping[str, float]]) -> Curve:
+def join_bins(bins: Sequence[Mapping[str, float]]) -> Points:
     """Points (most inputs, the target's own included; nats per token), two for each doubling where there are targets enough.
 
     Args:
@@ -82,7 +82,7 @@ def join_bins(bins: Sequence[Mapping[str, float]]) -> Curve:
     return points
 
 
-def document_bins(folders: Sequence[Path], strategies: Sequence[Strategy]) -> list[DocumentBin]:
+def document_bins(folders: Sequence[Path], strategies: Sequence[StrategyRow]) -> list[DocumentBin]:
     """Bits per byte by length of document, of all strategies."""
     tables = {each.label: [_load_rows(folder, DOCUMENTS_FOLDER, each.name) for folder in folders] for each in strategies}
     return [DocumentBin(int(row["length"]), int(row["documents"]), int(row["bytes"]),
@@ -95,7 +95,7 @@ def document_curves(bins: Sequence[DocumentBin]) -> Curves:
     return {label: [(each.length, each.bpb[label]) for each in bins] for label in bins[0].bpb}
 
 
-def _average(curves: Sequence[Curve]) -> Curve:
+def _average(curves: Sequence[Points]) -> Points:
     """Means of curves that have the same horizontal values, as all seeds score the same targets in the same windows."""
     return [(points[0][0], fmean(y for _, y in points)) for points in zip(*curves, strict=True)]
 

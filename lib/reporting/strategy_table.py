@@ -19,7 +19,7 @@ Timings = Sequence[Mapping[str, float] | None]
 """What a clock measured in the stage evaluate, for each seed; None where the outputs came from the cache."""
 
 
-class Strategy(NamedTuple):
+class StrategyRow(NamedTuple):
     """One strategy's results.
 
     Attributes:
@@ -47,14 +47,14 @@ class Strategy(NamedTuple):
         return self.name not in WITHOUT_ADAPTATION
 
 
-def find_strategies(metrics: Metrics, verdicts: Mapping[str, bool | None]) -> list[Strategy]:
+def find_strategies(metrics: Metrics, verdicts: Mapping[str, bool | None]) -> list[StrategyRow]:
     """The strategies that were run, in the order of the figures; arguments as of `format_strategies`.
 
     One that is declared to train on text before it, or what comes before it, is scored is not legal, whatever the audits found.
     """
     reference = _bpb(REFERENCE, metrics)
     keys = [key.removesuffix(_BPB) for key in metrics[0] if key.endswith(_BPB) and key != "val_bpb"]
-    return [Strategy(name := key.removesuffix(_TRANSDUCTIVE), row := _bpb(key, metrics),
+    return [StrategyRow(name := key.removesuffix(_TRANSDUCTIVE), row := _bpb(key, metrics),
                      difference(row, reference) if key != REFERENCE else "", verdicts.get(name) if key == name else False,
                      _note(name, metrics, [] if key == name else ["trains before scoring"])) for key in keys]
 

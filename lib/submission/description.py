@@ -5,7 +5,7 @@ from typing import Any
 
 from lib.artifacts.metrics import load_date, load_environment, load_timing
 from lib.artifacts.paths import stage_folder
-from lib.reporting.audit import format_verdicts, judge, load_audit
+from lib.reporting.audit import format_verdicts, load_audit, worst
 from lib.reporting.config import ReportParams
 from lib.reporting.table import Row
 
@@ -79,7 +79,7 @@ def _check_compliance(seeds: Sequence[int], metrics: Metrics, distill_steps: int
         "train_seconds": train, "train_under_600s": train and train <= LIMIT_SECONDS,
         "artifact_under_16mb": max(of_seed["compress"]["artifact_bytes"] for of_seed in metrics) <= LIMIT_BYTES,
         "eval_seconds": evaluate, "eval_under_600s": evaluate and evaluate <= LIMIT_SECONDS,
-        "audit": format_verdicts(audits), AUDIT_PASSED: judge(*(audit and audit.legal for audit in audits)),
+        "audit": format_verdicts(audits), AUDIT_PASSED: worst(*(audit and audit.legal for audit in audits)),
         "three_seeds": len(seeds) >= RECORD_SEEDS,
     }
 

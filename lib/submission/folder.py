@@ -17,7 +17,7 @@ from lib.artifacts.metrics import load_environment, load_timing
 from lib.artifacts.paths import TOKENIZE_FOLDER, stage_folder
 from lib.artifacts.scores import load_curve
 from lib.params import PARAMS_FILE
-from lib.reporting.audit import CONDITIONS, VERDICTS, Audit, Check, format_verdicts, judge_strategies, load_audit
+from lib.reporting.audit import CONDITIONS, VERDICTS, AuditSummary, CheckSummary, format_verdicts, judge_strategies, load_audit
 from lib.reporting.config import ReportParams
 from lib.reporting.strategy_table import format_strategies
 from lib.reporting.table import Row, column_names
@@ -127,11 +127,11 @@ def _log_lines(seed: int, metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[
         yield from map(_log_check, checks)
 
 
-def _log_check(check: Check) -> str:
+def _log_check(check: CheckSummary) -> str:
     return f"  {check.name}: {check.result} ({check.details})"
 
 
-def _checks_of(audit: Audit | None, strategy: str) -> dict[str, Check]:
+def _checks_of(audit: AuditSummary | None, strategy: str) -> dict[str, CheckSummary]:
     """Number of each condition -> what was found for one strategy; empty where nothing was audited."""
     checks = [found.checks for found in audit.strategies if found.name == strategy] if audit else []
     return {number: check for of_strategy in checks for (number, *_), check in zip(CONDITIONS.values(), of_strategy, strict=True)}

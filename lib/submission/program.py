@@ -144,7 +144,8 @@ def make_artifact(params: ProgramParams, data: Path, tokenizer: Tokenizer, *, se
     log.add_section("settings", params.model_dump(mode="json"), {})
     text, heldout = load_training(data, tokenizer, params.quantize.heldout_tokens)
     resume_path = resume_file(program.parent, params.train, params.model.architecture, seed, _fingerprint(text))
-    trained = train_checkpoint(params.model, params.train, text, heldout, tokenizer, seed=seed, process=process, resume_path=resume_path,
+    settings = params.train.model_copy(update={"heldout_curve": None})  # the log has the loss curve alone
+    trained = train_checkpoint(params.model, settings, text, heldout, tokenizer, seed=seed, process=process, resume_path=resume_path,
                                watch=lambda _: dict)
     log.add_section("train", trained.metrics, trained.timing, trained.loss_curve)
     calibration = calibrate(trained.checkpoint, text, params.calibrate, seed, process)

@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.artifacts.checkpoint import Checkpoint, TrainedGrid, Training
-from lib.artifacts.tokens import Split
+from lib.artifacts.tokens import Split, Tokens
 from lib.data.loader import Batches, Loader
 from lib.data.sequential import SequentialLoader
 from lib.data.tokenizer import Tokenizer
 from lib.distributed import Process
+from lib.evaluation.bpb import Score
 from lib.evaluation.heldout import score_heldout
 from lib.model.config import ModelSection
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.model.kernels import choose_kernel
 from lib.progress import say
 from lib.training.config import TrainParams
-from lib.training.loop import train
+from lib.training.loop import Stage, train
 from lib.training.selection import score_candidates, select
 
 Watch = Callable[[GPT], Callable[[], Mapping[str, str]]]
@@ -29,12 +31,14 @@ class Trained(NamedTuple):
     Attributes:
         checkpoint: the selected weights.
         loss_curve: (tokens seen, mean loss in nats per token) rows.
+        heldout_curve: (tokens seen, held-out loss in nats per token, held-out bits per byte) rows; none without ``train.heldout_curve``.
         metrics: figures that depend on the inputs alone.
         timing: what a clock measured.
     """
 
     checkpoint: Checkpoint
     loss_curve: list[tuple[int, float]]
+    heldout_curve: list[tuple[int, float, float]]
     metrics: dict[str, Any]
     timing: dict[str, float]
 
@@ -72,19 +76,26 @@ def train_checkpoint(section: ModelSection, params: TrainParams, text: Split, he
     kernel = choose_kernel(section.attention, section.architecture, params.precision, process.device)
     say(f"train: attention by {kernel.reason}", enabled=process.is_main)
     model = GPT(section.architecture, kernel).to(process.device)
-    model.initialize(seed)
+    initialize(model, seed)
     loader = make_loader(params, text, tokenizer.bos_id, seed)
-    result = train(model, params, loader, process, resume_path, status=watch(model))
-    batch_windows = params.micro_batch_sequences * params.tokens_per_row // params.sequence_tokens
-    score = partial(score_heldout, split=heldout, tokenizer=tokenizer, window_tokens=params.sequence_tokens,
-                    batch_windows=batch_windows, precision=params.precision, process=process)
-    selected = select(scores := score_candidates(model, result.candidates, score), params.averaging.select)
+
+    def score(tokens: Tokens, stage: Stage) -> Score:
+        window_tokens = stage.part_tokens or params.sequence_tokens
+        batch_windows = params.micro_batch_sequences * params.tokens_per_row // window_tokens
+        return score_heldout(model, tokens, tokenizer, window_tokens=window_tokens, batch_windows=batch_windows,
+                             precision=params.precision, process=process, looped=stage.is_looped)
+
+    tokens, curve = heldout.tokens(), params.heldout_curve
+    result = train(model, params, loader, process, resume_path, status=watch(model),
+                   measure=partial(score, tokens[:curve.tokens]) if curve else None)
+    scores = score_candidates(model, result.candidates, lambda: score(tokens, Stage(is_looped=True, part_tokens=None)))
+    selected = select(scores, params.averaging.select)
     checkpoint = Checkpoint(
         {name: weight.cpu() for name, weight in result.candidates[selected].items()}, section.architecture.model_dump(mode="json"),
         Training(sequence_tokens=params.sequence_tokens, num_steps=len(result.losses), selected=selected,
                  qat=TrainedGrid(**params.qat.model_dump()) if params.qat.below_lr else None,
                  calibration_seconds=params.reserve_seconds, distillation_seconds=params.reserve_distill_seconds))
-    return Trained(checkpoint, result.loss_curve, {
+    return Trained(checkpoint, result.loss_curve, result.heldout_curve, {
         "heldout_bpb": round(scores[selected].bpb, 8), "heldout_loss": round(scores[selected].loss, 8), "selected": selected,
         **{f"heldout_bpb_{kind}": round(score.bpb, 8) for kind, score in scores.items()}, "num_parameters": model.num_parameters,
         "num_tokens": result.num_tokens, "num_steps": len(result.losses), "budget_steps": result.plan, "attention": kernel.name,

@@ -85,6 +85,15 @@ class QatParams(Params):
     """But no less far than this; 0 = none. Should be that of ``quantize.clip``."""
 
 
+class HeldoutCurveParams(Params):
+    """Held-out scores of the raw weights while they are trained. They change no weight, and take no time from ``budget_seconds``."""
+
+    every_steps: Positive
+    """Steps between two points; the last one is measured after the last step."""
+    tokens: Annotated[Positive, Field(ge=2)]
+    """The first held-out tokens, or all that there are."""
+
+
 class TrainParams(Params):
     """Section ``train``."""
 
@@ -120,6 +129,8 @@ class TrainParams(Params):
     optimizer: OptimizerParams
     averaging: AveragingParams
     qat: QatParams
+    heldout_curve: HeldoutCurveParams | None
+    """None: not measured before the end."""
 
     @property
     def tokens_per_row(self) -> int:

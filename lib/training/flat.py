@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lib.model.parts import Part, parts_of
 
-Group = Literal["matrix", "embedding", "vector", "head"]
-GROUPS: tuple[Group, ...] = ("matrix", "embedding", "vector", "head")
+OptimizerGroup = Literal["matrix", "embedding", "vector", "head"]
+OPTIMIZER_GROUPS: tuple[OptimizerGroup, ...] = ("matrix", "embedding", "vector", "head")
 
 K = TypeVar("K", bound=Hashable)
 
 
-def group_of(part: Part) -> Group:
+def group_of(part: Part) -> OptimizerGroup:
     """The optimizer group of a parameter: Muon updates ``matrix``, AdamW the others (pr585, pr410)."""
     if part.kind == "linear":
         return "head" if part.role == "head" else "matrix"
@@ -38,7 +38,7 @@ class FlatParameters:
     def __init__(self, model: nn.Module) -> None:
         def place(item: tuple[Part, nn.Parameter]) -> tuple[int, tuple[int, ...], str]:
             part, parameter = item
-            return GROUPS.index(group_of(part)), tuple(parameter.shape), part.role if part.is_matrix else ""
+            return OPTIMIZER_GROUPS.index(group_of(part)), tuple(parameter.shape), part.role if part.is_matrix else ""
 
         self._ordered = sorted(((part, model.get_parameter(name)) for name, part in parts_of(model).items()), key=place)
         self._parameters = [parameter for _, parameter in self._ordered]

@@ -22,6 +22,7 @@ from lib.data.loader import Batches, Prefetch
 from lib.data.rows import find_parts
 from lib.distributed import Process
 from lib.errors import UserError
+from lib.evaluation.bpb import Score
 from lib.model.gpt import GPT
 from lib.progress import Progress, say
 from lib.training.averaging import Averages
@@ -36,6 +37,7 @@ from lib.training.schedule import lr_multiplier, muon_momentum, part_tokens
 WARM_UP_STEPS = 3  # the first two compile and set up; the last is timed
 WARM_UP_SECONDS = 1e-3  # time of a step that is assumed before one is timed
 CURVE_STEPS = 10  # steps averaged into one point of the loss curve
+CURVE_DIGITS = 6  # of the held-out curve, whose further digits depend on the number of threads
 SYNC_STEPS = 10  # at most so many steps between two synchronizations,
 SYNC_SECONDS = 1.0  # and about this long, unless a step takes longer
 RESUME_INTERVAL_SECONDS = 1.0  # at least this long between two saved states,
@@ -54,6 +56,7 @@ class TrainResult:
     Attributes:
         candidates: weights by name of average (``raw``, ``ema``, ``swa``), parameter name -> fp32 tensor.
         losses: mean loss of each step's global batch, in nats per token.
+        heldout_curve: (tokens seen, held-out loss in nats per token, held-out bits per byte) of each time that was measured.
         plan: (step from which it held, planned number of steps) pairs, as `TrainParams.budget_steps` takes them.
         num_tokens: tokens trained on, over all processes.
         seconds: time spent in training steps, interruptions left out.
@@ -61,6 +64,7 @@ class TrainResult:
 
     candidates: dict[str, dict[str, Tensor]]
     losses: list[float]
+    heldout_curve: list[tuple[int, float, float]]
     plan: list[tuple[int, int]]
     num_tokens: int
     seconds: float
@@ -86,6 +90,10 @@ class Stage(NamedTuple):
     part_tokens: int | None
 
 
+Measure = Callable[[Stage], Score]
+"""Scores held-out text with the present weights as they are trained in a stage; every process calls it and gets the score."""
+
+
 class Run:
     """The state of one training run, between steps; `state_dict` is all that a continued run needs."""
 
@@ -101,6 +109,7 @@ class Run:
         self.num_steps = 0
         self.seconds = 0.0
         self.losses: list[float] = []
+        self.heldout_curve: list[tuple[int, float, float]] = []
         self._pending: list[Tensor] = []  # loss share and gradient norm (2,) of each step since the last synchronization
         self._clock = time.monotonic()
 
@@ -118,7 +127,13 @@ class Run:
     def is_sync_due(self) -> bool:
         """Whether enough steps were made since the last synchronization."""
         steps = min(SYNC_STEPS, int(SYNC_SECONDS * len(self.losses) / self.seconds)) if self.seconds else 1
-        return len(self._pending) >= steps or self.is_finished or self.budget.is_near_the_end(self.num_steps)
+        return len(self._pending) >= steps or self.is_measure_due or self.budget.is_near_the_end(self.num_steps)
+
+    @property
+    def is_measure_due(self) -> bool:
+        """Whether the run is finished, or held-out text is scored after this step."""
+        curve = self.params.heldout_curve
+        return self.is_finished or (curve is not None and self.num_steps % curve.every_steps == 0)
 
     def warm_up(self) -> None:
         """Make a few steps and undo them: compilation and a first look at the clock belong to no budget."""
@@ -208,6 +223,11 @@ class Run:
         self.budget.revise(self.num_steps, self.seconds)
         return num_stop > 0, num_save > 0
 
+    def measure(self, measure: Measure) -> None:
+        """Add a point to the held-out curve: the weights after the last step, in its stage."""
+        score = measure(self.stage_at(self.budget.plan.fraction(self.num_steps - 1)))
+        self.heldout_curve.append((self.num_tokens, round(score.loss, CURVE_DIGITS), round(score.bpb, CURVE_DIGITS)))
+
     def check_weights(self) -> None:
         """A loss tells of the weights before its step; those after it must be finite to be kept.
 
@@ -226,7 +246,8 @@ class Run:
         """Everything that a continued run needs, after a synchronization; to be called by every process."""
         assert not self._pending
         return {"weights": self.parameters.weights, "optimizers": self.optimizers.state_dict(), "averages": self.averages.state_dict(),
-                "num_steps": self.num_steps, "seconds": self.seconds, "losses": self.losses, "budget": self.budget.state_dict()}
+                "num_steps": self.num_steps, "seconds": self.seconds, "losses": self.losses, "heldout_curve": self.heldout_curve,
+                "budget": self.budget.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of `state_dict`."""
@@ -235,17 +256,18 @@ class Run:
         self.averages.load_state_dict(state["averages"])
         self.budget.load_state_dict(state["budget"])
         self.num_steps, self.seconds, self.losses = state["num_steps"], state["seconds"], state["losses"]
+        self.heldout_curve = state["heldout_curve"]
         self._pending.clear()
 
 
 def train(model: GPT, params: TrainParams, loader: Batches, process: Process, resume_path: Path, *,
-          status: Callable[[], Mapping[str, str]]) -> TrainResult:
+          status: Callable[[], Mapping[str, str]], measure: Measure | None = None) -> TrainResult:
     """Train an initialised model on this process's device for the whole budget.
 
     On SIGINT or SIGTERM the state is saved and the process exits with status 130; the next call with the same `resume_path`
     continues and, on a CPU, ends in the same weights bit for bit. The state of the finished run stays at `resume_path` until
-    the caller has written the result. `status` gives further figures for the progress line; it is asked after each synchronization, and its
-    time is not that of training.
+    the caller has written the result. `status` gives further figures for the progress line; it is asked after each synchronization.
+    `measure` scores the held-out text of ``train.heldout_curve``; None for no curve. The time of both is not that of training.
 
     Raises:
         TrainingError: the loss or the gradient became infinite or NaN, or the processes have different parameters or data.
@@ -274,6 +296,8 @@ def train(model: GPT, params: TrainParams, loader: Batches, process: Process, re
             stop, save = run.sync(stop=is_interrupted(), save=time.monotonic() > next_save)
             progress.update(len(run.losses) - num_known, total=run.budget.plan.num_steps, loss=run.losses[-1],
                             tokens_per_second=f"{run.num_tokens / run.seconds:,.0f}", **status())
+            if measure and run.is_measure_due:
+                run.measure(measure)
             run.start_clock()
             if stop or save or run.is_finished:
                 run.check_weights()
@@ -286,7 +310,7 @@ def train(model: GPT, params: TrainParams, loader: Batches, process: Process, re
                 say(f"train: interrupted after step {run.num_steps}; rerun to continue", enabled=process.is_main)
                 raise SystemExit(INTERRUPTED_EXIT_CODE)
     candidates = {kind: run.parameters.by_name(weights) for kind, weights in run.averages.candidates().items()}
-    return TrainResult(candidates, run.losses, run.budget.plan.revisions, run.num_tokens, run.seconds)
+    return TrainResult(candidates, run.losses, run.heldout_curve, run.budget.plan.revisions, run.num_tokens, run.seconds)
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def resume_file(folder: Path, params: TrainParams, model: ModelParams, seed: int
         params: parameters of the run; which of the averages is selected at its end does not matter.
         model: the architecture.
         seed: seed of initialisation and data order.
-        data_sha256: checksum of the description of the training split, which has those of its shards.
+        data_sha256: checksums of the descriptions of the training and the held-out split, which have those of their shards.
     """
     identity = {"train": params.model_dump(mode="json", exclude={"averaging": {"select"}}), "model": model.model_dump(mode="json"),
                 "seed": seed, "data": data_sha256}

@@ -9,12 +9,12 @@ from lib.evaluation.bpb import Score
 
 
 def score_candidates(model: nn.Module, candidates: Mapping[str, Mapping[str, Tensor]],
-                     score: Callable[[nn.Module], Score]) -> dict[str, Score]:
-    """The score of each candidate's weights, loaded into `model` one after the other."""
+                     score: Callable[[], Score]) -> dict[str, Score]:
+    """What `score` gives for each candidate's weights, loaded into `model` one after the other."""
     scores = {}
     for kind, weights in candidates.items():
         model.load_state_dict(weights)
-        scores[kind] = score(model)
+        scores[kind] = score()
     return scores
 
 

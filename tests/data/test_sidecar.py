@@ -9,7 +9,7 @@ import pytest
 from lib.artifacts.files import ArtifactError
 from lib.data import sidecar
 from lib.data.shards import Shards, find_shards
-from lib.data.sidecar import Comparison, compare_sidecars
+from lib.data.sidecar import SidecarComparison, compare_sidecars
 from lib.data.tokenizer import ALLCAPS, ESC, OPERATORS, SPACE, Tokenizer
 from tests.data.shard_files import tokens_of, write_shards
 from tests.data.test_case import encode_by_rule
@@ -61,7 +61,7 @@ def test_a_sidecar_of_the_published_rule_passes(tmp_path: Path, monkeypatch: pyt
     accounted = [0, *CASED.target_bytes(np.array(TOKENS, np.uint16)).tolist()]
     assert sum(map(int.__ne__, SIZES, accounted)) > 20, "byte pieces, which count one each here"
     monkeypatch.setattr(sidecar, "SEGMENT_TOKENS", segment_tokens)
-    assert compare_sidecars(publish(tmp_path, SIZES, shard_tokens), CASED) == Comparison(NUM_BYTES, NUM_BYTES, 0)
+    assert compare_sidecars(publish(tmp_path, SIZES, shard_tokens), CASED) == SidecarComparison(NUM_BYTES, NUM_BYTES, 0)
     assert f"side-cars of {NUM_BYTES:,} bytes, by this project's accounting {NUM_BYTES:,}, which counts; 0 of" in capsys.readouterr().err
 
 
@@ -131,7 +131,7 @@ def test_what_a_normalizer_may_have_changed_is_counted(tmp_path: Path) -> None:
     assert tokens_of(LOSSY, [LOSSY_TEXT.replace(" ", "  ", 1)]) == tokens_of(LOSSY, [LOSSY_TEXT])
     shards = publish(tmp_path, change_sizes({SPACE: 1}), tokens=LOSSY_TOKENS)
     num_bytes = 9 * len(LOSSY_TEXT)
-    assert compare_sidecars(shards, LOSSY) == Comparison(num_bytes + 1, num_bytes, 1)
+    assert compare_sidecars(shards, LOSSY) == SidecarComparison(num_bytes + 1, num_bytes, 1)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -121,6 +121,16 @@ def test_plain_scores_are_those_of_brute_force() -> None:
     assert nats == pytest.approx(score_by_hand(model, tokens, 8, 8)[0], abs=1e-5, rel=1e-6)
 
 
+def test_a_model_may_be_scored_as_it_is_before_its_loop_begins() -> None:
+    model, tokens = make_model(unet_skips=False, loop={"first": 1, "last": 2, "passes": 2}), make_tokens(8)
+    inputs = torch.from_numpy(tokens.astype(np.int64))[None]
+    found = {looped: window_losses(model, tokens, window_tokens=8, batch_windows=1, precision="fp32", process=SINGLE_CPU, looped=looped)
+             for looped in (False, True)}
+    for looped, nats in found.items():
+        assert nats == pytest.approx(model(inputs[:, :-1], inputs[:, 1:], looped=looped)[0].detach().numpy(), abs=1e-6)
+    assert abs(found[True] - found[False]).max() > 1e-3
+
+
 def test_a_text_without_targets_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected at least one target"):
         window_losses(make_model(), make_tokens(0), window_tokens=8, batch_windows=3, precision="fp32", process=SINGLE_CPU)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib.artifacts.quantized import QuantizedModel, flatten
+from lib.artifacts.quantized import QuantizedModel, to_tensors
 from lib.compression.container import load_artifact, pack
 from lib.model.config import NEUTRAL
 from lib.model.gpt import GPT, build_model
@@ -34,7 +34,7 @@ def rebuild(artifact: QuantizedModel, model: dict[str, Any], folder: Path) -> GP
 
 
 def hash_tensors(artifact: QuantizedModel) -> str:
-    digest, (matrices, vectors) = hashlib.sha256(), flatten(artifact)
+    digest, (matrices, vectors) = hashlib.sha256(), to_tensors(artifact)
     for name, matrix in sorted(matrices.items()):
         digest.update(json.dumps([name, list(matrix.codes.shape), matrix.bits]).encode())
         for tensor in (matrix.codes, matrix.row_exponents, matrix.column_exponents):
@@ -46,7 +46,7 @@ def hash_tensors(artifact: QuantizedModel) -> str:
 
 def test_it_holds_what_was_written(artifact: QuantizedModel) -> None:
     assert (artifact.model, hash_tensors(artifact)) == (EXPECTED["model"], EXPECTED["tensors_sha256"])
-    assert {matrix.bits for matrix in flatten(artifact)[0].values()} == {None, 5, 6}
+    assert {matrix.bits for matrix in to_tensors(artifact)[0].values()} == {None, 5, 6}
     assert build_model(artifact.model, artifact.weights())(TOKENS[:, :-1], TOKENS[:, 1:]).isfinite().all()
 
 

@@ -14,6 +14,7 @@ from lib.model.attention import ALL_POSITIONS
 from lib.model.compilation import compile_seconds
 from lib.model.config import parse_model
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.model.linear import LowRank
 from tests.model.test_gpt import FRONTIER, FULL, PLAIN
 
@@ -41,7 +42,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
 
 def make_model(**changes: Any) -> GPT:
     model = GPT(parse_model(FULL | changes, "model."))
-    model.initialize(0)
+    initialize(model, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,6 +14,7 @@ from lib.errors import UserError
 from lib.model.attention import rms_norm
 from lib.model.config import parse_model
 from lib.model.gpt import GPT, Block, TiedHead, build_model
+from lib.model.initialization import initialize
 from lib.model.sdpa import SDPA, Attend, Kernel, Sight
 from lib.params import ParamsError
 
@@ -350,7 +351,7 @@ def test_no_gradient_flows_to_a_masked_document(attention_tokens: int | None, do
 @pytest.mark.parametrize("options", [FULL, FRONTIER], ids=["full", "frontier"])
 def test_initialisation_is_published_and_trainable(options: dict[str, Any]) -> None:
     model = GPT(parse_model(options, ""))
-    model.initialize(seed=3)
+    initialize(model, 3)
     for name, value in {"lane_residual": 1.1, "lane_outputs": 1.0, "attention.gate": 0.0, "skip_gates": 0.0, "smear_gate.weight": 0.0,
                         "smear_gate.factor": 0.0, "skip_weights": 1.0, "q_gain": options["q_gain_init"]}.items():
         assert all((parameter == value).all() for found, parameter in model.named_parameters() if found.endswith(name)), name
@@ -377,7 +378,7 @@ def test_initialisation_depends_on_the_seed_only() -> None:
     for seed, noise in ((3, 0), (3, 1), (4, 1)):
         torch.manual_seed(noise)
         model = GPT(parse_model(FULL, ""))
-        model.initialize(seed)
+        initialize(model, seed)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lib.data.rows import find_parts
 from lib.model import compilation, flash
 from lib.model.config import KernelName, ModelParams, ModelSection, parse_model
-from lib.model.flash import find_documents
+from lib.model.flash import find_boundaries
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.model.kernels import LIBRARIES, KernelError, choose_kernel
 from lib.model.sdpa import SDPA, Kernel, Sight
 from lib.params import ParamsError, Precision, parse_params
@@ -174,7 +175,7 @@ def test_operators_of_flash4_are_registered_as_torch_demands(monkeypatch: pytest
     for sight in (SIGHTS["all"], SIGHTS["window, positions"], SIGHTS["documents, positions"], SIGHTS["parts"]):
         q, k, v = (x.requires_grad_() for x in make_inputs(2, sight, (4, 2), 8, torch.bfloat16))
         limits = [(sight.attention_tokens or 0) - 1, sight.longest or sight.last]
-        documents = None if sight.starts is None else find_documents(sight.starts, sight.first, limits[1])
+        documents = None if sight.starts is None else find_boundaries(sight.starts, sight.first, limits[1])
         torch.library.opcheck(flash._flash4, (q, k, v, limits, documents))
         with torch.no_grad():
             y, lse = flash._flash4(q, k, v, limits, documents)
@@ -192,7 +193,7 @@ def test_a_compiled_model_is_the_eager_one(name: KernelName, document_mask: bool
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     params = MODEL.model_copy(update={"document_mask": document_mask, "num_layers": 1, "value_embedding_layers": (0,), "num_xsa_layers": 1})
     model = GPT(params, choose_kernel(name, params, "bf16", CUDA))
-    model.initialize(0)
+    initialize(model, 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
@@ -209,16 +210,16 @@ def test_a_compiled_model_is_the_eager_one(name: KernelName, document_mask: bool
 
 def test_documents_are_found_without_knowing_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = torch.tensor([[1, 0, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0]], dtype=torch.bool)
-    queries, keys = find_documents(starts, 3, 5).tolist()
+    queries, keys = find_boundaries(starts, 3, 5).tolist()
     assert keys == [0, 2, 5, 6, 7] + [12] * 8  # as many as tokens, and the end
     assert queries == [0, 0, 2, 3, 3] + [6] * 8
-    assert find_documents(torch.ones(1, 5000, dtype=torch.bool)[:, :1024], 0, 1).shape == (2, 1025)
-    assert find_documents(make_starts(40, 1000, 0, 0.01), 0, 1000).shape == (2, 40 + 40000 // 32 + 1)
+    assert find_boundaries(torch.ones(1, 5000, dtype=torch.bool)[:, :1024], 0, 1).shape == (2, 1025)
+    assert find_boundaries(make_starts(40, 1000, 0, 0.01), 0, 1000).shape == (2, 40 + 40000 // 32 + 1)
     with pytest.raises(RuntimeError, match="expected at most 4 tokens in a document"):
-        find_documents(starts, 3, 4)
+        find_boundaries(starts, 3, 4)
     monkeypatch.setattr(flash, "MIN_DOCUMENTS", 4)
     with pytest.raises(RuntimeError, match=r"more than 4 documents in 12 tokens; set model.attention to sdpa"):
-        find_documents(starts, 3, 5)
+        find_boundaries(starts, 3, 5)
 
 
 def test_sdpa_computes_blocks_of_parts_and_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +247,7 @@ def test_flash_is_launched_for_parts_and_not_for_rows(name: KernelName, monkeypa
 
     monkeypatch.setattr(module, "flash_attn_varlen_func", watch)
     model = GPT(MODEL, kernel)
-    model.initialize(0)
+    initialize(model, 0)
     tokens = torch.tensor([[5, 5, 1, 5, 5, 5, 5, 1, 1, 5, 5, 5], [1, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 1]])  # BOS = 1
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens, tokens, attention_tokens=3, starts=find_parts(tokens, 1, 3))

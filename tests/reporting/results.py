@@ -33,8 +33,9 @@ SETTINGS = {"tokenize": ["tokenize"], "train": ["model", "train"], "calibrate": 
 """What each stage depends on of params.yaml, as in dvc.yaml."""
 INPUTS = {"train": "tokenize/tokenizer.model", "calibrate": "train/{seed}/checkpoint", "quantize": "calibrate/{seed}/hessians",
           "compress": "quantize/{seed}/quantized", "evaluate": "compress/{seed}/model.ptz"}
-OUTPUTS = {"tokenize": ["tokenizer.model"], "train": ["checkpoint", "metrics.json", "loss.csv"], "calibrate": ["hessians", "metrics.json"],
-           "quantize": ["quantized", "metrics.json", "tensors.csv"], "compress": ["model.ptz", "metrics.json", "sizes.csv"],
+OUTPUTS = {"tokenize": ["tokenizer.model"], "train": ["checkpoint", "metrics.json", "loss.csv", "heldout.csv"],
+           "calibrate": ["hessians", "metrics.json"], "quantize": ["quantized", "metrics.json", "tensors.csv"],
+           "compress": ["model.ptz", "metrics.json", "sizes.csv"],
            "evaluate": ["metrics.json", "audit.json", "examples.json", "curves", "context", "documents", "ledger"]}
 """What they write; what is not a file here has a made-up checksum."""
 SECONDS = {"train": 240.0, "calibrate": 2.0, "quantize": 1.0, "compress": 3.0, "evaluate": 60.0}
@@ -137,6 +138,7 @@ def write_results(seeds: list[int], num_tensors: int = 3, record: float | None =
         save_audit(folders["evaluate"], make_audit(names))
         loss = [(20000 * n, 3 + 4 / math.sqrt(n) + number / 50) for n in range(1, 151)]
         write_csv(folders["train"] / "loss.csv", ("tokens", "loss"), loss)
+        write_csv(folders["train"] / "heldout.csv", ("tokens", "loss", "bpb"), [(x, y + 0.1, y / 2) for x, y in loss[14::15]])
         sizes = [("mlp", num_tensors, 200 * num_tensors, None, 4.5, 500000), ("vectors", None, None, None, None, 251345 + number),
                  ("code", None, None, None, None, 61000)]
         write_csv(folders["compress"] / "sizes.csv", SIZE_COLUMNS, sizes)

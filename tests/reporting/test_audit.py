@@ -8,11 +8,11 @@ from lib.artifacts.metrics import save_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER
 from lib.artifacts.scores import save_audit
 from lib.audit.verdict import NOT_AUDITED
-from lib.reporting.audit import Audit, format_verdicts, judge_strategies, load_audit
+from lib.reporting.audit import AuditSummary, format_verdicts, judge_strategies, load_audit
 from tests.reporting.results import make_audit
 
 
-def load(folder: Path, values: dict[str, Any]) -> Audit:
+def load(folder: Path, values: dict[str, Any]) -> AuditSummary:
     save_audit(folder, values)
     audit = load_audit(folder)
     assert audit is not None

@@ -22,6 +22,7 @@ from tests.reporting.test_figures import texts
 
 pytestmark = pytest.mark.xdist_group("html")  # reports are made once for all tests of this file
 
+LEARNING = "Training and held-out loss against training tokens"
 STRATEGIES = ["plain", "sliding", "one_pass", "two_phase (not legal)", "score_first", "lora"]
 
 
@@ -82,7 +83,7 @@ def test_strategies_are_compared_and_the_one_that_counts_stands_out() -> None:
 def test_figures_show_every_strategy() -> None:
     found = figures(standard_report(1337))
     assert list(found) == [
-        "Bits per byte after each step", "Training loss against training tokens", "Running bits per byte against scored tokens",
+        "Bits per byte after each step", LEARNING, "Running bits per byte against scored tokens",
         "Difference of running bits per byte against scored tokens", "Loss against number of inputs",
         "Difference of bits per byte against length of document", "Bits per byte of single documents against their length",
         "Predicted loss and relative error of every matrix", "Bytes for each bit of predicted loss of every matrix"]
@@ -201,13 +202,25 @@ def test_an_imported_checkpoint_has_no_curve_and_says_where_it_is_from() -> None
     save_metrics(path, {"imported": "final_model.pt", "imported_bytes": 4567, "imported_sha256": "0ab1", "num_parameters": 10000},
                  {"seconds": 1.0})
     (path / "loss.csv").write_text("tokens,loss\n")
+    (path / "heldout.csv").write_text("tokens,loss,bpb\n")
     html = report()
     assert "Training Trained elsewhere: imported from final_model.pt , 4,567 bytes, SHA-256 0ab1 ." in visible(html)
-    assert "Training loss against training tokens" not in figures(html)
+    assert LEARNING not in figures(html)
 
 
 def test_seeds_have_their_own_training_curves() -> None:
-    assert {"seed 1", "seed 2"} <= set(figures(standard_report(1, 2))["Training loss against training tokens"])
+    expected = {f"{text}, seed {seed}" for text in ("training", "held-out") for seed in (1, 2)}
+    assert expected <= set(figures(standard_report(1, 2))[LEARNING])
+
+
+def test_a_run_without_held_out_curve_shows_its_training_loss() -> None:
+    write_results([1, 2])
+    for seed in (1, 2):
+        Path(f"artifacts/train/seed{seed}/heldout.csv").write_text("tokens,loss,bpb\n")
+    html = report()
+    assert "Mean training loss; 1,500 steps." in visible(html)
+    shown = figures(html)[LEARNING]
+    assert "training, seed 1" in shown and not any(text.startswith("held-out") for text in shown)
 
 
 def test_errors_are_drawn_by_layer_and_kind() -> None:
@@ -251,7 +264,8 @@ def test_single_documents_are_drawn_and_how_many_there_are() -> None:
 
 def test_the_weights_that_train_chose_from_are_told_where_they_were_scored() -> None:
     write_results([1])
-    assert "Held-out documents are scored once, at the end." in visible(report())
+    assert ("Mean training loss, and the loss of the raw weights on the first held-out tokens; 1,500 steps. "
+            "All held-out documents are scored once, at the end.") in visible(report())
     train = results.make_metrics(0)["train"] | {"heldout_bpb_raw": 1.71, "heldout_bpb_ema": 1.7}
     save_metrics(Path("artifacts/train/seed1"), train, {"seconds": 1.0})
     assert "at the end: raw 1.7100, ema 1.7000 bits per byte; ema was taken." in visible(report())

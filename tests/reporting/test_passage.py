@@ -1,8 +1,8 @@
 import re
 
-from lib.reporting.passage import BACKGROUNDS, HIGHEST, Part, clean_text, color_text, make_page
+from lib.reporting.passage import BACKGROUNDS, HIGHEST, PassagePart, clean_text, color_text, make_page
 
-PARTS = [Part("a", 0.4, 1), Part(" <b\n", 3.2, 1), Part("\n\nc", 40.0, 2)]
+PARTS = [PassagePart("a", 0.4, 1), PassagePart(" <b\n", 3.2, 1), PassagePart("\n\nc", 40.0, 2)]
 
 
 def test_a_terminal_gets_the_text_in_colours_that_end_with_each_line() -> None:
@@ -22,7 +22,7 @@ def test_no_text_commands_the_terminal() -> None:
     hostile = "a\x1b[2J\x9b\r\x07\tb\n\u20ac\x00"
     assert clean_text(hostile) == "a\ufffd[2J\ufffd\ufffd\ufffd\tb\n\u20ac\ufffd"
     for colored in (True, False):
-        assert "\x1b[2J" not in color_text([Part(hostile, 5.0, 1)], colored=colored)
+        assert "\x1b[2J" not in color_text([PassagePart(hostile, 5.0, 1)], colored=colored)
 
 
 def test_the_page_is_complete_and_escaped() -> None:
@@ -35,4 +35,4 @@ def test_the_page_is_complete_and_escaped() -> None:
 
 def test_the_level_is_that_of_the_bits_for_each_token() -> None:
     values = ((0.9, 1), (1.0, 1), (12.0, 3), (8.99, 1), (9.0, 1), (50.0, 2))
-    assert [Part("", bits, num_tokens).level for bits, num_tokens in values] == [0, 1, 4, 8, 9, 9]
+    assert [PassagePart("", bits, num_tokens).level for bits, num_tokens in values] == [0, 1, 4, 8, 9, 9]

@@ -14,7 +14,7 @@ from lib.reporting.scoring import (
     line_styles,
     running_curves,
 )
-from lib.reporting.strategy_table import Strategy, find_strategies
+from lib.reporting.strategy_table import StrategyRow, find_strategies
 from tests.reporting.results import BPB, DOCUMENTS, make_metrics, write_evaluation
 
 FOLDERS = [Path("artifacts/evaluate/seed1"), Path("artifacts/evaluate/seed2")]
@@ -27,7 +27,7 @@ def _results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_evaluation(2, 4)
 
 
-def strategies() -> list[Strategy]:
+def strategies() -> list[StrategyRow]:
     return find_strategies([make_metrics(0)["evaluate"]], {})
 
 

@@ -256,6 +256,14 @@ def test_a_run_by_seconds_keeps_to_them_and_is_repeated_by_its_metrics(here: Pat
     assert read_results(here) == expected
 
 
+def test_the_held_out_curve_ends_with_the_score_of_the_raw_weights(here: Path) -> None:
+    write_params(here, "train", budget_steps=FEW_STEPS, heldout_curve={"every_steps": 5, "tokens": 10**6})
+    train.main(SEED)
+    rows = [line.split(",") for line in (RESULT / "heldout.csv").read_text().splitlines()]
+    assert rows[0] == ["tokens", "loss", "bpb"] and [row[0] for row in rows[1:]] == [str(64 * step) for step in (5, 10, 12)]
+    assert float(rows[-1][2]) == pytest.approx(load_metrics(here / RESULT)["heldout_bpb_raw"], abs=1e-6)
+
+
 def alter(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1

@@ -23,7 +23,7 @@ from tests.training.tiny import TRAIN
 ROOT = Path(__file__).parents[2]
 SEED = 7
 RESULT = stage_folder("train", SEED)
-RESULT_FILES = {"checkpoint.safetensors", "loss.csv", "metrics.json"}
+RESULT_FILES = {"checkpoint.safetensors", "loss.csv", "heldout.csv", "metrics.json"}
 NUM_STEPS = 120
 SAVING_OFTEN = "tests.stages.train_project"
 PATIENCE_SECONDS = 120  # with what hangs
@@ -31,7 +31,8 @@ PATIENCE_SECONDS = 120  # with what hangs
 SECTION_MODEL: dict[str, Any] = MODEL | {
     "vocab_size": project.VOCAB_SIZE, "num_layers": 1, "num_xsa_layers": 0, "smear_gate": False, "bigram_rows": 0, "value_embedding_dim": 0,
     "value_embedding_layers": [], "unet_skips": False, "residual_mix": False, "attention": "auto"}
-SECTION_TRAIN: dict[str, Any] = TRAIN | {"budget_steps": NUM_STEPS, "sequence_tokens": 16, "qat": TRAIN["qat"] | {"below_lr": 0.0}}
+SECTION_TRAIN: dict[str, Any] = TRAIN | {"budget_steps": NUM_STEPS, "sequence_tokens": 16, "qat": TRAIN["qat"] | {"below_lr": 0.0},
+                                         "heldout_curve": {"every_steps": 25, "tokens": 300}}
 
 
 def write_project(folder: Path) -> None:

@@ -51,6 +51,7 @@ def test_a_checkpoint_becomes_the_output_of_train(tmp_path: Path, capsys: pytest
     origin = {"imported": "final_model.pt", "imported_bytes": path.stat().st_size, "imported_sha256": sha256_of(path)}
     assert checkpoint.training.model_dump() == {"sequence_tokens": 8} | origin
     assert load_metrics(folder) == origin | {"num_parameters": sum(map(torch.numel, STATE.values())), "num_steps": None}
+    assert (folder / "heldout.csv").read_text() == "tokens,loss,bpb\n"
     assert (folder / "loss.csv").read_text() == "tokens,loss\n" and load_timing(folder) is not None
     assert "  dvc commit --force train@5\n" in capsys.readouterr().out
     assert not Path("artifacts/quantize").exists()

@@ -77,7 +77,8 @@ def test_equal_seconds_and_what_is_said_of_weights_that_pay_and_that_do_not(
         budgets.append((params.budget_steps, params.budget_seconds))
         loss = 2.0 + {"as": 0.0, "bigram_rows": -0.5, "mlp_hidden_dim": 0.5}[model.name.split()[0]]
         points = [Point(model.num_weights, num_bytes, loss, 2 ** (-16 * num_bytes / model.num_weights)) for num_bytes in (6000, 5000, 4000)]
-        trained = Trained(None, [], {"num_steps": 5, "heldout_loss": loss, "heldout_bpb": loss}, {"seconds": 1.5})  # type: ignore[arg-type]
+        metrics = {"num_steps": 5, "heldout_loss": loss, "heldout_bpb": loss}
+        trained = Trained(None, [], [], metrics, {"seconds": 1.5})  # type: ignore[arg-type]
         return size.Measured(model.name, trained, points)
 
     monkeypatch.setattr(size.Bench, "measure", measure)

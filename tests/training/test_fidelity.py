@@ -13,6 +13,7 @@ from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU
 from lib.model.config import ModelParams, parse_model
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.params import parse_params
 from lib.presets import read_preset
 from lib.training.config import TrainParams
@@ -67,7 +68,7 @@ def make_loader(folder: Path) -> Loader:
 
 def make_model(model: Settings) -> GPT:
     gpt = GPT(parse_model(model, "model."))
-    gpt.initialize(1337)
+    initialize(gpt, 1337)
     return gpt
 
 

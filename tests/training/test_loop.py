@@ -5,10 +5,13 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lib.training.loop
 from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU, Process
+from lib.evaluation.bpb import Score, make_score
+from lib.evaluation.heldout import window_losses
 from lib.model import compilation
 from lib.model.gpt import GPT
 from lib.params import ParamsError
@@ -34,13 +39,22 @@ def _no_state_is_saved_because_the_machine_is_slow(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(lib.training.loop, "SYNC_STEPS", 4)  # after steps 1, 5, 9, ...
 
 
+def score(model: GPT, stage: Stage, process: Process = SINGLE_CPU) -> Score:
+    """Of some text, in which every token stands for a byte."""
+    tokens = np.random.default_rng(1).integers(2, 32, 45).astype(np.uint16)
+    nats = window_losses(model, tokens, window_tokens=stage.part_tokens or 8, batch_windows=2, precision="fp32", process=process,
+                         looped=stage.is_looped)
+    return make_score(nats, np.ones(44, np.int64))
+
+
 def run_training(folder: Path, params: TrainParams | None = None, process: Process = SINGLE_CPU, resume: str = "resume.pt",
                  **model: Any) -> TrainResult:
     params = params or make_params()
     split = make_split(folder / f"train{process.rank}")
     initialised = make_model(**model)
     loader = make_loader(params, split, initialised.params.bos_id, seed=5)
-    result = train(initialised, params, loader, process, folder / resume, status=dict)
+    result = train(initialised, params, loader, process, folder / resume, status=dict,
+                   measure=(lambda stage: score(initialised, stage, process)) if params.heldout_curve else None)
     if process.is_main:
         (folder / resume).unlink()
     return result
@@ -53,6 +67,7 @@ def save_at_every_synchronization(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_same(one: TrainResult, other: TrainResult) -> None:
     assert (one.num_tokens, one.losses, one.plan) == (other.num_tokens, other.losses, other.plan)
+    assert one.heldout_curve == other.heldout_curve
     assert one.candidates.keys() == other.candidates.keys() == {"raw", "ema", "swa"}
     for kind, weights in one.candidates.items():
         assert all(torch.equal(weight, other.candidates[kind][name]) for name, weight in weights.items()), kind
@@ -112,6 +127,74 @@ def test_a_killed_run_continues_from_its_last_state(tmp_path: Path, monkeypatch:
     assert steps_done[0] == 21
 
 
+CURVE: dict[str, Any] = {"heldout_curve": {"every_steps": 5, "tokens": 45}}
+LOOP: dict[str, Any] = {"unet_skips": False, "loop": {"first": 1, "last": 2, "passes": 2}}
+PACKED: dict[str, Any] = {"row_tokens": 20, "sequence_schedule": [[0.25, 3], [0.5, 6]]}
+
+
+@pytest.mark.parametrize(("changes", "model", "stages"), [
+    ({}, {}, [(True, None)] * 6), (PACKED | {"loop_start": 0.5}, LOOP, [(False, 3), *[(False, 6)] * 2, *[(True, 8)] * 3])])
+def test_the_held_out_curve_is_that_of_the_weights_as_they_are_trained_and_changes_none(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], model: dict[str, Any],
+        stages: list[tuple[bool, int | None]]) -> None:
+    without, step = run_training(tmp_path, make_params(**changes), **model), Run.step
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(run: Run) -> None:
+        step(run)
+        weights[run.num_tokens] = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+
+    monkeypatch.setattr(Run, "step", keep)
+    curve = run_training(tmp_path, make_params(**changes, **CURVE), **model)
+    expected = []
+    for num_steps, stage in zip(range(5, 31, 5), stages, strict=True):
+        scored, num_tokens = make_model(**model), num_steps * without.num_tokens // 30
+        scored.load_state_dict(weights[num_tokens])
+        found = score(scored, Stage(*stage))
+        expected.append((num_tokens, round(found.loss, 6), round(found.bpb, 6)))
+    assert curve.heldout_curve == expected and not without.heldout_curve
+    assert_same(replace(curve, heldout_curve=[]), without)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("at_step", [1, 5, 13, 30])
+def test_an_interrupted_run_has_every_point_of_the_held_out_curve_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int,
+                                                                       number: int) -> None:
+    save_at_every_synchronization(monkeypatch)
+    params = make_params(**CURVE)
+    expected, step = run_training(tmp_path, params), Run.step
+
+    def interrupt(run: Run) -> None:
+        step(run)
+        if run.num_steps == at_step:
+            if number == signal.SIGKILL:
+                raise KeyboardInterrupt  # nothing is saved on the way out
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt if number == signal.SIGKILL else SystemExit) if (
+            number == signal.SIGKILL or at_step < 30) else nullcontext():
+        patch.setattr(Run, "step", interrupt)
+        run_training(tmp_path, params)
+    assert_same(run_training(tmp_path, params), expected)
+
+
+def test_a_budget_in_seconds_does_not_count_the_time_of_the_held_out_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for seconds in (0.0, 1000.0):
+        clock, late = itertools.count(), [0.0]
+
+        def measure(*_: object, seconds: float = seconds, late: list[float] = late) -> npt.NDArray[np.float32]:
+            late[0] += seconds
+            return np.ones(44, np.float32)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda clock=clock, late=late: 0.25 * next(clock) + late[0])
+            patch.setitem(globals(), "window_losses", lambda *_, **__: measure())
+            results.append(run_training(tmp_path, make_params(budget_steps=None, budget_seconds=30.0, **CURVE)))
+    assert len(results[0].heldout_curve) > 2 and results[0].seconds == results[1].seconds <= 30.0
+    assert_same(*results)
+
+
 def test_signals_are_handled_as_before_after_a_run(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     run_training(tmp_path, make_params(budget_steps=1, averaging={"select": "raw"}))
@@ -157,9 +240,6 @@ def test_a_run_by_seconds_is_repeated_by_steps(tmp_path: Path, monkeypatch: pyte
     assert_same(run_training(tmp_path, make_params(budget_steps=[list(pair) for pair in by_seconds.plan])), by_seconds)
 
 
-LOOP: dict[str, Any] = {"unet_skips": False, "loop": {"first": 1, "last": 2, "passes": 2}}
-
-
 def test_the_loop_begins_at_its_fraction_of_the_budget(tmp_path: Path) -> None:
     plain, late, never, always = (run_training(tmp_path, make_params(loop_start=start), **LOOP | changes) for start, changes in (
         (0.0, {"loop": None}), (0.5, {}), (1.0, {}), (0.0, {})))
@@ -184,9 +264,6 @@ def test_a_run_with_stages_continues_to_the_same_result(tmp_path: Path, monkeypa
         with pytest.raises(SystemExit):
             run_training(tmp_path, params, **LOOP)
     assert_same(run_training(tmp_path, params, **LOOP), expected)
-
-
-PACKED: dict[str, Any] = {"row_tokens": 20, "sequence_schedule": [[0.25, 3], [0.5, 6]]}
 
 
 def watch_stages(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
@@ -338,10 +415,17 @@ def test_a_full_disk_costs_a_state_but_not_the_run(tmp_path: Path, monkeypatch: 
     assert not full.is_symlink()
 
 
+def to_compare(result: TrainResult) -> dict[str, Any]:
+    return {"losses": result.losses, "heldout_curve": result.heldout_curve, **result.candidates}
+
+
 def _compare(process: Process, folder: Path, expected: dict[str, Any], changes: dict[str, Any]) -> None:
     result = run_training(folder, make_params(**changes), process)
     assert result.losses == pytest.approx(expected["losses"], abs=1e-4)
     assert len({tuple(losses) for losses in process.gather(result.losses)}) == 1, "all processes know the same losses"
+    assert len({tuple(curve) for curve in process.gather(result.heldout_curve)}) == 1
+    for point, alone in zip(result.heldout_curve, expected["heldout_curve"], strict=True):
+        assert point == pytest.approx(alone, abs=1e-3)
     for kind, weights in result.candidates.items():
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[kind][name], atol=2e-3, rtol=0)
@@ -350,11 +434,11 @@ def _compare(process: Process, folder: Path, expected: dict[str, Any], changes: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_processes", "changes"), [  # uneven shares; the last of 4 processes has no sequence
-    (2, {"batch_sequences": 5, **PACKED}), (4, {"batch_sequences": 3})])
+    (2, {"batch_sequences": 5, **PACKED, **CURVE}), (4, {"batch_sequences": 3})])
 def test_several_processes_train_the_same_model(tmp_path: Path, num_processes: int, changes: dict[str, Any]) -> None:
     single = run_training(tmp_path, make_params(**changes))
     (tmp_path / "several").mkdir()
-    run_processes(_compare, num_processes, tmp_path / "several", {"losses": single.losses, **single.candidates}, changes)
+    run_processes(_compare, num_processes, tmp_path / "several", to_compare(single), changes)
 
 
 def _interrupt_and_continue(process: Process, folder: Path, expected: list[float]) -> None:
@@ -395,7 +479,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, monkeypa
         patch.setattr(Run, "step", interrupt)
         with pytest.raises(SystemExit):
             run_training(tmp_path)
-    run_processes(_compare, 2, tmp_path, {"losses": expected.losses, **expected.candidates}, {})
+    run_processes(_compare, 2, tmp_path, to_compare(expected), {})
 
 
 def _train_with_own_parameters(process: Process, folder: Path) -> None:

@@ -23,5 +23,5 @@ def test_an_average_that_was_never_taken_is_an_error() -> None:
 def test_each_candidate_is_scored_with_its_own_weights() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     candidates = {kind: {"weight": torch.full((1, 1), value)} for kind, value in (("raw", 1.0), ("ema", 2.0))}
-    scores = score_candidates(model, candidates, lambda scored: Score(scored.weight.item(), 0.0, 1, 1))  # type: ignore[operator]
+    scores = score_candidates(model, candidates, lambda: Score(model.weight.item(), 0.0, 1, 1))
     assert {kind: score.loss for kind, score in scores.items()} == {"raw": 1.0, "ema": 2.0}

@@ -8,6 +8,7 @@ import numpy as np
 from lib.artifacts.tokens import Split, SplitWriter, load_split
 from lib.model.config import parse_model
 from lib.model.gpt import GPT
+from lib.model.initialization import initialize
 from lib.params import parse_params
 from lib.training.config import TrainParams
 from tests.evaluation.tiny import MODEL
@@ -26,19 +27,20 @@ TRAIN: dict[str, Any] = {
     "averaging": {"ema_decay": 0.9, "ema_every_steps": 1, "swa_below_lr": 0.5, "swa_every_steps": 2, "select": "heldout"},
     "qat": {"below_lr": 0.4, "bits": {"attention": 5, "mlp": 5, "embedding": 8, "bigram": 5, "value_embedding": 5, "head": 8},
             "full_range": False, "clip_quantile": 0.95, "floor": 0.0},
+    "heldout_curve": None,
 }
 
 
 def make_params(**changes: Any) -> TrainParams:
     """Parameters with some sections or values changed; sections are merged."""
-    merged = {key: {**TRAIN[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
+    merged = {key: {**(TRAIN[key] or {}), **value} if isinstance(value, dict) else value for key, value in changes.items()}
     return parse_params({**TRAIN, **merged}, TrainParams, "train.")
 
 
 def make_model(seed: int = 0, **changes: Any) -> GPT:
     """An initialised model."""
     model = GPT(parse_model({**MODEL, **changes}, "model."))
-    model.initialize(seed)
+    initialize(model, seed)
     return model
 
 
