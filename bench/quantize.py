@@ -83,7 +83,7 @@ class Bench:
     """The run that methods are compared on."""
 
     def __init__(self, root: Path, seed: int, heldout_tokens: int, steps: int, process: Process) -> None:
-        self.root, self.seed, self.steps = root, seed, steps
+        self.root, self.seed, self.steps, self.section = root, seed, steps, read_params()["quantize"]
         checkpoint = root / stage_folder("train", seed) / "checkpoint.safetensors"
         self.checkpoint: Checkpoint = load_checkpoint(checkpoint)
         self.hessians: Hessians = load_hessians(root / stage_folder("calibrate", seed) / "hessians.safetensors", checkpoint)
@@ -101,7 +101,7 @@ class Bench:
         class Changed(Params):
             quantize: QuantizeParams
 
-        section = read_params()["quantize"]
+        section = self.section
         changed = section | {key: section[key] | value if key == "clip" else value for key, value in changes.items()}
         return parse_params({"quantize": changed | {"distill": section["distill"] | {"steps": steps}}}, Changed, "bench: ").quantize
 
