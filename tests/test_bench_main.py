@@ -16,9 +16,12 @@ import bench.evaluate
 import bench.frontier
 import bench.quantize
 from lib.artifacts.files import read_csv, write_bytes, write_json
+from lib.distributed import SINGLE_CPU
+from lib.errors import UserError
 from lib.model import compilation
 from lib.params import parse_params, read_params
-from lib.presets import read_preset
+from lib.presets import load_settings, read_preset
+from lib.quantization.config import QuantizeParams
 from lib.schema import PipelineParams
 from stages import calibrate, compress, evaluate, quantize, tokenize, train
 from tests.clone import SEED, TINY
@@ -159,19 +162,95 @@ def test_fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert not list(tmp_path.iterdir())
 
 
+def rows_of(output: str) -> dict[str, list[str]]:
+    """The table of bench.quantize: name of a row -> the other cells."""
+    return {line[:44].strip(): line[44:].split() for line in output.splitlines()[2:] if not line.startswith(" ")}
+
+
 def test_quantize(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("bench.quantize.FRACTIONS", (0.9,))
-    lines = output_of("quantize", f"--seed {SEED} --heldout-tokens 500", run, monkeypatch, capsys).splitlines()
-    rows = {line[:44].strip(): line[44:].split() for line in lines[2:] if not line.startswith(" ")}
-    assert {"GPTQ as published (#585), zstd", "GPTQ int5, zstd", "free steps, 90% of its bytes"} <= rows.keys()
-    assert all(len(row) == 9 for row in rows.values())
-    assert sum(" x that of " in line for line in lines) == 5
+    output = output_of("quantize", f"--seed {SEED} --heldout-tokens 500", run, monkeypatch, capsys)
+    names = [line.split(",")[0] for line in output.splitlines()[2:]]
+    assert names == ["nearest", "gptq", "published", "gptq", "gptq", "gptq-fixed", "gptq", "gptq-int5", "gptq", "std", "gptq"]
+    rows = rows_of(output)
+    assert len(rows["std, brotli"]) == 9 and len(rows["gptq, 90% of its bytes"]) == 10
+    kls = [float(line[44:].split()[5]) for line in output.splitlines()[2:]]
+    assert kls[5] < min(kls[0], kls[2]), "correct GPTQ is better than rounding to nearest, and than the published procedure"
+    assert float(rows["gptq, 90% of its bytes"][-1]) == pytest.approx(kls[4] / kls[2], abs=0.002)
 
 
 def test_quantize_at_given_sizes(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = output_of("quantize", f"--seed {SEED} --heldout-tokens 500 --targets 16000 12000 --steps 2 "
-                      "--methods gptq feedback,distilled", run, monkeypatch, capsys).splitlines()
-    assert [line.split(" from ")[1].split()[0] for line in lines[2:]] == ["16,000", "16,000", "12,000", "12,000"]
+    output = output_of("quantize", f"--seed {SEED} --heldout-tokens 500 --targets 16000 12000 "
+                       "--methods std gptq gptq-fixed", run, monkeypatch, capsys)
+    rows = rows_of(output)
+    assert [name.split(",")[0] for name in rows] == ["gptq-fixed", "gptq"] + ["std", "gptq"] * 2
+    for name, row in list(rows.items())[2:]:
+        target = int(name.split(" from ")[1].replace(",", ""))
+        assert 0.97 * target <= int(row[0].replace(",", "")) <= target
+        assert len(row) == 9 if name.startswith("std") else float(row[-1]) < 1, "free steps are better than the clip"
+    scales = [float(scale) for scale in re.findall(r"std: (\S+) x the standard deviations", output)]
+    assert len(scales) == 2 and scales[0] < scales[1], "smaller with wider steps"
+
+
+def test_the_clip_of_the_frontier_is_that_of_its_preset(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    entry, used = load_settings("pr1855", ROOT / "presets").quantize, list[QuantizeParams]()
+    tested = bench.quantize.Bench(Path(), SEED, 500, 2, SINGLE_CPU)
+    monkeypatch.setattr(tested, "_quantize", used.append)
+    tested.std()
+    assert used[0].clip.rule == entry.clip.rule and used[0].clip.floor == entry.clip.floor
+    for role in ("attention", "mlp", "embedding"):
+        assert used[0].clip.of_role(role).num_std == entry.clip.of_role(role).num_std and used[0].bits[role] == entry.bits[role]
+    assert (used[0].damping, used[0].rate_weight, used[0].method) == (entry.damping, entry.rate_weight, entry.method)
+
+
+def test_quantize_by_a_method_of_ones_own(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One step for a matrix, in proportion to its root mean square and as fine as the bytes allow."""
+    (run / "own_method.py").write_text("""if True:
+        import torch
+        from lib.artifacts.quantized import QuantizedModel, QuantizedTensor, exponents_of, scales_of
+
+        def quantize(checkpoint, parts, hessians, target_bytes, *, measure, process):
+            assert sum(map(len, hessians.inputs.values())) == sum(part.is_matrix for part in parts.values())
+            for fraction in (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0):
+                matrices, vectors = {}, {}
+                for name, weight in checkpoint.weights.items():
+                    if parts[name].is_matrix:
+                        rows = exponents_of(weight.square().mean().sqrt() * fraction).repeat(len(weight))
+                        codes = (weight / scales_of(rows)[:, None]).round().to(torch.int16)
+                        matrices[name] = QuantizedTensor(codes, rows, torch.zeros(weight.shape[1], dtype=torch.int16), None)
+                    else:
+                        vectors[name] = weight.half()
+                model = QuantizedModel(checkpoint.model, checkpoint.training, matrices, vectors)
+                if measure(model) <= target_bytes:
+                    return model
+
+        def nothing(*arguments, **others):
+            return None
+
+    """)
+    monkeypatch.syspath_prepend(run)
+    options = f"--seed {SEED} --heldout-tokens 500 --targets 16000 --methods"
+    rows = rows_of(output_of("quantize", f"{options} own_method:quantize gptq feedback,distilled --steps 2", run, monkeypatch, capsys))
+    assert [name.split(", ")[0] for name in rows] == ["own_method:quantize", "gptq", "feedback,distilled"]
+    own, *others = rows.values()
+    assert len(own) == 9 and all(float(row[9]) < 1 for row in others), "free steps are better"
+    with pytest.raises(UserError, match="--methods own_method:nothing: expected that it returns a QuantizedModel, found NoneType"):
+        output_of("quantize", f"{options} own_method:nothing", run, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("arguments", "error"), [
+    ("--methods gptq", "--targets: expected sizes for gptq, found none"),
+    ("--methods gptg", "gptg: expected one of nearest .*, or module:function"),
+    ("--methods no_such:function", "no_such:function: expected a function that can be imported from here: No module named 'no_such'"),
+    ("--methods bench.quantize:LEVEL", "bench.quantize:LEVEL: expected a function .*: int is not callable"),
+    ("--methods bench.quantize:none", "module 'bench.quantize' has no attribute 'none'"),
+])
+def test_a_method_that_cannot_be_had_is_an_error(arguments: str, error: str, run: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        output_of("quantize", arguments, run, monkeypatch, capsys)
+    assert re.search(error, capsys.readouterr().err)
 
 
 def test_quantize_as_a_curve(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,11 @@ class QuantizeParams(Params):
             return self.target_bytes
         return round(self.target_bytes * (1 + self.distill.excess))
 
+    @property
+    def undistilled(self) -> Self:
+        """The same without distillation."""
+        return self.model_copy(update={"distill": self.distill.model_copy(update={"steps": 0})})
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         is_free = FREE in (*self.bits.values(), *self.bits_of.values())

@@ -4,8 +4,6 @@ The parts are those of the stages, in one process (or one for each GPU) and with
 ``model.ptz`` is written; unlike the stages, one program cannot take it from itself before.
 """
 
-import hashlib
-import json
 import os
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -16,14 +14,12 @@ from typing import Any
 
 from lib.artifacts.files import write_bytes
 from lib.artifacts.metrics import describe_environment
-from lib.artifacts.tokens import Split
 from lib.calibration.calibration import calibrate
 from lib.calibration.config import CalibrateParams
 from lib.compression.budget import artifact_bytes, check_code, check_limit, list_parts, summarize
 from lib.compression.config import CompressParams
 from lib.compression.container import pack, read_artifact, unpack
 from lib.data.dataset import check_names, load_training, load_validation
-from lib.data.loader import Loader
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.distributed import Process, start_process
 from lib.errors import UserError
@@ -32,12 +28,11 @@ from lib.evaluation.evaluation import evaluate
 from lib.evaluation.inputs import open_inputs
 from lib.evaluation.limit import TimeLimit
 from lib.model.config import ModelSection
-from lib.model.gpt import build_model, outline
+from lib.model.gpt import outline
 from lib.model.parts import parts_of
 from lib.params import MAX_SEED, Params, parse_params
 from lib.quantization.config import QuantizeParams
-from lib.quantization.distillation import distill
-from lib.quantization.policy import quantize_model
+from lib.quantization.quantization import fingerprint, quantize
 from lib.reporting.strategy_table import format_strategies
 from lib.submission.log import LossCurve, format_section, log_name
 from lib.training.checkpoint import train_checkpoint
@@ -46,7 +41,6 @@ from lib.training.resume import resume_file
 
 ARTIFACT, TOKENIZER = "model.ptz", "tokenizer.model"
 DEFAULT_SEED = "1337"  # the challenge's
-FINGERPRINT_TOKENS = 1024  # of each shard
 
 
 class ProgramParams(Params):
@@ -123,7 +117,7 @@ def main(settings: Any, program: Path, description: str | None) -> None:
 
 def make_artifact(params: ProgramParams, data: Path, tokenizer: Tokenizer, *, seed: int, program: Path, process: Process,
                   log: Log) -> bytes:
-    """Train, calibrate, quantize and pack; what is interrupted before the end goes on from the last saved state of training.
+    """Train, calibrate, quantize and pack; what is interrupted goes on from the last saved state of training or distillation.
 
     Args:
         params: settings of all that.
@@ -143,7 +137,7 @@ def make_artifact(params: ProgramParams, data: Path, tokenizer: Tokenizer, *, se
     log.add(f"seed {seed}, {', '.join(describe_environment())}")
     log.add_section("settings", params.model_dump(mode="json"), {})
     text, heldout = load_training(data, tokenizer, params.quantize.heldout_tokens)
-    resume_path = resume_file(program.parent, params.train, params.model.architecture, seed, _fingerprint(text))
+    resume_path = resume_file(program.parent, params.train, params.model.architecture, seed, fingerprint(text))
     settings = params.train.model_copy(update={"heldout_curve": None})  # the log has the loss curve alone
     trained = train_checkpoint(params.model, settings, text, heldout, tokenizer, seed=seed, process=process, resume_path=resume_path,
                                watch=lambda _: dict)
@@ -151,20 +145,18 @@ def make_artifact(params: ProgramParams, data: Path, tokenizer: Tokenizer, *, se
     calibration = calibrate(trained.checkpoint, text, params.calibrate, seed, process)
     log.add_section("calibrate", calibration.metrics, calibration.timing)
     start, parts = time.monotonic(), parts_of(outline(trained.checkpoint.model))
-    measure = partial(artifact_bytes, coding)
-    quantized, _ = quantize_model(trained.checkpoint, parts, calibration.hessians, params.quantize, process=process, measure=measure)
-    if params.quantize.distill.steps:
-        reference = build_model(trained.checkpoint.model, trained.checkpoint.weights).to(process.device)
-        loader = Loader(text, params.train.sequence_tokens, params.quantize.distill.batch_sequences, seed)
-        quantized, seconds = distill(reference, reference.logits, lambda step: loader.batch(step, process)[:, :-1], quantized,
-                                     params.quantize, process=process, measure=measure)
-        log.add_section("distill", {}, {"seconds": seconds})
+    distilled, _ = quantize(trained.checkpoint, calibration.hessians, params.quantize, lambda: text, seed=seed, process=process,
+                            measure=partial(artifact_bytes, coding), folder=program.parent)
+    quantized = distilled.quantized
+    if distilled.timing:
+        log.add_section("distill", distilled.metrics, distilled.timing)
     packed = pack(quantized, coding.codec, coding.level)
     rows = list_parts(quantized, packed, {name: part.role for name, part in parts.items()}, num_code_bytes)
     check_limit(rows, coding.limit_bytes)
     if process.is_main:
         write_bytes(program.with_name(ARTIFACT), packed.blob)
-        resume_path.unlink(missing_ok=True)
+        for path in filter(None, (resume_path, distilled.state)):
+            path.unlink(missing_ok=True)
     sizes = {row.part: row.num_bytes for row in rows} | summarize(rows) | {"limit_bytes": coding.limit_bytes}
     log.add_section("quantize and compress", sizes, {"seconds": time.monotonic() - start})
     return packed.blob
@@ -174,9 +166,3 @@ def _parse_seed(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_SEED)) and int(text) <= MAX_SEED):
         raise UserError(f"SEED: expected a whole number from 0 to {MAX_SEED}, found {text[:80]}")
     return int(text)
-
-
-def _fingerprint(text: Split) -> str:
-    """Tells training texts apart: a hash of how long the shards are and how they end."""
-    ends = [[len(shard), shard[-FINGERPRINT_TOKENS:].tolist()] for shard in text.shards]
-    return hashlib.sha256(json.dumps(ends).encode()).hexdigest()

@@ -6,18 +6,16 @@ clock, and whether to stop or to save. Shapes: B sequences of this process, T to
 
 import copy
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lib.artifacts.resume import INTERRUPTED_EXIT_CODE, Saver, interruption, load_resume
 from lib.data.loader import Batches, Prefetch
 from lib.data.rows import find_parts
 from lib.distributed import Process
@@ -31,7 +29,6 @@ from lib.training.config import TrainParams
 from lib.training.flat import FlatParameters
 from lib.training.optim import Optimizers
 from lib.training.qat import FakeQuantization
-from lib.training.resume import load_resume, save_resume
 from lib.training.schedule import lr_multiplier, muon_momentum, part_tokens
 
 WARM_UP_STEPS = 3  # the first two compile and set up; the last is timed
@@ -40,9 +37,6 @@ CURVE_STEPS = 10  # steps averaged into one point of the loss curve
 CURVE_DIGITS = 6  # of the held-out curve, whose further digits depend on the number of threads
 SYNC_STEPS = 10  # at most so many steps between two synchronizations,
 SYNC_SECONDS = 1.0  # and about this long, unless a step takes longer
-RESUME_INTERVAL_SECONDS = 1.0  # at least this long between two saved states,
-RESUME_SHARE = 0.02  # and long enough that saving takes no more than this share of the time
-INTERRUPTED_EXIT_CODE = 130
 
 
 class TrainingError(UserError):
@@ -286,14 +280,14 @@ def train(model: GPT, params: TrainParams, loader: Batches, process: Process, re
         run.warm_up()
     with interruption() as is_interrupted, Progress("train", run.budget.plan.num_steps, "step", enabled=process.is_main,
                                                     initial=run.num_steps) as progress:
-        next_save = time.monotonic() + RESUME_INTERVAL_SECONDS
+        saver = Saver(resume_path, "train")
         run.start_clock()
         while not run.is_finished:
             run.step()
             if not run.is_sync_due:
                 continue
             num_known = len(run.losses)
-            stop, save = run.sync(stop=is_interrupted(), save=time.monotonic() > next_save)
+            stop, save = run.sync(stop=is_interrupted(), save=saver.is_due)
             progress.update(len(run.losses) - num_known, total=run.budget.plan.num_steps, loss=run.losses[-1],
                             tokens_per_second=f"{run.num_tokens / run.seconds:,.0f}", **status())
             if measure and run.is_measure_due:
@@ -301,36 +295,10 @@ def train(model: GPT, params: TrainParams, loader: Batches, process: Process, re
             run.start_clock()
             if stop or save or run.is_finished:
                 run.check_weights()
-                start, resume_state = time.monotonic(), run.state_dict()
-                if process.is_main:
-                    _save(resume_path, resume_state)
-                next_save = time.monotonic() + max(RESUME_INTERVAL_SECONDS, (time.monotonic() - start) / RESUME_SHARE)
+                saver.save(run.num_steps, run.state_dict, write=process.is_main)
                 run.start_clock()
             if stop and not run.is_finished:
                 say(f"train: interrupted after step {run.num_steps}; rerun to continue", enabled=process.is_main)
                 raise SystemExit(INTERRUPTED_EXIT_CODE)
     candidates = {kind: run.parameters.by_name(weights) for kind, weights in run.averages.candidates().items()}
     return TrainResult(candidates, run.losses, run.heldout_curve, run.budget.plan.revisions, run.num_tokens, run.seconds)
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    try:
-        save_resume(path, state)
-    except OSError as error:  # a full disk does not end the run: its end may find room again
-        say(f"train: the state after step {state['num_steps']} was not saved, an earlier one is kept: {error}")
-
-
-@contextmanager
-def interruption() -> Iterator[Callable[[], bool]]:
-    """Within the context SIGINT and SIGTERM only set a flag, which the yielded function returns."""
-    received: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

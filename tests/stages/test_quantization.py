@@ -1,6 +1,8 @@
 """Calibrate, quantize and compress, one after the other, on a checkpoint of random weights."""
 
 import csv
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lib.artifacts.quantized import load_quantized
 from lib.compression.budget import BudgetError
 from lib.compression.container import load_artifact
 from lib.quantization.allocation import TargetError
+from lib.quantization.distillation import _Student
 from lib.submission.bundle import code_bytes
 from stages import calibrate, compress, quantize
 from tests.artifacts.quantized_models import assert_same
@@ -97,12 +100,30 @@ def test_free_steps_meet_the_target_in_bytes_of_the_artifact(project: Path) -> N
     assert load_metrics(stage_folder("quantize", SEED)).keys() == METRIC_KEYS
 
 
-def test_distillation_meets_the_target_reads_the_training_text_and_says_how_long_it_took(project: Path) -> None:
+def interrupt_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the stage until the first step of distillation is made."""
+    step = _Student.step
+
+    def stop(student: _Student, *arguments: float) -> None:
+        step(student, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Student, "step", stop)
+        with pytest.raises(SystemExit):
+            quantize.main(SEED)
+
+
+def test_distillation_meets_the_target_reads_the_training_text_and_says_how_long_it_took(project: Path,
+                                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     write_params(project, "quantize", **FREE | {"distill": PARAMS["quantize"]["distill"] | {"steps": 3}, "feedback_damping": 0.1,
                                            "low_rank": PARAMS["quantize"]["low_rank"]})
     calibrate.main(SEED)
     quantize.main(SEED)
     first = outputs("quantize")
+    assert load_metrics(stage_folder("quantize", SEED)).keys() == METRIC_KEYS | {"distill_kept", "distill_kl", "undistilled_kl"}
+    interrupt_distillation(monkeypatch)
+    assert len(outputs("quantize").keys() - first.keys()) == 1, "the state"
     quantize.main(SEED)
     assert outputs("quantize") == first
     compress.main(SEED)
@@ -161,3 +182,15 @@ def test_a_confined_stage_works_and_cannot_read_the_validation_text(stage: str, 
         calibrate.main(SEED)
     check_confined(project, stage, SEED, reads)
     assert list(stage_folder(stage, SEED).glob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not landlock(), reason="Landlock cannot be used here")
+def test_confined_distillation_works_and_goes_on_from_its_state(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_params(project, "quantize", distill=PARAMS["quantize"]["distill"] | {"steps": 2})
+    calibrate.main(SEED)
+    quantize.main(SEED)
+    first = outputs("quantize")
+    interrupt_distillation(monkeypatch)
+    check_confined(project, "quantize", SEED, "train")
+    assert outputs("quantize") == first

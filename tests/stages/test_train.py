@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import lib.artifacts.resume
 import lib.training.loop
 from lib.artifacts.files import ArtifactError
 from lib.artifacts.metrics import load_metrics
 from lib.artifacts.paths import TOKENIZE_FOLDER
+from lib.artifacts.resume import load_resume
 from lib.training.loop import Run, TrainingError
-from lib.training.resume import load_resume
 from stages import train
 from tests.stages.project import check_confined, landlock
 from tests.stages.train_project import (
@@ -67,8 +68,8 @@ def folder(prepared: Path, tmp_path: Path) -> Path:
 def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same as the working directory, for the stage called in this process; few steps, the state saved as often as can be."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(lib.training.loop, "RESUME_INTERVAL_SECONDS", 0.0)
-    monkeypatch.setattr(lib.training.loop, "RESUME_SHARE", float("inf"))
+    monkeypatch.setattr(lib.artifacts.resume, "INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(lib.artifacts.resume, "SHARE", float("inf"))
     write_params(folder, "train", budget_steps=FEW_STEPS)
     return folder
 
@@ -329,7 +330,7 @@ def test_a_state_that_is_damaged_is_named_and_kept(here: Path, damage: Callable[
         train.main(SEED)
     damage(find_state(here))
     before = read_results(here)
-    with pytest.raises(ArtifactError, match=r"^artifacts/train/seed7/resume-.*: expected the state .*, found .*; delete it to train from"):
+    with pytest.raises(ArtifactError, match=r"^artifacts/train/seed7/resume-.*: expected the state .*, found .*; delete it to start from"):
         train.main(SEED)
     assert read_results(here) == before
     find_state(here).unlink()

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lib.training.loop
+import lib.artifacts.resume
 from lib.artifacts.files import write_json
 from lib.artifacts.paths import stage_folder
+from lib.artifacts.resume import load_resume
 from lib.params import SECTIONS
-from lib.training.resume import load_resume
 from stages import train
 from tests.evaluation.tiny import MODEL
 from tests.stages import project
@@ -141,5 +141,5 @@ def read_timing(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     Path(f"pid{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
-    lib.training.loop.RESUME_INTERVAL_SECONDS, lib.training.loop.RESUME_SHARE = 0.0, float("inf")
+    lib.artifacts.resume.INTERVAL_SECONDS, lib.artifacts.resume.SHARE = 0.0, float("inf")
     train.main(SEED)

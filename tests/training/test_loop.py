@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lib.artifacts.resume
 import lib.training.loop
 from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU, Process
@@ -34,7 +35,7 @@ from tests.training.tiny import make_model, make_params, make_split
 
 @pytest.fixture(autouse=True)
 def _no_state_is_saved_because_the_machine_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lib.training.loop, "RESUME_INTERVAL_SECONDS", float("inf"))
+    monkeypatch.setattr(lib.artifacts.resume, "INTERVAL_SECONDS", float("inf"))
     monkeypatch.setattr(lib.training.loop, "SYNC_SECONDS", 1e9)
     monkeypatch.setattr(lib.training.loop, "SYNC_STEPS", 4)  # after steps 1, 5, 9, ...
 
@@ -61,8 +62,8 @@ def run_training(folder: Path, params: TrainParams | None = None, process: Proce
 
 
 def save_at_every_synchronization(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lib.training.loop, "RESUME_INTERVAL_SECONDS", 0.0)
-    monkeypatch.setattr(lib.training.loop, "RESUME_SHARE", float("inf"))
+    monkeypatch.setattr(lib.artifacts.resume, "INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(lib.artifacts.resume, "SHARE", float("inf"))
 
 
 def assert_same(one: TrainResult, other: TrainResult) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lib.artifacts.files import ArtifactError
-from lib.training.resume import load_resume, resume_file, save_resume
+from lib.artifacts.resume import load_resume, save_resume
+from lib.training.resume import resume_file
 from tests.training.tiny import make_model, make_params
 
 
@@ -49,5 +50,5 @@ def test_a_damaged_file_is_named(tmp_path: Path, part: float) -> None:
     save_resume(path, {"weights": torch.arange(1000.0)})
     content = path.read_bytes()
     path.write_bytes(content[:int(part * len(content))])
-    with pytest.raises(ArtifactError, match=r"resume\.pt: .* delete it to train from the beginning"):
+    with pytest.raises(ArtifactError, match=r"resume\.pt: .* delete it to start from the beginning"):
         load_resume(path)
