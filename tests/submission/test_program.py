@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {
     "train": {"qat": {"below_lr": 0.5}, "budget_steps": 30}, "quantize": {"target_bytes": CODE_BYTES + 20_000},
     "evaluate": {"audit": False, "strategies": ["plain", "lora"], "strategy": "lora"}}
-PROGRESS = r"(note|train|calibrate|verify|factorize|quantize|evaluate): |lora trains |$"
+PROGRESS = r"(note|train|calibrate|verify|factorize|quantize|distill|evaluate): |lora trains |$"
 ONE_PROCESS, TWO_PROCESSES = ["train_gpt.py"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
 
 
@@ -140,14 +140,16 @@ def test_there_was_no_network() -> None:
 
 
 def test_two_processes_make_one_result_and_one_scores_it(pipeline: Path, tmp_path: Path) -> None:
-    """Sums of two processes are rounded in another way; what they make is scored alone, from the splits of the pipeline."""
-    folder = write_program(tmp_path / "submission", pipeline, {"evaluate": {"strategies": ["plain"], "strategy": "plain"}})
+    """Sums of two processes are rounded in another way; what they make, distilled, is scored alone, from the splits of the pipeline."""
+    folder = write_program(tmp_path / "submission", pipeline, {"evaluate": {"strategies": ["plain"], "strategy": "plain"},
+                                                               "quantize": {"distill": {"steps": 2}}})
     metrics = load_metrics(pipeline / stage_folder("evaluate", SEED))
     output = run(folder, pipeline / "published", TWO_PROCESSES, given=variables(pipeline))
     assert output.count("\n== evaluate\n") == 1 and "2 processes" in output.splitlines()[0]
     found = figures(output)
     assert float(found["val_bpb"]) == pytest.approx(metrics["plain_bpb"], abs=0.02)
     assert int(found["artifact_bytes"]) <= CODE_BYTES + 20_000
+    assert float(found["distill_seconds"]) > 0 and found["distill_kept"] in ("true", "false") and not list(folder.glob("resume-*"))
     (folder / "tokenizer.model").write_bytes((pipeline / TOKENIZE_FOLDER / "tokenizer.model").read_bytes())
     alone = figures(run(folder, pipeline / TOKENIZE_FOLDER, [*ONE_PROCESS, "--score"]))
     assert float(alone["val_bpb"]) == pytest.approx(float(found["val_bpb"]), abs=1e-5)
