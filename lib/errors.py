@@ -44,7 +44,7 @@ def report_errors() -> None:
 
 
 def report_at_once() -> None:
-    """To be called when the processes of a run have joined, and can agree on which of them is to end with an error."""
+    """Every process says its own errors from now on; for when those of a run have joined and can agree on which of them ends with one."""
     if sys.excepthook is _report_early:
         sys.excepthook = _report
 

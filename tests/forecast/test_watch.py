@@ -13,6 +13,7 @@ import lib.training.loop
 from lib.data.loader import Loader
 from lib.distributed import SINGLE_CPU
 from lib.forecast.watch import SizeWatch
+from lib.params import read_params
 from lib.training.loop import TrainResult, train
 from tests.forecast.presets import ROOT
 from tests.training.tiny import make_model, make_params, make_split
@@ -60,7 +61,8 @@ def test_it_follows_the_weights_and_the_parameters_of_the_moment(parameter_file:
     model = make_model()
     watch = SizeWatch(model, enabled=True)
     first = watch.status()
-    assert first["artifact"].endswith(" of 0.56 MB")
+    limit_bytes = read_params(parameter_file)["compress"]["limit_bytes"]
+    assert first["artifact"].endswith(f" of {limit_bytes / 1e6:.2f} MB")
     assert watch.status() is first  # no more than a share of the time
     assert SizeWatch(model, enabled=False).status() == {}
     parameter_file.write_text(re.sub(r"limit_bytes: \d+", "limit_bytes: 1000000", parameter_file.read_text()))
