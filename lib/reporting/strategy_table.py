@@ -83,7 +83,7 @@ def _bpb(key: str, metrics: Metrics) -> Row:
 def _note(name: str, metrics: Metrics, declared: list[str]) -> str:
     epochs, gains = ([of_seed[key] for of_seed in metrics if key in of_seed] for key in (f"{name}_epochs", f"{name}_tilt_gain"))
     return ", ".join([*declared, *([f"{fmean(epochs):.3g} epochs, as the time allowed"] if epochs else []),
-                      *([f"the tilt saves {fmean(gains):.4f} nats per token"] if gains else [])])
+                      *([f"tilt {-fmean(gains):+.4f} nats"] if gains else [])])
 
 
 def _time_cells(name: str, timings: Timings) -> list[str]:

@@ -59,4 +59,4 @@ def test_epochs_that_were_left_out_are_told() -> None:
 def test_what_a_tilt_saves_is_told() -> None:
     metrics = [make_metrics(0)["evaluate"] | {"score_first_tilt_gain": gain, "score_first_tilted_targets": 9} for gain in (0.01, 0.02)]
     line = next(line for line in format_strategies(metrics, LEGAL).splitlines() if line.startswith("score_first"))
-    assert line.endswith("yes: the tilt saves 0.0150 nats per token")
+    assert line.endswith("yes: tilt -0.0150 nats")
