@@ -3,7 +3,7 @@
 Shapes: N windows, T tokens of a window, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,8 +47,8 @@ class HeldoutComparison(NamedTuple):
 
 
 def score_heldout(model: nn.Module, tokens: Tokens, tokenizer: Tokenizer, *, window_tokens: int, batch_windows: int, precision: Precision,
-                  process: Process, looped: bool = True) -> Score:
-    """Score a stream with one model; every process gets the result.
+                  process: Process, looped: bool = True, max_tokens: int | None = None) -> Score:
+    """Score a stream, or windows that are evenly spread over it, with one model; every process gets the result.
 
     Args:
         model: called as `GPT.forward`, on the process's device.
@@ -59,13 +59,26 @@ def score_heldout(model: nn.Module, tokens: Tokens, tokenizer: Tokenizer, *, win
         precision: precision of the matrix products.
         process: says which share of the windows is computed here.
         looped: argument of `GPT.forward`.
+        max_tokens: most tokens of all windows together, but at least one window; None for the whole stream.
     """
-    nats = window_losses(model, tokens, window_tokens=window_tokens, batch_windows=batch_windows, precision=precision, process=process,
-                         looped=looped)
-    return make_score(nats, tokenizer.target_bytes(tokens))
+    if max_tokens is None or len(tokens) - 1 <= max(max_tokens, window_tokens):
+        nats = window_losses(model, tokens, window_tokens=window_tokens, batch_windows=batch_windows, precision=precision, process=process,
+                             looped=looped)
+        return make_score(nats, tokenizer.target_bytes(tokens))
+    rows = spread_windows(tokens, window_tokens, max_tokens)
+    batches = torch.split(torch.from_numpy(rows.astype(np.int64)), max(1, min(batch_windows, -(-len(rows) // process.world_size))))
+    nats = _batch_losses(model, batches, precision, process, looped=looped)
+    return make_score(nats, np.concatenate([tokenizer.target_bytes(row) for row in rows]))
 
 
-@torch.inference_mode()
+def spread_windows(tokens: Tokens, window_tokens: int, max_tokens: int) -> Tokens:
+    """Windows (N, T+1) of a stream, side by side or evenly apart; at most `max_tokens` inputs together, but at least one window."""
+    available = (len(tokens) - 1) // window_tokens
+    num_windows = min(available, max(1, max_tokens // window_tokens))
+    starts = np.arange(num_windows) * available // num_windows * window_tokens
+    return np.stack([tokens[start:start + window_tokens + 1] for start in starts])
+
+
 def window_losses(model: nn.Module, tokens: Tokens, *, window_tokens: int, batch_windows: int, precision: Precision, process: Process,
                   looped: bool = True) -> npt.NDArray[np.float32]:
     """Loss of every target of a stream in windows side by side, the last of which may be shorter; the model is in evaluation mode.
@@ -93,6 +106,14 @@ def window_losses(model: nn.Module, tokens: Tokens, *, window_tokens: int, batch
     rows = stream[:num_full * window_tokens + 1].unfold(0, window_tokens + 1, window_tokens) if num_full else stream[:0, None]  # (N, T+1)
     share = max(1, min(batch_windows, -(-num_full // process.world_size)))  # so that each process gets some
     batches = [batch for batch in (*torch.split(rows, share), stream[num_full * window_tokens:][None]) if batch.numel() > len(batch)]
+    return _batch_losses(model, batches, precision, process, looped=looped)
+
+
+@torch.inference_mode()
+def _batch_losses(model: nn.Module, batches: Sequence[Tensor], precision: Precision, process: Process, *,
+                  looped: bool) -> npt.NDArray[np.float32]:
+    """Losses of all targets of batches (N, T+1), one after the other."""
+    num_targets = sum(batch[:, 1:].numel() for batch in batches)
     nats, done, was_training = torch.zeros(num_targets, device=process.device), 0, model.training
     model.eval()
     try:
@@ -127,13 +148,11 @@ def compare_heldout(model: Logits, reference: Logits, split: Split, tokenizer: T
         UserError: the split has no window of T + 1 tokens.
     """
     tokens = split.tokens()
-    available = (len(tokens) - 1) // window_tokens
-    if available < 1:
+    if len(tokens) <= window_tokens:
         raise UserError(f"{split.folder}: expected at least {window_tokens + 1} held-out tokens, found {len(tokens)}; "
                         "raise tokenize.heldout_fraction or enlarge the corpus")
-    num_windows = min(available, max(1, max_tokens // window_tokens))
-    starts = np.arange(num_windows) * available // num_windows * window_tokens
-    rows = torch.from_numpy(np.stack([tokens[start:start + window_tokens + 1] for start in starts]).astype(np.int64))  # (N, T+1)
+    rows = torch.from_numpy(spread_windows(tokens, window_tokens, max_tokens).astype(np.int64))  # (N, T+1)
+    num_windows = len(rows)
     nats = torch.zeros(2, num_windows, window_tokens, device=process.device)  # of the quantized and of the float model
     divergence = torch.zeros((), dtype=torch.float64, device=process.device)
     mine = torch.arange(process.rank, num_windows, process.world_size)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.artifacts.checkpoint import Checkpoint, TrainedGrid, Training
-from lib.artifacts.tokens import Split, Tokens
+from lib.artifacts.tokens import Split
 from lib.data.loader import Batches, Loader
 from lib.data.sequential import SequentialLoader
 from lib.data.tokenizer import Tokenizer
@@ -79,16 +79,16 @@ def train_checkpoint(section: ModelSection, params: TrainParams, text: Split, he
     initialize(model, seed)
     loader = make_loader(params, text, tokenizer.bos_id, seed)
 
-    def score(tokens: Tokens, stage: Stage) -> Score:
+    def score(stage: Stage, max_tokens: int | None = None) -> Score:
         window_tokens = stage.part_tokens or params.sequence_tokens
         batch_windows = params.micro_batch_sequences * params.tokens_per_row // window_tokens
         return score_heldout(model, tokens, tokenizer, window_tokens=window_tokens, batch_windows=batch_windows,
-                             precision=params.precision, process=process, looped=stage.is_looped)
+                             precision=params.precision, process=process, looped=stage.is_looped, max_tokens=max_tokens)
 
     tokens, curve = heldout.tokens(), params.heldout_curve
     result = train(model, params, loader, process, resume_path, status=watch(model),
-                   measure=partial(score, tokens[:curve.tokens]) if curve else None)
-    scores = score_candidates(model, result.candidates, lambda: score(tokens, Stage(is_looped=True, part_tokens=None)))
+                   measure=partial(score, max_tokens=curve.tokens) if curve else None)
+    scores = score_candidates(model, result.candidates, lambda: score(Stage(is_looped=True, part_tokens=None)))
     selected = select(scores, params.averaging.select)
     checkpoint = Checkpoint(
         {name: weight.cpu() for name, weight in result.candidates[selected].items()}, section.architecture.model_dump(mode="json"),

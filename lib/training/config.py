@@ -91,7 +91,7 @@ class HeldoutCurveParams(Params):
     every_steps: Positive
     """Steps between two points; the last one is measured after the last step."""
     tokens: Annotated[Positive, Field(ge=2)]
-    """The first held-out tokens, or all that there are."""
+    """Held-out tokens, at most, in evenly spread windows; all that there are, if they are no more."""
 
 
 class TrainParams(Params):

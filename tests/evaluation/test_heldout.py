@@ -11,7 +11,7 @@ import torch
 from lib.artifacts.tokens import Split
 from lib.data.encoder import encode_documents
 from lib.distributed import SINGLE_CPU, Process
-from lib.evaluation.heldout import HeldoutComparison, compare_heldout, window_losses
+from lib.evaluation.heldout import HeldoutComparison, compare_heldout, score_heldout, window_losses
 from lib.model.gpt import GPT
 from tests.data.texts import ENGLISH, TINY_VOCAB_SIZE, tiny_tokenizer
 from tests.evaluation.test_score import score_by_hand
@@ -68,6 +68,25 @@ def test_equals_the_sums_over_evenly_spread_windows(max_tokens: int, windows: li
     found, expected = compare(model, reference, split, max_tokens=max_tokens), expected_figures(model, reference, split, windows)
     assert found == pytest.approx(expected, rel=2e-5, abs=1e-7)
     assert found.num_tokens == len(windows) * WINDOW and found.kl > 1e-4
+
+
+@pytest.mark.parametrize(("max_tokens", "windows"), [(30, [0, 2, 4, 6, 8]), (1, [0])])
+def test_a_score_of_some_windows_is_that_of_the_comparison(max_tokens: int, windows: list[int]) -> None:
+    (model, reference), split = make_pair(), make_split()
+    expected = expected_figures(model, reference, split, windows)
+    for batch_windows in (1, 3, 100):
+        found = score_heldout(model, split.tokens(), tiny_tokenizer(), window_tokens=WINDOW, batch_windows=batch_windows, precision="fp32",
+                              process=SINGLE_CPU, max_tokens=max_tokens)
+        assert found.bpb == pytest.approx(expected.bpb, rel=1e-5) and found.num_tokens == expected.num_tokens
+
+
+def test_a_score_of_more_than_there_is_is_that_of_the_whole_stream() -> None:
+    (model, _), tokens = make_pair(), make_split().tokens()
+    nats = window_losses(model, tokens, window_tokens=WINDOW, batch_windows=4, precision="fp32", process=SINGLE_CPU)
+    for max_tokens in (None, len(tokens) - 1, 10**6):
+        found = score_heldout(model, tokens, tiny_tokenizer(), window_tokens=WINDOW, batch_windows=4, precision="fp32", process=SINGLE_CPU,
+                              max_tokens=max_tokens)
+        assert found.num_tokens == len(tokens) - 1 and found.loss == pytest.approx(float(nats.mean()), rel=1e-6)
 
 
 def test_identical_models_do_not_differ() -> None:
