@@ -50,7 +50,8 @@ def test_an_import_cannot_swallow_ctrl_c(tmp_path: Path, rank: str, said: list[s
     """What torch does when Ctrl-C comes while it imports NumPy. Outside of imports there may be something to clean up."""
     (tmp_path / "swallows.py").write_text("import os\ntry: os.kill(os.getpid(), 2)\nexcept BaseException: pass\n")
     interrupted = "import os\ntry: os.kill(os.getpid(), 2)\nexcept KeyboardInterrupt: print('cleaned up', flush=True)\n"
-    result = run("-c", f"import stages\n{interrupted}import swallows", PYTHONPATH=f"{ROOT}:{tmp_path}", RANK=rank)
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also where the tests run in the background
+    result = run("-c", f"{heard}import stages\n{interrupted}import swallows", PYTHONPATH=f"{ROOT}:{tmp_path}", RANK=rank)
     assert (result.returncode, result.stdout, result.stderr.splitlines()) == (-2, "cleaned up\n", said)
 
 

@@ -28,7 +28,7 @@ CHECKPOINT, ARTIFACT = 585, 410  # seeds
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """With tokens, and without any model."""
     made = Clone(tmp_path_factory.mktemp("clone"))
-    made.change({"evaluate": {"strategies": ["plain"], "strategy": "plain", "audit": True}})
+    made.change({"evaluate": {"strategies": ["plain"], "strategy": "plain", "audit": True, "tilt": None}})
     assert made.repro("tokenize") == {"tokenize"}
     return made
 
