@@ -1,10 +1,10 @@
 """The recipes of #585 and #1855 side by side, small: ``python -m bench.frontier --text FILE [--seeds SEED ...] [--changes NAME ...]``.
 
-Both get the same text, tokens, steps, width and bytes; architecture, optimizer, schedule and averages are those of their presets, with the
-decay of the average scaled to the number of steps. Quantization (free steps) and evaluation are those of the default run. Then #1855 is run
-with one change at a time, with the first seed. Every run is a folder of its own under --work in which the stages run one after
-the other; what is finished is kept, so that the same command goes on after an interruption. One process and the number of threads that
-OMP_NUM_THREADS says.
+Both get the same text and width, and as many tokens, steps and bytes; architecture, optimizer, schedule, order of the data and averages are
+those of their presets, with the decay of the average scaled to the number of steps. Quantization (free steps) and evaluation are those of
+the default run. Then #1855 is run with one change at a time, with the first seed. Every run is a folder of its own under --work, with a
+copy of the code, in which the stages run one after the other; what is finished is kept, so that the same command goes on after an
+interruption. One process and the number of threads that OMP_NUM_THREADS says.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no-loop": {"model": {"loop": None}, "train": {"loop_start": 0.0}},
     "relu2": {"model": {"mlp_negative_slope": 0.0}},
     "newton-schulz": {"train": {"optimizer": {"orthogonalization": "newton_schulz", "normalize_rows": "none"}}},
-    "decay-of-585": {"train": {"optimizer": {"weight_decay": {"matrix": 0.04, "embedding": 0.04, "vector": 0.0}}}},
+    "decay-of-585": {"train": {"optimizer": {"weight_decay": {"matrix": 0.04, "embedding": 0.04, "vector": 0.04}}}},
     "no-gate": {"model": {"attention_gate": False}},
     "no-lanes": {"model": {"parallel_from": None}},
     "joined-documents": {"model": {"document_mask": False}},
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=1_800_000, help="size of the artifact, code included")
     options = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")
-    print(f"{'bits per byte: held-out | validation':24}")
+    print("bits per byte: float and quantized of held-out text, plain, sliding and lora of validation text")
     print(f"{'':24}" + "".join(f"{name:>11}" for name in FIGURES), flush=True)
     found: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in RECIPES}
     for recipe, change, seed in plan(options):

@@ -231,7 +231,13 @@ class Trial:
             num_tried += len(stated)
         passed = worst(complete and sums <= SUM_TOLERANCE, judge(max(differences), 0, self._noise),
                        judge(losses, LOSS_TOLERANCE[self._params.precision], self._noise))
-        return self._conclude(passed, {
+        tilt, hinted = self._params.tilt, {}
+        if tilt is not None:
+            hints = find_hints(self._probe.tokens, tilt).tokens
+            hinted = {"places_with_hint": int(sum(hints[place - 1] != NO_HINT for place in at_places))}
+            if passed and not hinted["places_with_hint"]:
+                return {"passed": None, "why": "no token of the text that was tried has a hint of the tilt", "places": len(at_places)}
+        return self._conclude(passed, hinted | {
             "probabilities": self._vocab_size if complete else None, "places": len(at_places), "targets_tried": num_tried,
             "distributions_differing": sum(map(bool, differences)), "largest_deviation_of_sum": _figure(sums),
             "largest_deviation_of_loss": _figure(losses)})

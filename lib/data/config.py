@@ -43,7 +43,7 @@ class ExpectParams(Params):
     val_bytes: Positive | None
     """Bytes of text that they stand for."""
     val_bytes_per_token: PositiveFloat | None
-    """The same per target token, with five digits after the point; one unit of the last is allowed."""
+    """The same per target token; it may differ by one unit of the last digit that is given."""
     val_sidecar_bytes_per_token: PositiveFloat | None
     """Bytes per target token by the byte side-cars of published shards, which are not what counts here; as precise."""
 

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from lib.data.workers import map_in_order
 from lib.errors import UserError
 from lib.progress import Progress
 
-BYTES_PER_TOKEN_TOLERANCE = 1e-5  # one unit of the last digit that is published
 BYTES_PER_PROCESS = 8_000_000  # of files, to make up for the half second in which a process starts
 
 
@@ -191,11 +191,16 @@ def _check_expectations(expect: ExpectParams, manifest: dict[str, Any]) -> None:
     facts = {"val_documents": val["documents"], "val_targets": num_targets, "val_bytes": num_bytes,
              "val_bytes_per_token": num_bytes / num_targets, "val_sidecar_bytes_per_token": sidecar and sidecar["bytes"] / num_targets}
     for key, found in facts.items():
-        expected, tolerance = getattr(expect, key), BYTES_PER_TOKEN_TOLERANCE if key.endswith("per_token") else 0
-        if expected is not None and (found is None or abs(found - expected) > tolerance):
+        expected = getattr(expect, key)
+        if expected is not None and (found is None or abs(found - expected) > _last_digit(expected)):
             raise UserError(f"tokenize.expect.{key}: expected {expected}, found {'no side-cars' if found is None else found}: not the "
                             "validation documents or not the tokenizer that the number is known of; correct the section tokenize, or set "
                             "the key to null")
+
+
+def _last_digit(number: float) -> float:
+    """One unit of the last digit that a number is given with; 0 for whole numbers."""
+    return 0 if isinstance(number, int) else 10.0 ** int(Decimal(str(number)).as_tuple().exponent)
 
 
 def _check_document(document: EncodedDocument, split: str, tokenizer: Tokenizer) -> None:

@@ -61,6 +61,14 @@ def test_a_hinted_token_is_among_the_places_that_are_tried_whether_or_not_the_te
     assert (tried.changes, tried.cuts) == (without.changes, without.cuts)
 
 
+def test_a_tilt_of_which_no_hint_was_tried_is_not_checked() -> None:
+    """N-grams that the text has no room to repeat."""
+    found = audit("plain", params=make_params(tilt={"threshold": 0.6, "boosts": [[1000, 2.0]]}))["strategies"]["plain"]["distribution"]
+    assert found["passed"] is None and "no token of the text that was tried has a hint" in found["why"]
+    found = audit("plain", params=PARAMS)["strategies"]["plain"]["distribution"]
+    assert found["passed"] is True and found["places_with_hint"] > 0
+
+
 Follow = Callable[[npt.NDArray[Any], int, float], npt.NDArray[np.int32]]
 
 

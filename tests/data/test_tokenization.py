@@ -191,7 +191,6 @@ def test_manifest_and_metrics(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ExpectParams.model_fields)
 def test_known_facts_are_checked(tmp_path: Path, key: str) -> None:
-    close, far = ([0.0, 9e-6, -9e-6], [2e-5, -2e-5]) if key.endswith("per_token") else ([0], [1, -1])
     splits = write(tmp_path, SENTENCES) | {"byte_sidecar": {"bytes": 12_345}}
     val = splits["splits"]["val"]
     fact = {"val_documents": val["documents"], "val_targets": val["tokens"] - 1, "val_bytes": val["accounted_bytes"],
@@ -202,11 +201,15 @@ def test_known_facts_are_checked(tmp_path: Path, key: str) -> None:
         expect = tiny_params().expect.model_dump() | {key: expected}
         make_manifest(tiny_params(expect=expect), make_source([]), tiny_tokenizer(), splits)
 
-    for difference in close:
-        check(fact + difference)
-    for difference in far:
-        with pytest.raises(ValueError, match=rf"tokenize\.expect\.{key}: expected .*, found {fact}"):
-            check(fact + difference)
+    close, far = [fact], [fact + 1, fact - 1]
+    if key.endswith("per_token"):  # one unit of the last digit, however many there are
+        close = [round(fact, digits) for digits in (3, 5)]
+        far = [round(fact + 2 * sign / 10**digits, digits) for digits in (3, 5) for sign in (1, -1)]
+    for expected in close:
+        check(expected)
+    for expected in far:
+        with pytest.raises(ValueError, match=rf"tokenize\.expect\.{key}: expected {expected}, found {fact}"):
+            check(expected)
 
 
 def test_side_cars_that_are_expected_must_be_there(tmp_path: Path) -> None:

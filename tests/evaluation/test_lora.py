@@ -19,7 +19,8 @@ from lib.evaluation.lora import LowRankAdapters, adapted_layers, document_work
 from lib.evaluation.windows import Documents
 from lib.model import compilation
 from lib.model.attention import Attention
-from lib.model.gpt import GPT, MLP
+from lib.model.blocks import MLP
+from lib.model.gpt import GPT
 from tests.evaluation.tiny import FRONTIER, make_job, make_model, make_params, make_tokens
 
 STARTS = (0, 13, 14, 30, 47, 60, 83)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lib.errors import UserError
 from lib.model.attention import rms_norm
+from lib.model.blocks import Block
 from lib.model.config import parse_model
-from lib.model.gpt import GPT, Block, TiedHead, build_model
+from lib.model.gpt import GPT, TiedHead, build_model
 from lib.model.initialization import initialize
 from lib.model.sdpa import SDPA, Attend, Kernel, Sight
 from lib.params import ParamsError

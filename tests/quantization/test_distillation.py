@@ -21,7 +21,8 @@ from lib.compression.context import encode_range
 from lib.distributed import SINGLE_CPU, Process
 from lib.model.parts import parts_of, read_weights, write_weights
 from lib.quantization.config import QuantizeParams
-from lib.quantization.distillation import SHARPNESS, Distilled, _backward, _Price, _Student, code_bits, code_slopes, distill
+from lib.quantization.distillation import Distilled, _backward, _Price, distill
+from lib.quantization.student import SHARPNESS, Student, code_bits, code_slopes
 from tests.artifacts.quantized_models import TRAINING, assert_same
 from tests.processes import run_processes
 from tests.quantization.test_config import QUANTIZE, make_quantize
@@ -134,7 +135,7 @@ def test_gradients_are_those_of_the_smooth_loss_at_the_codes() -> None:
     """By central differences in fp64: KL with weights latent x step, + price x slope x log cosh(2 z) / 2, which is about |z|."""
     model, price = Bigrams().double(), 0.01
     start, tokens = round_weights(model, -1024), batch_of(0)
-    student = _Student(model, start, make_quantize(distill=SETTINGS), torch.device("cpu"))
+    student = Student(model, start, make_quantize(distill=SETTINGS), torch.device("cpu"))
     student.measure_slopes()
     loss = _backward(student, model, tokens, "fp32", SINGLE_CPU)
     assert float(loss) == pytest.approx(divergence_at(model, student, tokens), rel=1e-5)
@@ -156,7 +157,7 @@ def test_gradients_are_those_of_the_smooth_loss_at_the_codes() -> None:
 
 
 @torch.no_grad()
-def divergence_at(model: nn.Module, student: _Student, tokens: Tensor, put: bool = True) -> float:
+def divergence_at(model: nn.Module, student: Student, tokens: Tensor, put: bool = True) -> float:
     if put:
         student.put_quantized()
     after = model(tokens).log_softmax(-1)
@@ -213,13 +214,13 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(tmp_path: Path, monkeypat
                                                        free: bool) -> None:
     monkeypatch.setattr(lib.artifacts.resume, "INTERVAL_SECONDS", float("inf") if number else 0.0)
     monkeypatch.setattr(lib.artifacts.resume, "SHARE", float("inf"))
-    model, step, done = Bigrams(), _Student.step, []
+    model, step, done = Bigrams(), Student.step, []
     start = round_weights(model, -1024, None if free else 4)
     settings = SETTINGS | {"steps": 50}  # prices hold for two of them
     params = make_quantize(**FREE, target_bytes=round(0.97 * size(start)), distill=settings) if free else make_quantize(distill=settings)
     expected = run(model, start, params)
 
-    def stop(student: _Student, price: float, lr_multiplier: float) -> None:
+    def stop(student: Student, price: float, lr_multiplier: float) -> None:
         step(student, price, lr_multiplier)
         done.append(1)
         if len(done) == at_step:
@@ -227,7 +228,7 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(tmp_path: Path, monkeypat
                 raise KilledError
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(_Student, "step", stop)
+    monkeypatch.setattr(Student, "step", stop)
     with pytest.raises(SystemExit if number else KilledError) as stopped:
         run(model, start, params, tmp_path)
     assert number is None or stopped.value.args == (130,)
@@ -263,16 +264,16 @@ def save_distilled(process: Process, path: Path, suffix: str = "", folder: Path 
 def save_distilled_with_an_interruption(process: Process, path: Path) -> None:
     """Of the second process alone."""
     save_distilled(process, path)
-    step, done = _Student.step, []
+    step, done = Student.step, []
 
-    def stop(student: _Student, price: float, lr_multiplier: float) -> None:
+    def stop(student: Student, price: float, lr_multiplier: float) -> None:
         step(student, price, lr_multiplier)
         done.append(1)
         if process.rank == 1 and len(done) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Student, "step", stop)
+        patch.setattr(Student, "step", stop)
         with pytest.raises(SystemExit):
             save_distilled(process, path, folder=path / "state")
         save_distilled(process, path, "-continued", path / "state")

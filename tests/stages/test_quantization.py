@@ -17,7 +17,7 @@ from lib.artifacts.quantized import load_quantized
 from lib.compression.budget import BudgetError
 from lib.compression.container import load_artifact
 from lib.quantization.allocation import TargetError
-from lib.quantization.distillation import _Student
+from lib.quantization.student import Student
 from lib.submission.bundle import code_bytes
 from stages import calibrate, compress, quantize
 from tests.artifacts.quantized_models import assert_same
@@ -102,14 +102,14 @@ def test_free_steps_meet_the_target_in_bytes_of_the_artifact(project: Path) -> N
 
 def interrupt_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the stage until the first step of distillation is made."""
-    step = _Student.step
+    step = Student.step
 
-    def stop(student: _Student, *arguments: float) -> None:
+    def stop(student: Student, *arguments: float) -> None:
         step(student, *arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Student, "step", stop)
+        patch.setattr(Student, "step", stop)
         with pytest.raises(SystemExit):
             quantize.main(SEED)
 
