@@ -55,6 +55,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, training_bytes: i
     options: dict[str, Any] = {}
     if num_spaces <= 2 * (1 - CHARACTER_COVERAGE) * num_characters:  # more would be among the characters that are covered
         options["required_chars"] = SPACE
+        sample.append(" ")  # SentencePiece before 0.2.3 ends the process where a required character does not occur
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
