@@ -43,7 +43,7 @@ class ExpectParams(Params):
     val_bytes: Positive | None
     """Bytes of text that they stand for."""
     val_bytes_per_token: PositiveFloat | None
-    """The same per target token; it may differ by one unit of the last digit that is given."""
+    """The same per target token; it may differ by one unit of the last digit that is given, zeros at the end not counted."""
     val_sidecar_bytes_per_token: PositiveFloat | None
     """Bytes per target token by the byte side-cars of published shards, which are not what counts here; as precise."""
 

@@ -66,7 +66,7 @@ def test_the_space_is_a_piece_however_rare_it_is(num_spaces: int) -> None:
 @pytest.mark.parametrize(("documents", "vocab_size", "expected"), [
     ([ENGLISH], 5000, r"at most \d+ pieces"),
     (DOCUMENTS, 262, r"at least \d+ pieces"),
-    (["\u2585"], 300, "a vocabulary that SentencePiece can train"),
+    (["\u2585 a b"], 300, "a vocabulary that SentencePiece can train"),
 ])
 def test_vocabulary_that_cannot_be_reached_is_an_error(documents: list[str], vocab_size: int, expected: str) -> None:
     with pytest.raises(ValueError, match=rf"tokenize\.vocab_size: expected {expected}.*, found {vocab_size} .*tokenizer_training_bytes"):
